@@ -1,0 +1,35 @@
+"""Exact spectra, certified norms and projections of convolutional layers, as JAX functions.
+
+Start with :func:`singular_values`, :func:`operator_norm_bounds` and :func:`constrain_operator_norm`.
+"""
+
+from opnorm_jax._bounds import Bounds, operator_norm, operator_norm_bounds, operator_norm_upper_bound
+from opnorm_jax._conv import Conv
+from opnorm_jax._project import (
+    ProjectionInfo,
+    clip_operator_norm,
+    project_operator_norm,
+    project_operator_norm_info,
+    rescale_operator_norm,
+)
+from opnorm_jax._spectrum import singular_values
+from opnorm_jax._transform import ConstrainOperatorNormState, constrain, constrain_operator_norm
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Bounds",
+    "ConstrainOperatorNormState",
+    "Conv",
+    "ProjectionInfo",
+    "clip_operator_norm",
+    "constrain",
+    "constrain_operator_norm",
+    "operator_norm",
+    "operator_norm_bounds",
+    "operator_norm_upper_bound",
+    "project_operator_norm",
+    "project_operator_norm_info",
+    "rescale_operator_norm",
+    "singular_values",
+]

@@ -1,0 +1,267 @@
+"""Certificates: bounds on the norm of the layer really used, whatever its padding."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from opnorm_jax import _matrix_free
+from opnorm_jax._conv import Conv, as_conv, canonical_kernel, layout
+from opnorm_jax._spectrum import check_chunk_bytes, circular_norm, normalise, rounding
+from opnorm_jax._symbol import DEFAULT_CHUNK_BYTES, Axis, Plan, circular_plan, couplings
+
+
+class Bounds(NamedTuple):
+    """lower <= the operator norm <= upper; both scalars of the computing dtype."""
+
+    lower: jax.Array
+    upper: jax.Array
+
+
+def operator_norm(
+    kernel: Float[Array, ...], conv: Conv | Sequence[int], *, chunk_bytes: int = DEFAULT_CHUNK_BYTES
+) -> Float[Array, ""]:
+    """The operator norm (largest singular value, 2-norm to 2-norm) of a convolution.
+
+    Circular padding whose strides divide the grid: exact, from the spectrum. Otherwise: converged matrix-free, through
+    the layer and its transpose. It then approaches the norm from below and stops once eight steps in a row have gained
+    less than two units of rounding each, or after 500 steps. In the tests its relative error is below 1e-5 in float32;
+    where a guarantee is wanted, use :func:`operator_norm_bounds`, whose upper bound it never exceeds.
+
+    Args:
+      kernel: any real floating dtype, in ``conv.kernel_layout``; computed in float32, or float64 if it is float64.
+      conv: the convolution, or the input's spatial shape in pixels (circular).
+      chunk_bytes: see :func:`singular_values`.
+
+    Returns:
+      A scalar of the computing dtype. NaN if the kernel holds a NaN or an infinity.
+
+    Raises:
+      ValueError, TypeError: the kernel does not fit ``conv``, or is not an array of a real floating dtype.
+
+    Differentiable: once, both modes. At ties the gradient of one of the tied values; zero at the zero kernel.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, opnorm_jax as oj
+      >>> oj.operator_norm(jnp.ones((3, 3, 2, 2)), (8, 8))
+      Array(18., dtype=float32)
+      >>> conv = oj.Conv((8, 8), padding="SAME")
+      >>> penalty = lambda kernel: jax.nn.relu(oj.operator_norm(kernel, conv) - 1) ** 2
+      >>> jax.grad(penalty)(jnp.ones((3, 3, 2, 2))).shape
+      (3, 3, 2, 2)
+    """
+    conv = as_conv(conv)
+    check_chunk_bytes(chunk_bytes)
+    kernel, scale = normalise(canonical_kernel(kernel, conv))
+    check_output(conv, kernel.shape)
+    if exact_plan := _exact(conv, kernel.shape[:-2]):
+        return scale * circular_norm(kernel, exact_plan, chunk_bytes)
+    return scale * _matrix_free.norm(kernel, conv)
+
+
+def operator_norm_bounds(
+    kernel: Float[Array, ...], conv: Conv | Sequence[int], *, chunk_bytes: int = DEFAULT_CHUNK_BYTES
+) -> Bounds:
+    r"""Bounds on the operator norm, for every padding: lower <= true <= upper.
+
+    Circular padding whose strides divide the grid: the exact norm, apart by its rounding (about 4e-6 in float32 at 16
+    channels). Zero padding (SAME, VALID, explicit): the layer is a compression of a circular convolution on a circle of
+    :math:`m \ge n + \max(lo, hi)` pixels, so that circle's exact norm is the upper bound; *the circular norm at the
+    layer's own size is not*. The lower bound is |Ax| / |x| at the best x found. Circular with a stride that does not
+    divide the grid: its outputs are some of the stride-1 layer's, whose exact norm is the upper bound.
+
+    Args:
+      kernel: any real floating dtype, in ``conv.kernel_layout``; computed in float32, or float64 if it is float64.
+      conv: the convolution, or the input's spatial shape in pixels (circular).
+      chunk_bytes: see :func:`singular_values`.
+
+    Returns:
+      ``Bounds(lower, upper)``, widened by the rounding errors of their own computation.
+
+    Raises:
+      ValueError, TypeError: the kernel does not fit ``conv``, or is not an array of a real floating dtype.
+
+    Cost: upper, as :func:`singular_values` on the circle; lower, some 50 to 500 applications of the layer.
+
+    Differentiable: once, both modes, each bound as the norm it comes from.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, opnorm_jax as oj
+      >>> lower, upper = oj.operator_norm_bounds(jnp.ones((3, 3, 1, 1)), oj.Conv((8, 8), padding="SAME"))
+      >>> bool(8 < lower <= upper <= 9.001)
+      True
+    """
+    conv = as_conv(conv)
+    check_chunk_bytes(chunk_bytes)
+    kernel, scale = normalise(canonical_kernel(kernel, conv))
+    check_output(conv, kernel.shape)
+    plan = certifying_plan(conv, kernel.shape[:-2])
+    above = circular_norm(kernel, plan, chunk_bytes)
+    slack = rounding(kernel.shape, plan, kernel.dtype)
+    below = above if _exact(conv, kernel.shape[:-2]) else _matrix_free.norm(kernel, conv)
+    upper = above * (1 + slack)
+    return Bounds(scale * jnp.minimum(below * (1 - slack), upper), scale * upper)
+
+
+def operator_norm_upper_bound(
+    kernel: Float[Array, ...],
+    *,
+    strides: int | Sequence[int] = 1,
+    input_dilation: int | Sequence[int] = 1,
+    kernel_dilation: int | Sequence[int] = 1,
+    feature_group_count: int = 1,
+    kernel_layout: str | None = None,
+    slack: float = 0.01,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+) -> Float[Array, ""]:
+    r"""A bound on the operator norm for *every* input size and *every* padding at once.
+
+    (Circular padding included, wherever its strides divide the circle: else its seam breaks the pattern.) All of those
+    norms are at most :math:`S = \sup_\omega \|F(\omega)\|`, and are as near to it as you like on large
+    inputs. Along each axis the symbol is a trigonometric polynomial of some span k - 1, so by M. Riesz's lemma
+
+    .. math:: S \le \max_{grid} \|F\| \prod_{axes} \frac{1}{\cos(\pi (k - 1) / 2N)} ,
+
+    on a grid of N points an axis, chosen so that the product is at most ``1 + slack``.
+
+    Args:
+      kernel: any real floating dtype, in ``kernel_layout``; its rank fixes the dimension. Computed in float32, or
+        float64 if it is float64.
+      strides, input_dilation, kernel_dilation, feature_group_count, kernel_layout: as in :class:`Conv`. Spacing
+        taps apart leaves S as it is; strides and input dilation change it.
+      slack: the bound is at most S (1 + slack), besides rounding. 0.01 takes N = 32 for 3 x 3, 0.001 takes N = 100.
+      chunk_bytes: see :func:`singular_values`.
+
+    Returns:
+      A scalar of the computing dtype.
+
+    Raises:
+      ValueError, TypeError: the kernel does not fit the description, or ``slack`` is not a positive number.
+
+    Cost: that of :func:`singular_values` on the N-point grid, whatever the image's size.
+
+    Differentiable: once, both modes, as the norm on the grid.
+
+    Examples:
+      >>> import jax.numpy as jnp, opnorm_jax as oj
+      >>> 9 <= oj.operator_norm_upper_bound(jnp.ones((3, 3, 1, 1))) < 9.1
+      Array(True, dtype=bool)
+
+    References:
+      M. Riesz, Eine trigonometrische Interpolationsformel, 1914.
+    """
+    check_chunk_bytes(chunk_bytes)
+    if isinstance(slack, bool) or not isinstance(slack, (int, float)):
+        raise TypeError(f"expected slack to be a number (static under jit), got {slack!r}.")
+    if not 0 < slack < math.inf:
+        raise ValueError(f"expected slack to be positive, got {slack}.")
+    rank = getattr(kernel, "ndim", 4) - 2
+    if rank not in (1, 2, 3):
+        raise ValueError(
+            f"expected a kernel of 3, 4 or 5 axes (1, 2 or 3 spatial), got {kernel.shape=}. "
+            "For a dense layer's matrix add spatial axes of length 1."
+        )
+    conv = Conv(
+        (1,) * rank,
+        strides=strides,
+        input_dilation=input_dilation,
+        kernel_dilation=kernel_dilation,
+        feature_group_count=feature_group_count,
+        kernel_layout=layout(kernel_layout, rank),
+    )
+    kernel, scale = normalise(canonical_kernel(kernel, conv))
+    choices = [
+        _torus_axes(*axis, (1 + slack) ** (1 / rank))
+        for axis in zip(kernel.shape[:rank], conv.strides, conv.input_dilation, conv.kernel_dilation, strict=True)
+    ]
+    norms = []
+    for picked in itertools.product(*choices):
+        plan = Plan(tuple(axis for axis, _ in picked), conv.feature_group_count)
+        factor = math.prod(factor for _, factor in picked) * (1 + rounding(kernel.shape, plan, kernel.dtype))
+        norms.append(circular_norm(kernel, plan, chunk_bytes) * factor)
+    return scale * jnp.max(jnp.stack(norms))
+
+
+def check_output(conv: Conv, kernel_shape: Sequence[int]) -> None:
+    """A padding that leaves no output is an error here, not a zero norm."""
+    taps = tuple(kernel_shape[:-2])
+    if min(output_shape := _matrix_free.output_shape(conv, taps)) < 1:
+        raise ValueError(
+            f"expected a convolution with at least one output pixel, got output shape {output_shape} from "
+            f"input_shape={conv.input_shape}, taps {taps} and padding {conv.padding!r}. Check input_shape and padding."
+        )
+
+
+def certifying_plan(conv: Conv, taps: tuple[int, ...]) -> Plan:
+    """The circular convolution, on the smallest valid circle, whose norm is an upper bound on this layer's.
+
+    An input pixel must not be reached by wrapping round, and outputs must be distinct pixels of the circle, which must
+    hold a whole number of strides (and of input dilations).
+    """
+    if conv.padding == "CIRCULAR":
+        # A stride that does not divide the grid keeps some of the outputs of stride 1.
+        return _exact(conv, taps) or _unstrided(conv, taps)
+    axes = []
+    pads, outs = _matrix_free.explicit_padding(conv, taps), _matrix_free.output_shape(conv, taps)
+    for n, k, s, e, d, (low, high), m in zip(
+        conv.input_shape, taps, conv.strides, conv.input_dilation, conv.kernel_dilation, pads, outs, strict=True
+    ):
+        held = (n - 1) * e + 1 + min(low, 0) + min(high, 0)  # negative padding crops
+        reach = held + max(low, high, 0)
+        circle = max(reach, s * (m - 1) + 1)
+        run = math.lcm(s, e)
+        axes.append(Axis(-(-circle // run) * run, k, s, e, d, low))
+    return Plan(tuple(axes), conv.feature_group_count)
+
+
+def _exact(conv: Conv, taps: tuple[int, ...]) -> Plan | None:
+    return circular_plan(conv, taps) if conv.padding == "CIRCULAR" else None
+
+
+def _unstrided(conv: Conv, taps: tuple[int, ...]) -> Plan:
+    whole = Conv(
+        conv.input_shape,
+        input_dilation=conv.input_dilation,
+        kernel_dilation=conv.kernel_dilation,
+        feature_group_count=conv.feature_group_count,
+    )
+    plan = circular_plan(whole, taps)
+    assert plan is not None  # a stride of 1 divides everything
+    return plan
+
+
+def _torus_axes(k: int, stride: int, input_dilation: int, dilation: int, factor: float) -> list[tuple[Axis, float]]:
+    """Grids fine enough that their largest norm is within ``factor`` of the supremum, with the factor in effect.
+
+    Several where stride and input dilation share a divisor: then the padding's parity matters, and each is tried.
+    """
+    if min(stride, input_dilation) == 1:
+        # Only pixels that are multiples of gcd(stride, dilation) meet a tap. Beyond that the spacing of the taps
+        # substitutes one frequency for another (and multiplies rows by phases): the supremum is the same.
+        shared = math.gcd(max(stride, input_dilation), dilation)
+        stride, input_dilation, dilation = max(1, stride // shared), max(1, input_dilation // shared), 1
+        if stride == input_dilation == 1:
+            stride = input_dilation = 1
+    run = math.lcm(stride, input_dilation)
+    axes = []
+    for low in range(math.gcd(stride, input_dilation)):
+        span = _span(Axis(run * 10**6, k, stride, input_dilation, dilation, low))
+        grid = span + 1
+        if span:
+            grid = max(grid, math.ceil(math.pi * span / (2 * math.acos(1 / factor))))
+        axis = Axis(run * grid, k, stride, input_dilation, dilation, low)
+        axes.append((axis, 1 / math.cos(math.pi * span / (2 * grid))))
+    return axes
+
+
+def _span(axis: Axis) -> int:
+    """Largest less smallest offset of the block taps (read off a circle too large for any of them to fold)."""
+    grid = axis.period // axis.run
+    signed = [tau - grid if tau > grid // 2 else tau for tau in couplings(axis).offsets]
+    return max(signed) - min(signed)

@@ -1,0 +1,259 @@
+"""The static description of a convolution, and every check of what a user passes in."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Padding = Literal["CIRCULAR", "SAME", "VALID"] | tuple[tuple[int, int], ...]
+
+_SPATIAL_LETTERS = {1: "W", 2: "HW", 3: "DHW"}
+_PADDING_NAMES = ("CIRCULAR", "SAME", "VALID")
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Conv:
+    r"""One convolution, described by everything about it but its kernel.
+
+    Argument names and meanings are those of ``flax.linen.Conv``. The object is frozen, hashable and a leaf of any
+    pytree, so a tree of them mirrors a tree of parameters and may be closed over by ``jit``.
+
+    Args:
+      input_shape: *spatial* shape of the layer's input, in pixels; its length fixes the dimension (1, 2 or 3).
+      strides: an int, or one int per spatial axis.
+      padding: ``"CIRCULAR"``, ``"SAME"``, ``"VALID"``, or explicit: an int, one int per axis, or one ``(low, high)``
+        pair per axis.
+      input_dilation: zeros inserted between input pixels, plus one; above 1 it is a transposed convolution, which
+        needs ``"CIRCULAR"`` or explicit padding (as in ``jax.lax``).
+      kernel_dilation: spacing of the kernel's taps.
+      feature_group_count: number of groups the channels are split into.
+      kernel_layout: a permutation of the spatial letters (``W``, ``HW`` or ``DHW``) and ``I``, ``O``.
+        Flax and Haiku: ``"HWIO"`` (the default; ``"WIO"`` in 1-D, ``"DHWIO"`` in 3-D). PyTorch, Equinox: ``"OIHW"``.
+
+    Raises:
+      TypeError: an argument is not made of ints (or is not one of the strings).
+      ValueError: a value out of range, a length that does not match ``input_shape``, an unknown padding or layout.
+
+    Examples:
+      >>> import opnorm_jax as oj
+      >>> oj.Conv((32, 32), strides=2, padding="SAME").strides
+      (2, 2)
+      >>> oj.Conv((32, 32)) == oj.Conv((32, 32), kernel_layout="HWIO", padding="CIRCULAR")
+      True
+    """
+
+    input_shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: Padding
+    input_dilation: tuple[int, ...]
+    kernel_dilation: tuple[int, ...]
+    feature_group_count: int
+    kernel_layout: str
+
+    def __init__(
+        self,
+        input_shape: Sequence[int],
+        *,
+        strides: int | Sequence[int] = 1,
+        padding: str | int | Sequence[int] | Sequence[tuple[int, int]] = "CIRCULAR",
+        input_dilation: int | Sequence[int] = 1,
+        kernel_dilation: int | Sequence[int] = 1,
+        feature_group_count: int = 1,
+        kernel_layout: str | None = None,
+    ):
+        shape = _input_shape(input_shape)
+        rank = len(shape)
+        input_dilation = per_axis(input_dilation, rank, "input_dilation")
+        resolved = _padding(padding, rank)
+        if isinstance(resolved, str) and resolved != "CIRCULAR" and max(input_dilation) > 1:
+            raise ValueError(
+                f"expected padding 'CIRCULAR' or explicit (low, high) pairs with {input_dilation=}, got {padding=}: "
+                "the strings mean different things to lax.conv_general_dilated and to a transposed layer. Pass the "
+                "pairs really used (find them in the traced program, or in jax.lax.conv_transpose's documentation)."
+            )
+        set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731 (the class is frozen)
+        set_("input_shape", shape)
+        set_("strides", per_axis(strides, rank, "strides"))
+        set_("padding", resolved)
+        set_("input_dilation", input_dilation)
+        set_("kernel_dilation", per_axis(kernel_dilation, rank, "kernel_dilation"))
+        set_("feature_group_count", _positive_int(feature_group_count, "feature_group_count"))
+        set_("kernel_layout", layout(kernel_layout, rank))
+
+
+def as_conv(conv: Conv | Sequence[int]) -> Conv:
+    """``Conv`` itself, or the circular convolution that a bare tuple of ints stands for."""
+    if isinstance(conv, Conv):
+        return conv
+    if isinstance(conv, (tuple, list)):
+        return Conv(conv)
+    raise TypeError(
+        f"expected an opnorm_jax.Conv or a tuple of ints (the input's spatial shape), got {conv!r}. "
+        "Write opnorm_jax.Conv((height, width), ...)."
+    )
+
+
+def is_conv_leaf(node: Any) -> bool:
+    """Whether a node in a tree of convolutions is a leaf: a ``Conv`` or the tuple of ints that stands for one."""
+    if isinstance(node, Conv):
+        return True
+    return isinstance(node, tuple) and bool(node) and all(type(n) is int for n in node)
+
+
+def canonical_kernel(kernel: Float[Array, ...], conv: Conv) -> Float[Array, "*taps i o"]:
+    """Checks a kernel against its convolution; returns it spatial-axes-first (HWIO) in the computing dtype.
+
+    The computing dtype is float32, or float64 for a float64 kernel.
+    """
+    check_kernel(kernel, conv)
+    kernel = jnp.asarray(kernel)
+    order = [conv.kernel_layout.index(letter) for letter in _canonical_layout(len(conv.input_shape))]
+    return kernel.transpose(order).astype(compute_dtype(kernel.dtype))
+
+
+def restore_kernel(canonical: Float[Array, "*taps i o"], conv: Conv, dtype: Any) -> Float[Array, ...]:
+    """The inverse of :func:`canonical_kernel`."""
+    letters = _canonical_layout(len(conv.input_shape))
+    return canonical.transpose([letters.index(letter) for letter in conv.kernel_layout]).astype(dtype)
+
+
+def compute_dtype(dtype: Any) -> Any:
+    """float64 for float64, float32 for everything narrower."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+def check_kernel(kernel: Any, conv: Conv) -> None:
+    """Raises an error that says what is wrong with a kernel (an array or a ``ShapeDtypeStruct``)."""
+    rank, kernel_layout, groups = len(conv.input_shape), conv.kernel_layout, conv.feature_group_count
+    if not hasattr(kernel, "shape") or not hasattr(kernel, "dtype"):
+        raise TypeError(
+            f"expected kernel to be an array of {rank + 2} axes ({kernel_layout}), got {type(kernel).__name__}. "
+            "Pass the parameter itself, e.g. params['Conv_0']['kernel']."
+        )
+    if not jnp.issubdtype(kernel.dtype, jnp.floating):
+        raise TypeError(
+            f"expected a kernel of a real floating dtype, got {kernel.dtype}. Cast it first: kernel.astype(jnp.float32)."
+        )
+    if len(kernel.shape) != rank + 2:
+        raise ValueError(
+            f"expected a kernel of {rank + 2} axes ({kernel_layout}) for an input of {rank} spatial axes, got "
+            f"{kernel.shape=}. For stacked kernels use jax.vmap; for another dimension give input_shape its length."
+        )
+    if 0 in kernel.shape:
+        raise ValueError(f"expected every axis of the kernel to be at least 1, got {kernel.shape=}.")
+    out = kernel.shape[kernel_layout.index("O")]
+    if out % groups:
+        raise ValueError(
+            f"expected the output channels to be a multiple of feature_group_count={groups}, got {out} of them "
+            f"({kernel.shape=}, kernel_layout={kernel_layout!r}). Check the layout: PyTorch and Equinox use 'OIHW'."
+        )
+
+
+def check_max_norm(max_norm: Any) -> Any:
+    """A bound that is a positive number, checked where its value is known (a traced one cannot be)."""
+    if isinstance(max_norm, (bool, str)) or not (
+        isinstance(max_norm, (int, float)) or hasattr(max_norm, "__jax_array__") or hasattr(max_norm, "dtype")
+    ):
+        raise TypeError(f"expected max_norm to be a positive number, got {max_norm!r} ({type(max_norm).__name__}).")
+    shape = getattr(max_norm, "shape", ())
+    if shape != ():
+        raise ValueError(f"expected max_norm to be a scalar, got shape {shape}. Use jax.vmap for one bound per kernel.")
+    if not isinstance(max_norm, jax.core.Tracer) and not float(max_norm) > 0:
+        raise ValueError(f"expected max_norm to be positive, got {float(max_norm)}. Use float('inf') for no bound.")
+    return max_norm
+
+
+def per_axis(value: int | Sequence[int], rank: int, name: str) -> tuple[int, ...]:
+    """A positive int for each spatial axis."""
+    if isinstance(value, (tuple, list)):
+        if len(value) != rank:
+            raise ValueError(f"expected {name} to be an int or {rank} of them, one per spatial axis, got {value!r}.")
+        return tuple(_positive_int(v, name) for v in value)
+    return (_positive_int(value, name),) * rank
+
+
+def layout(kernel_layout: str | None, rank: int) -> str:
+    """The kernel's layout in capitals, checked; ``None`` is Flax's."""
+    canonical = _canonical_layout(rank)
+    if kernel_layout is None:
+        return canonical
+    if not isinstance(kernel_layout, str):
+        raise TypeError(f"expected kernel_layout to be a string such as {canonical!r}, got {kernel_layout!r}.")
+    if sorted(kernel_layout) != sorted(canonical):
+        raise ValueError(
+            f"expected kernel_layout to be a permutation of {canonical!r} for {rank} spatial axes, got "
+            f"{kernel_layout!r}. Flax and Haiku: {canonical!r}; PyTorch and Equinox: "
+            f"{'OI' + _SPATIAL_LETTERS[rank]!r}."
+        )
+    return kernel_layout
+
+
+def prod(values: Sequence[int]) -> int:
+    """Product of static ints."""
+    return math.prod(values)
+
+
+def _canonical_layout(rank: int) -> str:
+    return _SPATIAL_LETTERS[rank] + "IO"
+
+
+def _int(value: Any, name: str) -> int:
+    if isinstance(value, bool):
+        raise TypeError(f"expected {name} to be made of ints, got {value!r}.")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"expected {name} to be made of ints, got {value!r} ({type(value).__name__}).") from None
+
+
+def _positive_int(value: Any, name: str) -> int:
+    number = _int(value, name)
+    if number < 1:
+        raise ValueError(f"expected {name} to be at least 1, got {number}.")
+    return number
+
+
+def _input_shape(input_shape: Any) -> tuple[int, ...]:
+    if not isinstance(input_shape, (tuple, list)):
+        raise TypeError(
+            f"expected input_shape to be a tuple of ints, the input's spatial shape such as (32, 32), got "
+            f"{input_shape!r}."
+        )
+    if len(input_shape) not in _SPATIAL_LETTERS:
+        raise ValueError(
+            f"expected input_shape to have 1, 2 or 3 axes (spatial ones only: no batch, no channels), got "
+            f"{tuple(input_shape)}."
+        )
+    return tuple(_positive_int(n, "input_shape") for n in input_shape)
+
+
+def _padding(padding: Any, rank: int) -> Padding:
+    if isinstance(padding, str):
+        if padding not in _PADDING_NAMES:
+            raise ValueError(
+                f"expected padding to be one of {_PADDING_NAMES} or explicit (low, high) pairs, got {padding!r}."
+            )
+        return padding  # type: ignore[return-value]
+    if not isinstance(padding, (tuple, list)):
+        pad = _int(padding, "padding")
+        return ((pad, pad),) * rank
+    if len(padding) != rank:
+        raise ValueError(
+            f"expected padding to hold one int or one (low, high) pair per spatial axis ({rank}), got {padding!r}."
+        )
+    pairs = []
+    for pad in padding:
+        if isinstance(pad, (tuple, list)):
+            if len(pad) != 2:
+                raise ValueError(f"expected padding to hold (low, high) pairs, got {pad!r} in {padding!r}.")
+            pairs.append((_int(pad[0], "padding"), _int(pad[1], "padding")))
+        else:
+            pairs.append((_int(pad, "padding"),) * 2)
+    return tuple(pairs)

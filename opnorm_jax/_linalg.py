@@ -1,0 +1,126 @@
+"""Factorisations of stacks of small matrices, by a route that cannot hang, with derivatives that stay finite.
+
+On a CPU, jaxlib spreads one *batched* LAPACK call over the thread pool that also runs the program; several such calls
+in one jitted program can occupy every thread, each waiting for pieces that no thread is left to run: a deadlock. Here
+every CPU call factorises *one* matrix (``lax.map`` without ``batch_size``), inline in the thread that reached it, so no
+call ever waits for another, however freely a user composes the functions. ``vmap`` would turn that back into a batched
+call; ``custom_vmap`` merges its axis into the stack instead. Measured, one matrix a call is as fast as the batched call.
+
+On GPU and TPU the batched ``eigh`` is used: cuSOLVER's ``svd`` is batched only up to 32 by 32.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Complex, Float
+
+_HIGHEST = lax.Precision.HIGHEST
+
+
+def gram(blocks: Complex[Array, "*c m n"]) -> Complex[Array, "*c r r"]:
+    """The Gram matrix on the smaller side: FᴴF if n <= m, else FFᴴ."""
+    m, n = blocks.shape[-2:]
+    adjoint = blocks.conj().swapaxes(-1, -2)
+    pair = (adjoint, blocks) if n <= m else (blocks, adjoint)
+    return jnp.matmul(*pair, precision=_HIGHEST)
+
+
+def eigh(stack: Complex[Array, "c r r"]) -> tuple[Float[Array, "c r"], Complex[Array, "c r r"]]:
+    """Eigenvalues, ascending, and eigenvectors of Hermitian matrices. Not differentiable."""
+    return _eigh(stack)
+
+
+@jax.custom_batching.custom_vmap
+def _eigh(stack):
+    if stack.shape[-1] == 1:
+        return stack[..., 0].real, jnp.ones_like(stack)
+
+    def one(matrix):
+        vectors, values = lax.linalg.eigh(matrix, symmetrize_input=False)
+        return values, vectors
+
+    return lax.platform_dependent(stack, cpu=lambda a: lax.map(one, a), default=one)
+
+
+@jax.custom_jvp
+def singular_values(blocks: Complex[Array, "c m n"]) -> Float[Array, "c r"]:
+    """Singular values, descending; on a CPU through an SVD, to working precision of the largest.
+
+    Differentiable once. At ties the vectors are any basis of the tied space, which gives one element of the
+    generalised gradient; where a value is zero its tangent is zero.
+    """
+    return _singular_values(blocks)
+
+
+@singular_values.defjvp
+def _singular_values_jvp(primals, tangents):
+    left, values, right = singular_vectors(primals[0])
+    moved = jnp.matmul(tangents[0], right, precision=_HIGHEST)
+    slopes = jnp.sum((left.conj() * moved).real, axis=-2)
+    return values, jnp.where(values > 0, slopes, 0)
+
+
+def singular_vectors(
+    blocks: Complex[Array, "c m n"],
+) -> tuple[Complex[Array, "c m r"], Float[Array, "c r"], Complex[Array, "c n r"]]:
+    """Left vectors, values, right vectors, in descending order. Not differentiable."""
+    return _svd(blocks)
+
+
+@jax.custom_batching.custom_vmap
+def _singular_values(stack):
+    if min(stack.shape[-2:]) == 1:  # a vector: no factorisation
+        return _norm(stack.reshape(stack.shape[0], -1))
+
+    def lapack(a):
+        return lax.map(lambda matrix: jnp.linalg.svd(matrix, compute_uv=False), a)
+
+    def through_gram(a):
+        _, values = lax.linalg.eigh(gram(a), symmetrize_input=False)
+        return jnp.sqrt(jnp.maximum(values, 0))[..., ::-1]
+
+    return lax.platform_dependent(stack, cpu=lapack, default=through_gram)
+
+
+@jax.custom_batching.custom_vmap
+def _svd(stack):
+    def lapack(a):
+        def one(matrix):
+            left, values, right = jnp.linalg.svd(matrix, full_matrices=False)
+            return left, values, right.conj().T
+
+        return lax.map(one, a)
+
+    def through_gram(a):
+        m, n = a.shape[-2:]
+        vectors = lax.linalg.eigh(gram(a), symmetrize_input=False)[0][..., ::-1]
+        mapped = jnp.matmul(a if n <= m else a.conj().swapaxes(-1, -2), vectors, precision=_HIGHEST)
+        values = _norm(mapped.swapaxes(-1, -2))
+        mapped = jnp.where(values.swapaxes(-1, -2) > 0, mapped, 0) / jnp.where(values > 0, values, 1).swapaxes(-1, -2)
+        return (mapped, values[..., 0], vectors) if n <= m else (vectors, values[..., 0], mapped)
+
+    return lax.platform_dependent(stack, cpu=lapack, default=through_gram)
+
+
+def _norm(vectors):
+    return jnp.sqrt(jnp.sum(vectors.real**2 + vectors.imag**2, -1, keepdims=True))
+
+
+def _merge_batch(function):
+    """The ``vmap`` rule of a function of a stack: one longer stack."""
+
+    def rule(axis_size, in_batched, stack):
+        (batched,) = in_batched
+        if not batched:
+            return function(stack), jax.tree.map(lambda _: False, jax.eval_shape(function, stack))
+        outs = function(stack.reshape(-1, *stack.shape[2:]))
+        split = jax.tree.map(lambda a: a.reshape(axis_size, -1, *a.shape[1:]), outs)
+        return split, jax.tree.map(lambda _: True, split)
+
+    function.def_vmap(rule)
+
+
+for _function in (_eigh, _singular_values, _svd):
+    _merge_batch(_function)

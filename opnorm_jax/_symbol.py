@@ -1,0 +1,263 @@
+r"""From a kernel to its symbol's blocks, one small matrix per frequency, and back.
+
+Any convolution on a circle of ``period`` pixels, with stride s, input dilation e and kernel dilation d,
+
+.. math:: y_t = \sum_j K_j\, x_p \quad\text{over all taps with } s t + d j - lo \equiv e p \pmod{period},
+
+is block-circulant once outputs are gathered in runs of L/s and inputs in runs of L/e, L = lcm(s, e): write
+t = (L/s) t' + u and p = (L/e) p' + v, then tap j couples input phase v to output phase u at offset
+tau = (s u - e v + d j - lo) / L (where that is an integer), on a coarse grid of period / L. So *every* case is an
+ordinary stride-1 convolution on the coarse grid with (L/e) i inputs and (L/s) o outputs, and its singular values are
+those of the matrices
+
+.. math:: F(\omega) = \sum_\tau B_\tau \exp(2 \pi i\, \omega \cdot \tau), \qquad \omega \in \text{coarse grid}.
+
+A real kernel has F(-omega) = conj F(omega), so half of the grid is enough. Frequencies are evaluated by direct phases,
+one real matrix product; no FFT (``jnp.fft`` crops kernels larger than the image, and can deadlock on a CPU).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Complex, Float
+
+from opnorm_jax._conv import Conv, prod
+
+DEFAULT_CHUNK_BYTES = 2**28
+"""Default size of the stack of blocks held at a time; the peak is a few times that."""
+
+
+class Axis(NamedTuple):
+    """One spatial axis of a convolution on a circle; static and hashable."""
+
+    period: int  # pixels of the (dilated) input's circle
+    taps: int
+    stride: int
+    input_dilation: int
+    kernel_dilation: int
+    low: int  # offset of the first tap; matters only where stride and input dilation both exceed 1
+
+    @property
+    def run(self) -> int:
+        """L: pixels of the circle per point of the coarse grid."""
+        return math.lcm(self.stride, self.input_dilation)
+
+
+class Plan(NamedTuple):
+    """What turns a kernel into blocks: one ``Axis`` per spatial axis, and the number of groups."""
+
+    axes: tuple[Axis, ...]
+    groups: int
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        return tuple(axis.period // axis.run for axis in self.axes)
+
+
+class _Couplings(NamedTuple):
+    """How one axis' taps enter its block taps: ``place[tau, v, u, j]`` is 1 where tap j does."""
+
+    offsets: tuple[int, ...]
+    place: np.ndarray
+
+
+class Half(NamedTuple):
+    """Half of a frequency grid: one of each pair (omega, -omega)."""
+
+    frequencies: np.ndarray  # (nf, D) integers
+    weights: np.ndarray  # (nf,) 2 for a pair, 1 for a self-conjugate frequency, over the number of grid points
+    expand: np.ndarray  # (number of grid points,) where each grid point's representative stands
+
+
+def circular_plan(conv: Conv, taps: tuple[int, ...]) -> Plan | None:
+    """The plan of a circular convolution on its own grid; ``None`` if a stride does not divide that grid."""
+    axes = []
+    for n, k, s, e, d in zip(
+        conv.input_shape, taps, conv.strides, conv.input_dilation, conv.kernel_dilation, strict=True
+    ):
+        if (n * e) % s:
+            return None
+        axes.append(Axis(n * e, k, s, e, d, (d * (k - 1)) // 2))
+    return Plan(tuple(axes), conv.feature_group_count)
+
+
+@functools.lru_cache(maxsize=512)
+def couplings(axis: Axis) -> _Couplings:
+    """Offsets on the coarse grid, and the 0/1 array that places each tap there."""
+    run, grid = axis.run, axis.period // axis.run
+    ins, outs = run // axis.input_dilation, run // axis.stride
+    low = axis.low if min(axis.stride, axis.input_dilation) > 1 else 0  # else a shift: unitary, left out
+    entries: list[tuple[int, int, int, int]] = []
+    for j in range(axis.taps):
+        for u in range(outs):
+            for v in range(ins):
+                tau, rest = divmod(axis.stride * u - axis.input_dilation * v + axis.kernel_dilation * j - low, run)
+                if rest == 0:
+                    entries.append((tau % grid, v, u, j))
+    offsets = tuple(dict.fromkeys(entry[0] for entry in entries)) or (0,)
+    place = np.zeros((len(offsets), ins, outs, axis.taps), np.int8)
+    for tau, v, u, j in entries:
+        place[offsets.index(tau), v, u, j] += 1
+    return _Couplings(offsets, place)
+
+
+def block_taps(kernel: Float[Array, "*taps i o"], plan: Plan) -> Float[Array, "tau g m n"]:
+    """The kernel as taps of the coarse, stride-1 convolution (B above); m inputs and n outputs per group."""
+    return _couple(kernel, plan, [couplings(axis).place for axis in plan.axes])
+
+
+def kernel_from_block_taps(
+    blocks: Float[Array, "tau g m n"], plan: Plan, channels: tuple[int, int], *, adjoint: bool = False
+) -> Float[Array, "*taps i o"]:
+    """The kernel whose block taps are nearest to ``blocks`` (or, with ``adjoint``, the transpose of block_taps).
+
+    The two agree unless taps fold onto one another, i.e. the kernel is larger than the circle.
+    """
+    factors = []
+    for axis in plan.axes:
+        place = couplings(axis).place
+        matrix = place.reshape(-1, axis.taps).astype(np.float64)
+        inverse = matrix.T if adjoint else np.linalg.pinv(matrix)
+        factors.append(inverse.reshape(axis.taps, *place.shape[:3]))
+    return _uncouple(blocks, plan, channels, factors)
+
+
+def squared_norm_of_coupling(plan: Plan) -> float:
+    """Squared operator norm of :func:`block_taps`: 1 unless taps fold onto one another."""
+    matrices = [couplings(axis).place.reshape(-1, axis.taps).astype(np.float64) for axis in plan.axes]
+    return float(np.prod([np.linalg.norm(matrix, 2) ** 2 for matrix in matrices]))
+
+
+def _trivial(place: np.ndarray) -> bool:
+    return place.shape[1] == place.shape[2] == 1 and np.array_equal(place[:, 0, 0, :], np.eye(place.shape[3]))
+
+
+def _couple(kernel: jax.Array, plan: Plan, places: list[np.ndarray]) -> jax.Array:
+    *taps, i, o = kernel.shape
+    g, rank = plan.groups, len(taps)
+    if all(_trivial(place) for place in places):
+        blocks = kernel.reshape(prod(taps), i, g, o // g)
+        return blocks.swapaxes(1, 2)
+    out = kernel
+    for place in reversed(places):  # each step consumes the last tap axis and puts (tau, v, u) in front
+        matrix = jnp.asarray(place, kernel.dtype)
+        axis = out.ndim - 3
+        out = jnp.tensordot(matrix, out, axes=((3,), (axis,)), precision=lax.Precision.HIGHEST)
+    # now (tau1, v1, u1, tau2, v2, u2, ..., i, o)
+    taus, vs, us = (list(range(start, 3 * rank, 3)) for start in range(3))
+    shape = out.shape
+    out = out.reshape(*shape[:-1], g, o // g)
+    out = out.transpose(*taus, 3 * rank + 1, *vs, 3 * rank, *us, 3 * rank + 2)
+    m, n = prod([shape[a] for a in vs]) * i, prod([shape[a] for a in us]) * (o // g)
+    return out.reshape(prod([shape[a] for a in taus]), g, m, n)
+
+
+def _uncouple(blocks: jax.Array, plan: Plan, channels: tuple[int, int], factors: list[np.ndarray]) -> jax.Array:
+    i, o = channels
+    g, rank = plan.groups, len(plan.axes)
+    if all(factor.shape[2] == factor.shape[3] == 1 and _trivial(np.moveaxis(factor, 0, 3)) for factor in factors):
+        return blocks.swapaxes(1, 2).reshape(*(axis.taps for axis in plan.axes), i, o)
+    taus, vs, us = ([factor.shape[a] for factor in factors] for a in (1, 2, 3))
+    out = blocks.reshape(*taus, g, *vs, i, *us, o // g)
+    first_v, first_u = rank + 1, 2 * rank + 2
+    order = [a for r in range(rank) for a in (r, first_v + r, first_u + r)]
+    out = out.transpose(*order, 2 * rank + 1, rank, 3 * rank + 2)
+    out = out.reshape(*(size for sizes in zip(taus, vs, us, strict=True) for size in sizes), i, o)
+    for factor in reversed(factors):  # each step consumes the last (tau, v, u) and puts the taps in front
+        matrix = jnp.asarray(factor, blocks.dtype)
+        last = out.ndim - 2
+        out = jnp.tensordot(
+            matrix, out, axes=((1, 2, 3), (last - 3, last - 2, last - 1)), precision=lax.Precision.HIGHEST
+        )
+    return out
+
+
+@functools.lru_cache(maxsize=128)
+def half_grid(grid: tuple[int, ...]) -> Half:
+    """Representatives of the pairs (omega, -omega) of a frequency grid."""
+    points = np.stack(np.meshgrid(*(np.arange(n) for n in grid), indexing="ij"), -1).reshape(-1, len(grid))
+    flat = np.arange(len(points))
+    mirrored = np.ravel_multi_index(tuple(((-points) % np.asarray(grid)).T), grid)
+    kept = flat <= mirrored
+    position = np.cumsum(kept) - 1
+    weights = np.where(flat == mirrored, 1.0, 2.0)[kept] / len(points)
+    return Half(points[kept].astype(np.int32), weights, position[np.minimum(flat, mirrored)].astype(np.int32))
+
+
+def phases(frequencies: jax.Array, plan: Plan, dtype: Any) -> Float[Array, "2c tau"]:
+    """Cosines, then sines, of the angle omega . tau, for the rows of ``frequencies`` and every block tap."""
+    cos = sin = jnp.ones((frequencies.shape[0], 1), dtype)
+    for a, axis in enumerate(plan.axes):
+        n = plan.grid[a]
+        # The angle is reduced modulo the grid in exact integers: no loss of digits at high frequencies.
+        turns = np.outer(np.arange(n), couplings(axis).offsets) % n
+        table = np.exp(2j * np.pi * turns / n)
+        c = jnp.asarray(table.real, dtype)[frequencies[:, a]]
+        s = jnp.asarray(table.imag, dtype)[frequencies[:, a]]
+        cos, sin = (
+            (
+                (cos[:, :, None] * c[:, None] - sin[:, :, None] * s[:, None]).reshape(len(frequencies), -1),
+                (cos[:, :, None] * s[:, None] + sin[:, :, None] * c[:, None]).reshape(len(frequencies), -1),
+            )
+            if a
+            else (c, s)
+        )
+    return jnp.concatenate([cos, sin])
+
+
+def symbol(taps: Float[Array, "tau g m n"], phase: Float[Array, "2c tau"]) -> Complex[Array, "c g m n"]:
+    """The blocks at the frequencies whose phases are given."""
+    t, *block = taps.shape
+    parts = jnp.matmul(phase, taps.reshape(t, -1), precision=lax.Precision.HIGHEST).reshape(2, -1, *block)
+    return lax.complex(parts[0], parts[1])
+
+
+def symbol_adjoint(blocks: Complex[Array, "c g m n"], phase: Float[Array, "2c tau"]) -> Float[Array, "tau g m n"]:
+    """The transpose of :func:`symbol` over the reals."""
+    c, *block = blocks.shape
+    parts = jnp.concatenate([blocks.real.reshape(c, -1), blocks.imag.reshape(c, -1)])
+    return jnp.matmul(phase.T, parts, precision=lax.Precision.HIGHEST).reshape(-1, *block)
+
+
+def scan_frequencies(
+    step: Callable[..., tuple[Any, Any]],
+    carry: Any,
+    taps: Float[Array, "tau g m n"],
+    plan: Plan,
+    *,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    xs: Any = None,
+) -> tuple[Any, Any]:
+    """Runs ``carry, out = step(carry, blocks, phase, weights, x)`` over the half grid, in chunks of bounded size.
+
+    ``weights`` are zero on the padding of the last chunk (which repeats the frequency 0). ``xs`` is an optional tree
+    with one row per frequency. Returns the last carry and the outs, one row per frequency of the half grid.
+    """
+    half = half_grid(plan.grid)
+    nf = len(half.frequencies)
+    chunk = max(1, min(nf, chunk_bytes // (2 * taps.dtype.itemsize * prod(taps.shape[1:]))))
+    chunks = -(-nf // chunk)
+    pad = chunks * chunk - nf
+    # The barrier keeps XLA from folding the phases into a constant the size of the whole grid.
+    frequencies = lax.optimization_barrier(jnp.asarray(np.pad(half.frequencies, ((0, pad), (0, 0)))))
+    weights = jnp.asarray(np.pad(half.weights, (0, pad)), taps.dtype)
+
+    def body(carry, item):
+        frequencies, weights, x = item
+        phase = phases(frequencies, plan, taps.dtype)
+        return step(carry, symbol(taps, phase), phase, weights, x)
+
+    if chunks == 1:
+        return body(carry, (frequencies, weights, xs))
+    split = lambda a: jnp.pad(a, [(0, pad)] + [(0, 0)] * (a.ndim - 1)).reshape(chunks, chunk, *a.shape[1:])  # noqa: E731
+    items = (frequencies.reshape(chunks, chunk, -1), weights.reshape(chunks, chunk), jax.tree.map(split, xs))
+    carry, outs = lax.scan(body, carry, items)
+    return carry, jax.tree.map(lambda a: a.reshape(chunks * chunk, *a.shape[2:])[:nf], outs)

@@ -1,0 +1,283 @@
+"""Whole trees of parameters: the optax transformation, and its pure form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from opnorm_jax._bounds import check_output
+from opnorm_jax._conv import Conv, as_conv, check_kernel, check_max_norm, compute_dtype, is_conv_leaf
+from opnorm_jax._project import constrained
+
+METHODS = ("clip", "project", "rescale")
+
+_NO_PARAMS_MSG = (
+    "You are using a transformation that requires the current value of parameters, but you are not passing `params` "
+    "when calling `update`. Call tx.update(grads, state, params)."
+)
+
+
+class ConstrainOperatorNormState(NamedTuple):
+    """State of :func:`constrain_operator_norm`."""
+
+    count: jax.Array  # shape=(), dtype=int32: updates so far
+    norms: Any  # shaped like convs; at each Conv shape=(), dtype=float32: its norm when last acted on, before that
+
+
+class _Layer(NamedTuple):
+    """One kernel to be constrained."""
+
+    index: int  # of its leaf in the flattened parameters
+    slot: int  # of its Conv among those of convs
+    path: str
+    kernel: Any
+    conv: Conv
+    max_norm: Any
+
+
+def constrain_operator_norm(
+    max_norm: Any, convs: Any, *, every: int = 1, method: str = "clip"
+) -> optax.GradientTransformationExtraArgs:
+    r"""Keeps convolutions' operator norms in check, inside the training step.
+
+    In a chain of transformations this should be the **last** one: it expects signed, learning-rate-scaled updates u and
+    replaces them so that ``optax.apply_updates(params, updates)`` gives the constrained parameters. It acts on the
+    updates number 0, ``every``, 2 ``every``, ...; the others pass through untouched, at no cost.
+
+    ``method``: ``"rescale"`` (certified, cheapest), ``"project"`` (certified, nearest), or ``"clip"`` (the paper's,
+    which leaves the norm at 1.2 to 1.4 times ``max_norm``). See the functions of those names.
+
+    Args:
+      max_norm: a positive float, an ``optax`` schedule, or a tree of them that is a prefix of the parameters' (``None``
+        leaves a subtree unconstrained).
+      convs: a tree shaped like the parameters, with a :class:`Conv` (or an input shape) at each kernel and ``None``
+        elsewhere; one ``None`` may stand for a whole subtree.
+      every: act on one update in so many.
+      method: ``"clip"``, ``"project"`` or ``"rescale"``.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``. Its state, a :class:`ConstrainOperatorNormState`, carries the count
+      and the norms last seen: ``optax.tree.get(opt_state, "norms")``.
+
+    Raises:
+      ValueError, TypeError: here for the arguments; in ``init`` and ``update``, with the parameter's path, where
+        ``convs`` and the parameters do not fit; in ``update``, if ``params`` is missing.
+
+    Cost: layers of equal shape and geometry are constrained in one batched call.
+
+    What holds afterwards: with "rescale" and "project", on the steps acted on, norm <= max_norm up to rounding of the
+    parameters' own dtype. ``optax.masked``, ``optax.partition`` and ``optax.MultiSteps`` may wrap it. Under
+    ``optax.inject_hyperparams``, ``max_norm`` and ``every`` become traced, so their values are not checked.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, opnorm_jax as oj
+      >>> params = {"conv": {"kernel": jnp.ones((3, 3, 4, 4)), "bias": jnp.zeros(4)}}
+      >>> convs = {"conv": {"kernel": oj.Conv((8, 8), padding="SAME"), "bias": None}}
+      >>> tx = optax.chain(optax.sgd(0.1), oj.constrain_operator_norm(1.0, convs, method="rescale"))
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+      >>> params = optax.apply_updates(params, updates)
+      >>> bool(oj.operator_norm_bounds(params["conv"]["kernel"], convs["conv"]["kernel"]).upper <= 1 + 1e-5)
+      True
+    """
+    convs = _checked_convs(convs)
+    _check_method(method)
+    _check_max_norms(max_norm)
+    if isinstance(every, bool) or not (isinstance(every, int) or hasattr(every, "dtype")):
+        raise TypeError(f"expected every to be an int, got {every!r} ({type(every).__name__}).")
+    if isinstance(every, int) and every < 1:
+        raise ValueError(f"expected every to be at least 1, got {every}.")
+
+    def init_fn(params: Any) -> ConstrainOperatorNormState:
+        if jax.tree.leaves(params):  # optax.tree.map_params calls this with a placeholder that has none
+            _layers(params, convs, max_norm)
+        norms = jax.tree.map(lambda _: jnp.zeros((), jnp.float32), convs, is_leaf=is_conv_leaf)
+        return ConstrainOperatorNormState(jnp.zeros((), jnp.int32), norms)
+
+    def update_fn(updates: Any, state: ConstrainOperatorNormState, params: Any = None, **extra_args: Any):
+        del extra_args
+        if params is None:
+            raise ValueError(_NO_PARAMS_MSG)
+        leaves, treedef = jax.tree.flatten(params, is_leaf=_is_hole)
+        moves = treedef.flatten_up_to(updates)
+        layers = [layer for layer in _layers(params, convs, max_norm) if not _is_hole(moves[layer.index])]
+        norms, norms_def = jax.tree.flatten(state.norms)
+
+        def act(operands):
+            kernels, kernel_moves, norms = operands
+            targets = [(p + u).astype(p.dtype) for p, u in zip(kernels, kernel_moves, strict=True)]
+            bounds = [_bound_at(layer.max_norm, state.count) for layer in layers]
+            outs = _constrain_layers(targets, bounds, layers, method)
+            norms, kernel_moves = list(norms), list(kernel_moves)
+            for n, (layer, out, p) in enumerate(zip(layers, outs, kernels, strict=True)):
+                wide = compute_dtype(p.dtype)
+                step = (out.kernel.astype(wide) - p.astype(wide)).astype(kernel_moves[n].dtype)
+                kernel_moves[n] = jnp.where(out.changed, step, kernel_moves[n])
+                norms[layer.slot] = out.norm.astype(jnp.float32)
+            return kernel_moves, norms
+
+        kernels = [jnp.asarray(leaves[layer.index]) for layer in layers]
+        operands = (kernels, [jnp.asarray(moves[layer.index]) for layer in layers], norms)
+        if isinstance(every, int) and every == 1:
+            kernel_moves, norms = act(operands)
+        else:
+            due = state.count % jnp.asarray(every).astype(jnp.int32) == 0
+            kernel_moves, norms = jax.lax.cond(due, act, lambda operands: operands[1:], operands)
+        for layer, move in zip(layers, kernel_moves, strict=True):
+            moves[layer.index] = move
+        state = ConstrainOperatorNormState(optax.safe_increment(state.count), norms_def.unflatten(norms))
+        return treedef.unflatten(moves), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def constrain(params: Any, max_norm: Any, convs: Any, *, method: str = "clip") -> Any:
+    """The parameters with their convolution kernels constrained: the pure form of :func:`constrain_operator_norm`.
+
+    For use after ``optax.apply_updates``, on a checkpoint, or once at the end of training. Prefer the transformation
+    where the optimizer is a chain; prefer this where something else moves the parameters last.
+
+    Args:
+      params: a tree of arrays.
+      max_norm: a positive float, or a prefix tree of them (``None`` leaves a subtree unconstrained).
+      convs, method: as in :func:`constrain_operator_norm`.
+
+    Returns:
+      A tree of the same structure, shapes and dtypes. Kernels already inside come back bit for bit.
+
+    Raises:
+      ValueError, TypeError: as :func:`constrain_operator_norm`.
+
+    Cost: one call per distinct shape and geometry.
+
+    Examples:
+      >>> import jax.numpy as jnp, opnorm_jax as oj
+      >>> params = {"kernel": jnp.ones((3, 3, 1, 1)), "bias": jnp.zeros(1)}
+      >>> params = oj.constrain(params, 1.0, {"kernel": (8, 8), "bias": None}, method="rescale")
+      >>> bool(oj.operator_norm(params["kernel"], (8, 8)) <= 1 + 1e-5)
+      True
+    """
+    convs = _checked_convs(convs)
+    _check_method(method)
+    _check_max_norms(max_norm, schedules=False)
+    leaves, treedef = jax.tree.flatten(params, is_leaf=_is_hole)
+    layers = _layers(params, convs, max_norm)
+    kernels = [jnp.asarray(layer.kernel) for layer in layers]
+    for layer, out in zip(
+        layers, _constrain_layers(kernels, [layer.max_norm for layer in layers], layers, method), strict=True
+    ):
+        leaves[layer.index] = out.kernel
+    return treedef.unflatten(leaves)
+
+
+def _constrain_layers(kernels: Sequence[Any], bounds: Sequence[Any], layers: Sequence[_Layer], method: str) -> list:
+    """Every layer constrained; those alike in shape, dtype and geometry in one batched call."""
+    alike: dict[Any, list[int]] = {}
+    for n, (kernel, layer) in enumerate(zip(kernels, layers, strict=True)):
+        alike.setdefault((kernel.shape, kernel.dtype, layer.conv), []).append(n)
+    outs: list[Any] = [None] * len(layers)
+    for (_, dtype, conv), members in alike.items():
+        limits = jnp.stack([jnp.asarray(bounds[n]).astype(compute_dtype(dtype)) for n in members])
+        one = lambda kernel, limit, conv=conv: constrained(method, kernel, conv, limit)  # noqa: E731
+        if len(members) == 1:
+            outs[members[0]] = one(kernels[members[0]], limits[0])
+            continue
+        batch = jax.vmap(one)(jnp.stack([kernels[n] for n in members]), limits)
+        for row, n in enumerate(members):
+            outs[n] = jax.tree.map(lambda a, row=row: a[row], batch)
+    return outs
+
+
+def _bound_at(max_norm: Any, count: jax.Array) -> Any:
+    return max_norm(count) if callable(max_norm) else max_norm
+
+
+def _is_hole(node: Any) -> bool:
+    return node is None or isinstance(node, optax.MaskedNode)
+
+
+def _checked_convs(convs: Any) -> Any:
+    """The tree with a ``Conv`` at each layer and ``None`` elsewhere; anything else is an error."""
+
+    def one(path, node):
+        if _is_hole(node):
+            return None
+        try:
+            return as_conv(node)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"convs{jax.tree_util.keystr(path)}: {error}") from None
+
+    convs = jax.tree_util.tree_map_with_path(one, convs, is_leaf=lambda node: is_conv_leaf(node) or _is_hole(node))
+    if not jax.tree.leaves(convs):
+        raise ValueError(
+            "expected convs to be a tree shaped like the parameters with a Conv at each kernel and None elsewhere; it "
+            "holds no Conv at all. Put opnorm_jax.Conv(input_shape, ...) at each convolution's kernel."
+        )
+    return convs
+
+
+def _check_method(method: str) -> None:
+    if method not in METHODS:
+        raise ValueError(f"expected method to be one of {METHODS}, got {method!r}.")
+
+
+def _check_max_norms(max_norm: Any, schedules: bool = True) -> None:
+    def one(path, node):
+        if node is None or (schedules and callable(node)):
+            return
+        try:
+            check_max_norm(node)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"max_norm{jax.tree_util.keystr(path)}: {error}") from None
+
+    jax.tree_util.tree_map_with_path(one, max_norm)
+
+
+def _layers(params: Any, convs: Any, max_norm: Any) -> list[_Layer]:
+    """The kernels with their convolutions and bounds, checked, in the order of the flattened parameters."""
+    # Convs are numbered before holes in the parameters (optax.masked, optax.partition) hide some of them.
+    slots = iter(range(len(jax.tree.leaves(convs))))
+    numbered = jax.tree.map(lambda conv: (conv, next(slots)), convs)
+    is_numbered = lambda node: isinstance(node, tuple) and len(node) == 2 and isinstance(node[0], Conv)  # noqa: E731
+    matched = _broadcast(numbered, params, "convs", lambda node: node is None or is_numbered(node))
+    bounds = _broadcast(max_norm, params, "max_norm", lambda node: node is None or callable(node))
+    layers = []
+    for index, ((path, kernel, entry), (_, _, bound)) in enumerate(zip(matched, bounds, strict=True)):
+        if entry is None or bound is None or _is_hole(kernel):
+            continue
+        conv, slot = entry
+        name = "params" + jax.tree_util.keystr(path)
+        try:
+            check_kernel(kernel, conv)
+            check_output(conv, [kernel.shape[conv.kernel_layout.index(x)] for x in "DHWIO" if x in conv.kernel_layout])
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name} {getattr(kernel, 'shape', '')}: {error}") from None
+        layers.append(_Layer(index, slot, name, kernel, conv, bound))
+    return layers
+
+
+def _broadcast(prefix: Any, tree: Any, name: str, is_leaf: Callable[[Any], bool], path: tuple = ()) -> list:
+    """(path, leaf of ``tree``, the node of ``prefix`` above it) for each leaf; holes of ``tree`` end the descent."""
+    if _is_hole(tree):
+        return [(path, tree, None)]
+    if is_leaf(prefix) or jax.tree_util.all_leaves([prefix]):
+        leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_hole)[0]
+        return [(path + below, leaf, prefix) for below, leaf in leaves]
+    children, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: node is not tree)
+    mine, my_structure = jax.tree.flatten(prefix, is_leaf=lambda node: node is not prefix)
+    if structure != my_structure:
+        here = jax.tree_util.keystr(path) or "the root"
+        raise ValueError(
+            f"expected {name} to have the structure of the parameters, or a prefix of it; at {here} the parameters "
+            f"have {structure} and {name} has {my_structure}. Give {name} the same containers and keys, None for what "
+            "is not a convolution."
+        )
+    return [
+        row
+        for (key, child), node in zip(children, mine, strict=True)
+        for row in _broadcast(node, child, name, is_leaf, path + key)
+    ]

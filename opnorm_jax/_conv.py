@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -78,7 +79,7 @@ class Conv:
                 "the strings mean different things to lax.conv_general_dilated and to a transposed layer. Pass the "
                 "pairs really used (find them in the traced program, or in jax.lax.conv_transpose's documentation)."
             )
-        set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731 (the class is frozen)
+        set_ = lambda name, value: object.__setattr__(self, name, value)  # the class is frozen
         set_("input_shape", shape)
         set_("strides", per_axis(strides, rank, "strides"))
         set_("padding", resolved)
@@ -139,7 +140,7 @@ def check_kernel(kernel: Any, conv: Conv) -> None:
         )
     if not jnp.issubdtype(kernel.dtype, jnp.floating):
         raise TypeError(
-            f"expected a kernel of a real floating dtype, got {kernel.dtype}. Cast it first: kernel.astype(jnp.float32)."
+            f"expected a kernel of a real floating dtype, got {kernel.dtype}. Cast it: kernel.astype(jnp.float32)."
         )
     if len(kernel.shape) != rank + 2:
         raise ValueError(

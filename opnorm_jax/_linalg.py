@@ -4,7 +4,7 @@ On a CPU, jaxlib spreads one *batched* LAPACK call over the thread pool that als
 in one jitted program can occupy every thread, each waiting for pieces that no thread is left to run: a deadlock. Here
 every CPU call factorises *one* matrix (``lax.map`` without ``batch_size``), inline in the thread that reached it, so no
 call ever waits for another, however freely a user composes the functions. ``vmap`` would turn that back into a batched
-call; ``custom_vmap`` merges its axis into the stack instead. Measured, one matrix a call is as fast as the batched call.
+call; ``custom_vmap`` merges its axis into the stack instead. One matrix a call was measured as fast as a batched one.
 
 On GPU and TPU the batched ``eigh`` is used: cuSOLVER's ``svd`` is batched only up to 32 by 32.
 """
@@ -98,7 +98,8 @@ def _svd(stack):
         vectors = lax.linalg.eigh(gram(a), symmetrize_input=False)[0][..., ::-1]
         mapped = jnp.matmul(a if n <= m else a.conj().swapaxes(-1, -2), vectors, precision=_HIGHEST)
         values = _norm(mapped.swapaxes(-1, -2))
-        mapped = jnp.where(values.swapaxes(-1, -2) > 0, mapped, 0) / jnp.where(values > 0, values, 1).swapaxes(-1, -2)
+        inverse = jnp.where(values > 0, 1 / jnp.where(values > 0, values, 1), 0).swapaxes(-1, -2)
+        mapped = mapped * inverse.astype(mapped.dtype)
         return (mapped, values[..., 0], vectors) if n <= m else (vectors, values[..., 0], mapped)
 
     return lax.platform_dependent(stack, cpu=lapack, default=through_gram)

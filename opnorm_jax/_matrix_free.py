@@ -56,8 +56,9 @@ def apply(kernel: Float[Array, "*taps i o"], x: Float[Array, "*n i"], conv: Conv
     if conv.padding == "CIRCULAR":
         for a, (n, e, (low, high)) in enumerate(zip(conv.input_shape, conv.input_dilation, pads, strict=True)):
             index = np.arange(-low, n * e + high) % (n * e)
-            held = jnp.asarray((index % e == 0).astype(np.float32), x.dtype).reshape(-1, *(1,) * (x.ndim - a - 1))
-            x = jnp.take(x, index // e, axis=a) * held
+            # Pixels between those of the input are the dilation's zeros.
+            held = np.expand_dims(index % e == 0, [b for b in range(x.ndim) if b != a])
+            x = jnp.where(held, jnp.take(x, index // e, axis=a), 0)
         pads, dilation = ((0, 0),) * rank, (1,) * rank
     letters = "DHW"[3 - rank :]
     return lax.conv_general_dilated(
@@ -98,10 +99,10 @@ def _top_vector(kernel: jax.Array, conv: Conv) -> tuple[jax.Array, jax.Array]:
     kernel = lax.stop_gradient(kernel)
     dtype, groups = kernel.dtype, conv.feature_group_count
     shape = (*conv.input_shape, kernel.shape[-2] * groups)
-    forward = lambda x: apply(kernel, x, conv)  # noqa: E731
+    forward = lambda x: apply(kernel, x, conv)
     transpose = jax.linear_transpose(forward, jax.ShapeDtypeStruct(shape, dtype))
-    backward = lambda y: transpose(y)[0]  # noqa: E731
-    length = lambda v: jnp.sqrt(jnp.sum(v * v))  # noqa: E731
+    backward = lambda y: transpose(y)[0]
+    length = lambda v: jnp.sqrt(jnp.sum(v * v))
 
     def orthonormal(v, basis):
         for _ in range(2):  # twice is enough, in floating point too

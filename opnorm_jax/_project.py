@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -224,6 +225,7 @@ def project_operator_norm_info(
     out, info = _constrain_static(
         "project", kernel, conv, max_norm, (float(tolerance), int(max_iterations)), chunk_bytes
     )
+    assert info is not None  # the method is "project"
     return out.kernel, info
 
 
@@ -283,7 +285,7 @@ def _clip(kernel, bound, plan: Plan, chunk_bytes: int):
         values, vectors = _gram_spectrum(blocks)
         factor = jnp.minimum(0, bound / jnp.where(values > 0, values, 1) - 1)
         factor = jnp.where(values > bound * (1 + inside_tolerance(kernel.dtype)), factor, 0)
-        change = weights[:, None, None, None] * _apply_spectral(blocks, vectors, factor)
+        change = _weigh(weights, _apply_spectral(blocks, vectors, factor))
         return carry + symbol_adjoint(change, phase), jnp.max(values, axis=(1, 2))
 
     taps = block_taps(kernel, plan)
@@ -317,35 +319,40 @@ def _clip_jvp(plan, chunk_bytes, primals, tangents):
         mixed = -((high - bound) / span) / jnp.where(high > 0, high * (low + high), 1)
         both_out = -bound / jnp.where(out_a & out_b, a * b * (a + b), 1)
         divided = jnp.where(out_a & out_b, both_out, jnp.where(out_a | out_b, mixed, 0))
-        adjoint = lambda z: z.conj().swapaxes(-1, -2)  # noqa: E731
-        mul = lambda *zs: functools.reduce(lambda p, q: jnp.matmul(p, q, precision=_HIGHEST), zs)  # noqa: E731
+        adjoint = lambda z: z.conj().swapaxes(-1, -2)
+        mul = lambda *zs: functools.reduce(lambda p, q: jnp.matmul(p, q, precision=_HIGHEST), zs)
         left = f.shape[-1] > f.shape[-2]  # the Gram matrix is on the left side: transpose the problem
         h, h_dot = (adjoint(f), adjoint(f_dot)) if left else (f, f_dot)
         gram_dot = mul(adjoint(h_dot), h) + mul(adjoint(h), h_dot)
-        phi_dot = divided * mul(adjoint(vectors), gram_dot, vectors)
-        phi_dot = phi_dot + _diagonal(jnp.where(outside, bound_dot / safe, 0))
-        change = mul(h_dot, vectors * (phi - 1)[..., None, :], adjoint(vectors))
+        phi_dot = divided.astype(f.dtype) * mul(adjoint(vectors), gram_dot, vectors)
+        phi_dot = phi_dot + _diagonal(jnp.where(outside, bound_dot / safe, 0).astype(f.dtype))
+        change = mul(h_dot, vectors * (phi - 1)[..., None, :].astype(f.dtype), adjoint(vectors))
         change = change + mul(h, vectors, phi_dot, adjoint(vectors))
         change = adjoint(change) if left else change
         value = _apply_spectral(f, vectors, phi - 1)
-        w = weights[:, None, None, None]
         add, add_dot = carry
-        carry = add + symbol_adjoint(w * value, phase), add_dot + symbol_adjoint(w * change, phase)
+        add = add + symbol_adjoint(_weigh(weights, value), phase)
+        add_dot = add_dot + symbol_adjoint(_weigh(weights, change), phase)
         at = jnp.argmax(values.reshape(values.shape[0], -1), axis=1)
         slopes = jnp.sum((mul(h, vectors).conj() * mul(h_dot, vectors)).real, -2) / safe
-        pick = lambda z: jnp.take_along_axis(z.reshape(z.shape[0], -1), at[:, None], 1)[:, 0]  # noqa: E731
-        return carry, (pick(values), pick(slopes))
+        pick = lambda z: jnp.take_along_axis(z.reshape(z.shape[0], -1), at[:, None], 1)[:, 0]
+        return (add, add_dot), (pick(values), pick(slopes))
 
     carry = (jnp.zeros_like(taps), jnp.zeros_like(taps))
     joint_taps = both.reshape(t, 1, 2 * g * m, n)
     (add, add_dot), (norms, slopes) = scan_frequencies(step, carry, joint_taps, joint, chunk_bytes=chunk_bytes)
-    back = lambda z: kernel_from_block_taps(z, plan, _channels(kernel, plan))  # noqa: E731
+    back = lambda z: kernel_from_block_taps(z, plan, _channels(kernel, plan))
     at = jnp.argmax(norms)
     return (back(add), norms[at]), (back(add_dot), slopes[at])
 
 
+def _weigh(weights, blocks):
+    return weights[:, None, None, None].astype(blocks.dtype) * blocks
+
+
 def _diagonal(values):
-    return values[..., :, None] * jnp.eye(values.shape[-1], dtype=values.dtype)
+    size = values.shape[-1]
+    return jnp.where(np.eye(size, dtype=bool), jnp.broadcast_to(values[..., None], (*values.shape, size)), 0)
 
 
 def _gram_spectrum(blocks):
@@ -357,7 +364,8 @@ def _gram_spectrum(blocks):
 
 def _apply_spectral(blocks, vectors, factor):
     """F V diag(factor) Vᴴ, or V diag(factor) Vᴴ F where the vectors are the left ones."""
-    scaled = jnp.matmul(vectors * factor[..., None, :], vectors.conj().swapaxes(-1, -2), precision=_HIGHEST)
+    weighted = vectors * factor[..., None, :].astype(vectors.dtype)
+    scaled = jnp.matmul(weighted, vectors.conj().swapaxes(-1, -2), precision=_HIGHEST)
     pair = (blocks, scaled) if blocks.shape[-1] <= blocks.shape[-2] else (scaled, blocks)
     return jnp.matmul(*pair, precision=_HIGHEST)
 
@@ -387,14 +395,13 @@ def _project(kernel, bound, plan: Plan, options: tuple[float, int], chunk_bytes:
         def step(carry, blocks, phase, weights, item):
             p, q = item
             back, nuclear, uphill = carry
-            z = q + rate * blocks
+            z = q + jnp.asarray(rate, blocks.dtype) * blocks
             values, vectors = _gram_spectrum(z)
             excess = jnp.maximum(values - rate * bound, 0)
             new = _apply_spectral(z, vectors, excess / jnp.where(values > 0, values, 1))
-            w = weights[:, None, None, None]
-            back = back + symbol_adjoint(w * new, phase)
+            back = back + symbol_adjoint(_weigh(weights, new), phase)
             nuclear = nuclear + jnp.sum(weights[:, None, None] * excess)
-            uphill = uphill + jnp.sum(w * ((q - new).conj() * (new - p)).real)
+            uphill = uphill + jnp.sum(weights[:, None, None, None] * ((q - new).conj() * (new - p)).real)
             return (back, nuclear, uphill), new
 
         zero = jnp.zeros((), taps.dtype)
@@ -407,7 +414,7 @@ def _project(kernel, bound, plan: Plan, options: tuple[float, int], chunk_bytes:
         grown = (1 + jnp.sqrt(1 + 4 * momentum**2)) / 2
         beta = (momentum - 1) / grown
         last = state[4]
-        q = new + beta * (new - p)
+        q = new + beta.astype(new.dtype) * (new - p)
         k = kernel - (drawn + beta * (drawn - last[0]))
         return (k, new, q, grown, (drawn, nuclear)), None
 

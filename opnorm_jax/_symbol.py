@@ -199,9 +199,9 @@ def phases(frequencies: jax.Array, plan: Plan, dtype: Any) -> Float[Array, "2c t
         n = plan.grid[a]
         # The angle is reduced modulo the grid in exact integers: no loss of digits at high frequencies.
         turns = np.outer(np.arange(n), couplings(axis).offsets) % n
-        table = np.exp(2j * np.pi * turns / n)
-        c = jnp.asarray(table.real, dtype)[frequencies[:, a]]
-        s = jnp.asarray(table.imag, dtype)[frequencies[:, a]]
+        angles = 2 * np.pi * turns / n
+        c = jnp.asarray(np.cos(angles), dtype)[frequencies[:, a]]
+        s = jnp.asarray(np.sin(angles), dtype)[frequencies[:, a]]
         cos, sin = (
             (
                 (cos[:, :, None] * c[:, None] - sin[:, :, None] * s[:, None]).reshape(len(frequencies), -1),
@@ -257,7 +257,7 @@ def scan_frequencies(
 
     if chunks == 1:
         return body(carry, (frequencies, weights, xs))
-    split = lambda a: jnp.pad(a, [(0, pad)] + [(0, 0)] * (a.ndim - 1)).reshape(chunks, chunk, *a.shape[1:])  # noqa: E731
+    split = lambda a: jnp.pad(a, [(0, pad)] + [(0, 0)] * (a.ndim - 1)).reshape(chunks, chunk, *a.shape[1:])
     items = (frequencies.reshape(chunks, chunk, -1), weights.reshape(chunks, chunk), jax.tree.map(split, xs))
     carry, outs = lax.scan(body, carry, items)
     return carry, jax.tree.map(lambda a: a.reshape(chunks * chunk, *a.shape[2:])[:nf], outs)

@@ -98,7 +98,7 @@ def constrain_operator_norm(
         norms = jax.tree.map(lambda _: jnp.zeros((), jnp.float32), convs, is_leaf=is_conv_leaf)
         return ConstrainOperatorNormState(jnp.zeros((), jnp.int32), norms)
 
-    def update_fn(updates: Any, state: ConstrainOperatorNormState, params: Any = None, **extra_args: Any):
+    def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any):
         del extra_args
         if params is None:
             raise ValueError(_NO_PARAMS_MSG)
@@ -129,7 +129,7 @@ def constrain_operator_norm(
             kernel_moves, norms = jax.lax.cond(due, act, lambda operands: operands[1:], operands)
         for layer, move in zip(layers, kernel_moves, strict=True):
             moves[layer.index] = move
-        state = ConstrainOperatorNormState(optax.safe_increment(state.count), norms_def.unflatten(norms))
+        state = ConstrainOperatorNormState(jnp.asarray(optax.safe_increment(state.count)), norms_def.unflatten(norms))
         return treedef.unflatten(moves), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -182,7 +182,7 @@ def _constrain_layers(kernels: Sequence[Any], bounds: Sequence[Any], layers: Seq
     outs: list[Any] = [None] * len(layers)
     for (_, dtype, conv), members in alike.items():
         limits = jnp.stack([jnp.asarray(bounds[n]).astype(compute_dtype(dtype)) for n in members])
-        one = lambda kernel, limit, conv=conv: constrained(method, kernel, conv, limit)  # noqa: E731
+        one = lambda kernel, limit, conv=conv: constrained(method, kernel, conv, limit)
         if len(members) == 1:
             outs[members[0]] = one(kernels[members[0]], limits[0])
             continue
@@ -242,7 +242,7 @@ def _layers(params: Any, convs: Any, max_norm: Any) -> list[_Layer]:
     # Convs are numbered before holes in the parameters (optax.masked, optax.partition) hide some of them.
     slots = iter(range(len(jax.tree.leaves(convs))))
     numbered = jax.tree.map(lambda conv: (conv, next(slots)), convs)
-    is_numbered = lambda node: isinstance(node, tuple) and len(node) == 2 and isinstance(node[0], Conv)  # noqa: E731
+    is_numbered = lambda node: isinstance(node, tuple) and len(node) == 2 and isinstance(node[0], Conv)
     matched = _broadcast(numbered, params, "convs", lambda node: node is None or is_numbered(node))
     bounds = _broadcast(max_norm, params, "max_norm", lambda node: node is None or callable(node))
     layers = []

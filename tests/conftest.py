@@ -1,0 +1,32 @@
+"""Settings shared by all tests: strict promotion for the library's own, and a float64 switch."""
+
+import contextlib
+import os
+
+import hypothesis
+import jax
+import pytest
+
+hypothesis.settings.register_profile("ci", max_examples=40, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("thorough", max_examples=2000, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("OPNORM_TEST_PROFILE", "ci"))
+
+THOROUGH = os.environ.get("OPNORM_TEST_PROFILE") == "thorough"
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion(request):
+    """The library must never promote dtypes or ranks silently; the frameworks in the trainer's tests may."""
+    if "test_train" in request.module.__name__ or "readme" in request.module.__name__:
+        yield
+        return
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
+@pytest.fixture
+def x64():
+    """float64 for one test."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.enable_x64(True))
+        yield

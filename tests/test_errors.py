@@ -1,0 +1,280 @@
+"""Bad input: each wrong call raises, and its message says what was expected, what came, what to do."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import opnorm_jax as oj
+
+K = jnp.ones((3, 3, 2, 4))
+KERNEL_CALLS = {
+    "singular_values": oj.singular_values,
+    "operator_norm": oj.operator_norm,
+    "operator_norm_bounds": oj.operator_norm_bounds,
+    "clip": functools.partial(oj.clip_operator_norm, max_norm=1.0),
+    "project": functools.partial(oj.project_operator_norm, max_norm=1.0),
+    "rescale": functools.partial(oj.rescale_operator_norm, max_norm=1.0),
+}
+PARAMS = {"conv": {"kernel": K, "bias": jnp.zeros(4)}}
+CONVS = {"conv": {"kernel": oj.Conv((8, 8)), "bias": None}}
+
+
+def update(params=PARAMS, convs=CONVS, max_norm=1.0, pass_params=True, **options):
+    tx = oj.constrain_operator_norm(max_norm, convs, **options)
+    return tx.update(params, tx.init(params), params if pass_params else None)
+
+
+# name: (call, error, message)
+CONV = {
+    "int shape": (lambda: oj.Conv(32), TypeError, "expected input_shape to be a tuple of ints.*got 32"),
+    "float shape": (lambda: oj.Conv((32.0, 32)), TypeError, "input_shape to be made of ints, got 32.0"),
+    "string shape": (lambda: oj.Conv("32"), TypeError, "expected input_shape to be a tuple of ints"),
+    "bool shape": (lambda: oj.Conv((True, 4)), TypeError, "input_shape to be made of ints, got True"),
+    "zero shape": (lambda: oj.Conv((0, 4)), ValueError, "input_shape to be at least 1, got 0"),
+    "negative shape": (lambda: oj.Conv((4, -4)), ValueError, "input_shape to be at least 1, got -4"),
+    "no axes": (lambda: oj.Conv(()), ValueError, r"1, 2 or 3 axes.*got \(\)"),
+    "with batch and channels": (lambda: oj.Conv((8, 32, 32, 3)), ValueError, "no batch, no channels"),
+    "traced shape": (lambda: jax.jit(lambda n: oj.Conv((n, 4)).strides[0])(4), TypeError, "input_shape to be made"),
+    "zero stride": (lambda: oj.Conv((4, 4), strides=0), ValueError, "strides to be at least 1, got 0"),
+    "one stride of three": (
+        lambda: oj.Conv((4, 4), strides=(1, 2, 3)),
+        ValueError,
+        "strides to be an int or 2 of them",
+    ),
+    "float stride": (lambda: oj.Conv((4, 4), strides=2.0), TypeError, "strides to be made of ints, got 2.0"),
+    "string stride": (lambda: oj.Conv((4, 4), strides="2"), TypeError, "strides to be made of ints, got '2'"),
+    "none stride": (lambda: oj.Conv((4, 4), strides=None), TypeError, "strides to be made of ints, got None"),
+    "zero kernel dilation": (
+        lambda: oj.Conv((4, 4), kernel_dilation=0),
+        ValueError,
+        "kernel_dilation to be at least 1",
+    ),
+    "negative input dilation": (
+        lambda: oj.Conv((4, 4), input_dilation=-1),
+        ValueError,
+        "input_dilation to be at least 1",
+    ),
+    "zero groups": (lambda: oj.Conv((4, 4), feature_group_count=0), ValueError, "feature_group_count to be at least 1"),
+    "tuple of groups": (
+        lambda: oj.Conv((4, 4), feature_group_count=(1, 1)),
+        TypeError,
+        "feature_group_count to be made",
+    ),
+    "lower-case padding": (lambda: oj.Conv((4, 4), padding="same"), ValueError, "'CIRCULAR', 'SAME', 'VALID'.*'same'"),
+    "unknown padding": (lambda: oj.Conv((4, 4), padding="REFLECT"), ValueError, "padding to be one of.*'REFLECT'"),
+    "causal padding": (lambda: oj.Conv((4,), padding="CAUSAL"), ValueError, r"explicit \(low, high\) pairs"),
+    "too few pads": (lambda: oj.Conv((4, 4), padding=((1, 1),)), ValueError, "pair per spatial axis"),
+    "triple pads": (lambda: oj.Conv((4, 4), padding=((1, 1, 1), (1, 1))), ValueError, r"\(low, high\) pairs, got"),
+    "float pads": (
+        lambda: oj.Conv((4, 4), padding=((0.5, 1), (1, 1))),
+        TypeError,
+        "padding to be made of ints, got 0.5",
+    ),
+    "none padding": (lambda: oj.Conv((4, 4), padding=None), TypeError, "padding to be made of ints, got None"),
+    "SAME, transposed": (
+        lambda: oj.Conv((4, 4), padding="SAME", input_dilation=2),
+        ValueError,
+        "explicit .low, high. pairs with input_dilation",
+    ),
+    "layout of another rank": (lambda: oj.Conv((4,), kernel_layout="HWIO"), ValueError, "permutation of 'WIO'"),
+    "layout with a repeat": (
+        lambda: oj.Conv((4, 4), kernel_layout="HHIO"),
+        ValueError,
+        "permutation of 'HWIO'.*'OIHW'",
+    ),
+    "layout in lower case": (lambda: oj.Conv((4, 4), kernel_layout="hwio"), ValueError, "permutation of 'HWIO'"),
+    "layout of an activation": (lambda: oj.Conv((4, 4), kernel_layout="NHWC"), ValueError, "permutation of 'HWIO'"),
+    "layout as a tuple": (lambda: oj.Conv((4, 4), kernel_layout=("H", "W", "I", "O")), TypeError, "to be a string"),
+    "positional options": (lambda: oj.Conv((4, 4), 2), TypeError, "positional"),
+}
+OPTIONS = {
+    "negative bound": (lambda: oj.clip_operator_norm(K, (8, 8), -1.0), ValueError, "max_norm to be positive, got -1.0"),
+    "zero bound": (lambda: oj.rescale_operator_norm(K, (8, 8), 0), ValueError, "max_norm to be positive.*float..inf"),
+    "nan bound": (lambda: oj.project_operator_norm(K, (8, 8), np.nan), ValueError, "max_norm to be positive, got nan"),
+    "string bound": (lambda: oj.clip_operator_norm(K, (8, 8), "1.0"), TypeError, "positive number, got '1.0'"),
+    "bool bound": (lambda: oj.clip_operator_norm(K, (8, 8), True), TypeError, "positive number, got True"),
+    "none bound": (lambda: oj.clip_operator_norm(K, (8, 8), None), TypeError, "positive number, got None"),
+    "vector bound": (
+        lambda: oj.rescale_operator_norm(K, (8, 8), jnp.ones(3)),
+        ValueError,
+        r"scalar, got shape \(3,\).*vmap",
+    ),
+    "zero tolerance": (
+        lambda: oj.project_operator_norm(K, (8, 8), 1.0, tolerance=0),
+        ValueError,
+        "tolerance to be pos",
+    ),
+    "traced tolerance": (
+        lambda: jax.jit(lambda t: oj.project_operator_norm(K, (8, 8), 1.0, tolerance=t))(0.1),
+        TypeError,
+        "tolerance to be a number that is static",
+    ),
+    "float iterations": (
+        lambda: oj.project_operator_norm(K, (8, 8), 1.0, max_iterations=10.5),
+        TypeError,
+        "max_iterations to be a number that is static",
+    ),
+    "no iterations": (
+        lambda: oj.project_operator_norm(K, (8, 8), 1.0, max_iterations=0),
+        ValueError,
+        "max_iterations to be positive, got 0",
+    ),
+    "zero chunk": (lambda: oj.singular_values(K, (8, 8), chunk_bytes=0), ValueError, "chunk_bytes to be positive"),
+    "float chunk": (lambda: oj.operator_norm(K, (8, 8), chunk_bytes=1e6), TypeError, "chunk_bytes to be an int"),
+    "zero slack": (lambda: oj.operator_norm_upper_bound(K, slack=0.0), ValueError, "slack to be positive, got 0.0"),
+    "string slack": (lambda: oj.operator_norm_upper_bound(K, slack="1%"), TypeError, "slack to be a number"),
+    "upper bound of a matrix": (lambda: oj.operator_norm_upper_bound(jnp.ones((3, 4))), ValueError, "3, 4 or 5 axes"),
+    "upper bound, wrong layout": (
+        lambda: oj.operator_norm_upper_bound(K, kernel_layout="OI"),
+        ValueError,
+        "permutation of 'HWIO'",
+    ),
+    "upper bound, strides": (
+        lambda: oj.operator_norm_upper_bound(K, strides=(1, 1, 2)),
+        ValueError,
+        "strides to be an",
+    ),
+    "upper bound, groups": (
+        lambda: oj.operator_norm_upper_bound(K, feature_group_count=3),
+        ValueError,
+        "multiple of feature_group_count=3",
+    ),
+    "spectrum of a SAME layer": (
+        lambda: oj.singular_values(K, oj.Conv((8, 8), padding="SAME")),
+        ValueError,
+        "operator_norm_bounds",
+    ),
+    "no output": (
+        lambda: oj.operator_norm_bounds(K, oj.Conv((2, 2), padding="VALID")),
+        ValueError,
+        r"at least one output pixel, got output shape \(0, 0\)",
+    ),
+    "clip with no output": (
+        lambda: oj.clip_operator_norm(K, oj.Conv((2, 2), padding="VALID"), 1.0),
+        ValueError,
+        "at least one output pixel",
+    ),
+}
+TREES = {
+    "params missing in update": (lambda: update(pass_params=False), ValueError, "not passing `params`"),
+    "no conv at all": (lambda: update(convs={"conv": None}), ValueError, "holds no Conv at all"),
+    "extra key": (lambda: update(convs={**CONVS, "other": None}), ValueError, "structure of the parameters"),
+    "missing key": (
+        lambda: update(convs={"conv": {"kernel": oj.Conv((8, 8))}}),
+        ValueError,
+        r"convs to have the structure.*at \['conv'\]",
+    ),
+    "list for dict": (lambda: update(convs={"conv": [(8, 8), None]}), ValueError, "same containers and keys"),
+    "conv at a bias": (
+        lambda: update(convs={"conv": {"kernel": None, "bias": oj.Conv((8, 8))}}),
+        ValueError,
+        r"params\['conv'\]\['bias'\] \(4,\): expected a kernel of 4 axes",
+    ),
+    "conv at a whole layer": (
+        lambda: update(convs={"conv": oj.Conv((8, 8))}),
+        ValueError,
+        r"params\['conv'\]\['bias'\]",
+    ),
+    "string for a conv": (
+        lambda: update(convs={"conv": {"kernel": "SAME", "bias": None}}),
+        TypeError,
+        r"convs\['conv'\]\['kernel'\]: expected an opnorm_jax.Conv",
+    ),
+    "bad tuple for a conv": (
+        lambda: update(convs={"conv": {"kernel": (8, 0), "bias": None}}),
+        ValueError,
+        r"convs\['conv'\]\['kernel'\]: expected input_shape to be at least 1",
+    ),
+    "1-D conv at a 2-D kernel": (
+        lambda: update(convs={"conv": {"kernel": (8,), "bias": None}}),
+        ValueError,
+        r"params\['conv'\]\['kernel'\] \(3, 3, 2, 4\)",
+    ),
+    "integer parameters": (
+        lambda: update(params={"conv": {"kernel": K.astype(int), "bias": jnp.zeros(4)}}),
+        TypeError,
+        r"params\['conv'\]\['kernel'\].*real floating dtype",
+    ),
+    "unknown method": (lambda: update(method="svd"), ValueError, r"one of \('clip', 'project', 'rescale'\), got 'svd'"),
+    "zero every": (lambda: update(every=0), ValueError, "every to be at least 1, got 0"),
+    "float every": (lambda: update(every=1.5), TypeError, "every to be an int, got 1.5"),
+    "bool every": (lambda: update(every=True), TypeError, "every to be an int, got True"),
+    "negative bound in a tree": (
+        lambda: update(max_norm={"conv": {"kernel": -2.0, "bias": None}}),
+        ValueError,
+        r"max_norm\['conv'\]\['kernel'\]: expected max_norm to be positive",
+    ),
+    "string bound in a tree": (
+        lambda: update(max_norm={"conv": "1"}),
+        TypeError,
+        r"max_norm\['conv'\]: expected max_n",
+    ),
+    "bounds of another structure": (
+        lambda: update(max_norm={"convs": 1.0}),
+        ValueError,
+        "max_norm to have the structure of the parameters",
+    ),
+    "schedule in the pure form": (
+        lambda: oj.constrain(PARAMS, lambda count: 1.0, CONVS),
+        TypeError,
+        "max_norm: expected max_norm to be a positive number",
+    ),
+    "pure form, mismatch": (lambda: oj.constrain({"x": K}, 1.0, CONVS), ValueError, "structure of the parameters"),
+    "no output, in a tree": (
+        lambda: update(convs={"conv": {"kernel": oj.Conv((2, 2), padding="VALID"), "bias": None}}),
+        ValueError,
+        r"params\['conv'\]\['kernel'\].*at least one output pixel",
+    ),
+    "updates of another structure": (
+        lambda: oj.constrain_operator_norm(1.0, CONVS).update({"conv": K}, optax.EmptyState(), PARAMS),
+        ValueError,
+        "dict",
+    ),
+}
+CALLS = {**CONV, **OPTIONS, **TREES}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_wrong_call(name):
+    call, error, message = CALLS[name]
+    with pytest.raises(error, match=f"(?s){message}"):
+        call()
+
+
+# name: (kernel, conv, error, message); each for every function of a kernel
+KERNELS = {
+    "wrong rank": (jnp.ones((3, 3, 2)), (8, 8), ValueError, r"4 axes \(HWIO\).*\(3, 3, 2\)"),
+    "stacked": (jnp.ones((5, 3, 3, 2, 2)), (8, 8), ValueError, "jax.vmap"),
+    "integers": (jnp.ones((3, 3, 2, 2), int), (8, 8), TypeError, "real floating dtype, got int32"),
+    "complex": (jnp.ones((3, 3, 2, 2), "complex64"), (8, 8), TypeError, "real floating dtype, got complex64"),
+    "list": ([[1.0]], (8, 8), TypeError, "kernel to be an array.*got list"),
+    "none": (None, (8, 8), TypeError, "kernel to be an array.*got NoneType"),
+    "zero channels": (jnp.ones((3, 3, 0, 2)), (8, 8), ValueError, r"at least 1, got kernel.shape=\(3, 3, 0, 2\)"),
+    "groups": (K, oj.Conv((8, 8), feature_group_count=3), ValueError, "multiple of feature_group_count=3, got 4"),
+    "conv is a string": (K, "SAME", TypeError, "an opnorm_jax.Conv or a tuple of ints"),
+    "conv is an int": (K, 8, TypeError, "an opnorm_jax.Conv or a tuple of ints.*got 8"),
+    "conv is None": (K, None, TypeError, "an opnorm_jax.Conv or a tuple of ints"),
+    "1-D conv": (K, (8,), ValueError, "3 axes .WIO. for an input of 1 spatial axes"),
+}
+
+
+@pytest.mark.parametrize("function", KERNEL_CALLS)
+@pytest.mark.parametrize("name", KERNELS)
+def test_wrong_kernel(name, function):
+    kernel, conv, error, message = KERNELS[name]
+    with pytest.raises(error, match=f"(?s){message}"):
+        KERNEL_CALLS[function](kernel, conv)
+
+
+def test_there_are_enough_of_them():
+    assert len(CALLS) + len(KERNELS) >= 80
+
+
+def test_numpy_integers_and_lists_are_fine():
+    conv = oj.Conv([np.int64(8), 8], strides=[2, np.int32(1)], padding=[1, (0, 1)])
+    assert conv == oj.Conv((8, 8), strides=(2, 1), padding=((1, 1), (0, 1))) and hash(conv)
+    assert jax.tree.leaves(conv) == [conv]

@@ -1,0 +1,235 @@
+"""clip, project, rescale: feasibility, nearness against independent solvers, bit-identity inside, derivatives."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import jax.test_util
+import numpy as np
+import oracle
+import pytest
+from geometries import generate
+
+import opnorm_jax as oj
+
+FUNCTIONS = {
+    "clip": oj.clip_operator_norm,
+    "project": oj.project_operator_norm,
+    "rescale": oj.rescale_operator_norm,
+}
+CERTIFIED = ("project", "rescale")
+
+
+def random_kernel(shape, seed=0, norm=None, image=None):
+    kernel = np.random.default_rng(seed).standard_normal(shape)
+    if norm is not None:
+        kernel *= norm / oracle.dense_singular_values(kernel, image)[0]
+    return kernel.astype(np.float32)
+
+
+def dykstra(kernel, image, bound, steps):
+    """The nearest kernel by Dykstra's algorithm, in float64 by NumPy's FFT: slow, independent of the library."""
+    k = kernel.shape[:2]
+    x = np.zeros((*image, *kernel.shape[2:]))
+    x[: k[0], : k[1]] = kernel
+    mask = np.zeros((*image, 1, 1))
+    mask[: k[0], : k[1]] = 1
+    correction = np.zeros_like(x)
+    for _ in range(steps):
+        left, values, right = np.linalg.svd(np.fft.fft2(x + correction, axes=[0, 1]), full_matrices=False)
+        clipped = np.fft.ifft2((left * np.minimum(values, bound)[..., None, :]) @ right, axes=[0, 1]).real
+        correction = x + correction - clipped
+        x = clipped * mask  # a subspace: its own correction is orthogonal to it and drops out
+    return x[: k[0], : k[1]]
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 2, 3), (3, 3, 3, 2), (3, 4, 2, 2), (2, 3, 4, 4), (1, 1, 3, 3), (5, 5, 1, 2)])
+@pytest.mark.parametrize("image", [(8, 8), (6, 9)], ids=str)
+def test_clip_is_the_papers(shape, image):
+    kernel = random_kernel(shape)
+    bound = 0.6 * oracle.dense_singular_values(kernel, image)[0]
+    got = jax.jit(lambda k: oj.clip_operator_norm(k, image, bound))(kernel)
+    np.testing.assert_allclose(got, oracle.paper_clip(kernel, image, bound), atol=1e-5 * np.abs(kernel).max())
+
+
+def test_clip_is_the_papers_in_float64(x64):
+    kernel = np.random.default_rng(0).standard_normal((3, 3, 4, 3))
+    got = oj.clip_operator_norm(kernel, (8, 8), 2.0)
+    np.testing.assert_allclose(got, oracle.paper_clip(kernel, (8, 8), 2.0), atol=1e-13)
+
+
+def test_clip_overshoots_and_the_others_do_not():
+    kernel = random_kernel((3, 3, 16, 16), norm=2.01, image=(8, 8))
+    norms = {name: oracle.dense_singular_values(f(kernel, (8, 8), 1.0), (8, 8))[0] for name, f in FUNCTIONS.items()}
+    assert norms["clip"] > 1.15
+    assert norms["project"] <= 1 + 1e-6 and norms["rescale"] <= 1 + 1e-6
+    assert norms["rescale"] > 1 - 1e-4
+
+
+def test_kernel_larger_than_the_image_is_clipped_exactly():
+    """All frequencies are reached by the taps, so nothing is lost on the way back."""
+    kernel = random_kernel((3, 3, 2, 2))
+    for f in (oj.clip_operator_norm, oj.project_operator_norm):
+        clipped = f(kernel, (2, 2), 1.0)
+        np.testing.assert_allclose(oracle.dense_singular_values(clipped, (2, 2))[0], 1, rtol=2e-5)
+
+
+@pytest.mark.parametrize("method", FUNCTIONS)
+@pytest.mark.parametrize("padding", ["CIRCULAR", "SAME"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_inside_comes_back_bit_for_bit(method, padding, dtype):
+    conv = oj.Conv((6, 6), padding=padding)
+    kernel = jax.random.normal(jax.random.key(0), (3, 3, 2, 4)).astype(dtype).at[0, 0, 0, 0].set(-0.0)
+    norm = oj.operator_norm_bounds(kernel, oj.Conv((7, 7) if padding == "SAME" else (6, 6))).lower
+    function = jax.jit(FUNCTIONS[method], static_argnums=1)
+    for bound in (norm, norm * 2, jnp.inf):
+        out = function(kernel, conv, bound)
+        assert out.dtype == kernel.dtype
+        assert np.asarray(out).tobytes() == np.asarray(kernel).tobytes()
+    assert not (function(kernel, conv, norm * 0.9) == kernel).all()
+    zero = jnp.zeros_like(kernel)
+    assert (function(zero, conv, 1.0) == 0).all()
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_certified_for_every_geometry(seed):
+    """Oracle's norm <= bound for the padding really used; and doing it twice is doing it once, bit for bit."""
+    geometry = generate(seed + 500)
+    canonical, kernels = geometry.kernels(np.random.default_rng(seed), 1)
+    letters = {1: "W", 2: "HW", 3: "DHW"}[len(geometry.taps)] + "IO"
+    true = geometry.oracle(canonical[0])[0]
+    for method in CERTIFIED:
+        function = jax.jit(FUNCTIONS[method], static_argnums=1)
+        out = function(kernels[0], geometry.conv, np.float32(0.5 * true))
+        back = np.asarray(out).transpose([geometry.conv.kernel_layout.index(letter) for letter in letters])
+        assert geometry.oracle(back)[0] <= 0.5 * true * (1 + 1e-6)
+        again = function(out, geometry.conv, np.float32(0.5 * true))
+        assert np.asarray(again).tobytes() == np.asarray(out).tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("method", CERTIFIED)
+def test_bound_in_every_dtype(method, dtype, x64):
+    for seed in range(4):
+        kernel = jax.random.normal(jax.random.key(seed), (3, 3, 8, 8), jnp.float32).astype(dtype)
+        out = FUNCTIONS[method](kernel, oj.Conv((8, 8), padding="SAME"), 1.0)
+        assert out.dtype == kernel.dtype
+        norm = oracle.dense_singular_values(np.asarray(out, np.float64), (8, 8), padding="SAME")[0]
+        assert norm <= 1 + 4 * float(jnp.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("shape, image, norm", [((3, 3, 2, 2), (6, 6), 2.0), ((3, 3, 2, 4), (5, 7), 1.5)])
+def test_nearest_agrees_with_dykstra(shape, image, norm):
+    kernel = random_kernel(shape, norm=norm, image=image)
+    want = dykstra(kernel.astype(np.float64), image, 1.0, 3000)
+    got, info = oj.project_operator_norm_info(kernel, image, 1.0, tolerance=1e-5, max_iterations=3000)
+    distance = np.linalg.norm(want - kernel)
+    np.testing.assert_allclose(np.linalg.norm(got - kernel), distance, rtol=1e-3)
+    np.testing.assert_allclose(info.distance, distance, rtol=1e-3)
+    assert np.linalg.norm(got - want) <= 1e-2 * distance
+
+
+def test_nearest_agrees_with_dykstra_closely_in_float64(x64):
+    kernel = random_kernel((3, 3, 2, 3), norm=2.0, image=(6, 6)).astype(np.float64)
+    want = dykstra(kernel, (6, 6), 1.0, 20000)
+    got, info = oj.project_operator_norm_info(kernel, (6, 6), 1.0, tolerance=1e-9, max_iterations=20000)
+    np.testing.assert_allclose(got, want, atol=1e-3 * np.linalg.norm(want - kernel))
+    assert info.gap <= 1e-9 * info.distance
+
+
+def test_nearer_than_every_other_route_with_a_certificate():
+    """ALGORITHMS' comparison: 16 to 16 channels, 3x3 on 16x16, norm 2.01 to 1."""
+    kernel = np.random.default_rng(0).standard_normal((3, 3, 16, 16)).astype(np.float32)
+    kernel *= np.float32(2.01 / oracle.paper_singular_values(kernel, (16, 16)).max())
+
+    def feasible(k):
+        return k / max(1, oracle.paper_singular_values(k, (16, 16)).max())
+
+    alternating = kernel
+    for _ in range(30):
+        alternating = oracle.paper_clip(alternating, (16, 16), 1.0)
+    rivals = [feasible(k) for k in (kernel, oracle.paper_clip(kernel, (16, 16), 1.0), alternating)]
+    rivals.append(feasible(dykstra(kernel.astype(np.float64), (16, 16), 1.0, 100)))
+    out, info = oj.project_operator_norm_info(kernel, (16, 16), 1.0)
+    distance = np.linalg.norm(out - kernel)
+    assert distance < min(np.linalg.norm(rival - kernel) for rival in rivals)
+    assert 0 <= info.gap <= 1e-3 * info.distance and info.iterations <= 200
+    np.testing.assert_allclose(info.distance, distance, rtol=1e-5)
+    np.testing.assert_allclose(info.norm, 2.01, rtol=1e-5)
+
+
+def test_bound_holds_when_the_iterations_run_out():
+    kernel = random_kernel((3, 3, 8, 8), norm=5, image=(8, 8))
+    out, info = oj.project_operator_norm_info(kernel, (8, 8), 1.0, max_iterations=1, tolerance=1e-9)
+    assert oracle.dense_singular_values(out, (8, 8))[0] <= 1 + 1e-6
+    assert info.iterations == 10 and info.gap > 0
+
+
+def test_gap_is_a_true_certificate():
+    """distance - gap never exceeds the distance of the (independently found) nearest kernel."""
+    for seed in range(5):
+        kernel = random_kernel((3, 3, 2, 3), seed, norm=3.0, image=(5, 5))
+        nearest = np.linalg.norm(dykstra(kernel.astype(np.float64), (5, 5), 1.0, 3000) - kernel)
+        for iterations in (1, 20, 100):
+            _, info = oj.project_operator_norm_info(kernel, (5, 5), 1.0, max_iterations=iterations)
+            assert info.distance - info.gap <= nearest * (1 + 1e-4) and info.distance >= nearest * (1 - 1e-4)
+
+
+@pytest.mark.parametrize("method", FUNCTIONS)
+def test_vmap_is_a_loop(method):
+    kernels = jax.random.normal(jax.random.key(0), (3, 3, 3, 2, 3)) * jnp.array([0.01, 1, 2])[:, None, None, None, None]
+    bounds = jnp.array([1.0, 0.7, 2.0])
+    f = lambda k, b: FUNCTIONS[method](k, (5, 5), b)
+    batch = jax.jit(jax.vmap(f))(kernels, bounds)
+    np.testing.assert_allclose(batch, jnp.stack([f(k, b) for k, b in zip(kernels, bounds)]), atol=2e-4)
+    assert (batch[0] == kernels[0]).all()
+
+
+@pytest.mark.parametrize("method", FUNCTIONS)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_not_finite_gives_nan(method, value):
+    kernels = jnp.ones((2, 3, 3, 2, 2)).at[0, 0, 0, 0, 0].set(value)
+    out = jax.jit(jax.vmap(lambda k: FUNCTIONS[method](k, (4, 4), 1.0)))(kernels)
+    assert jnp.isnan(out[0]).all() and jnp.isfinite(out[1]).all()
+
+
+@pytest.mark.parametrize("exponent", [-30, 30])
+@pytest.mark.parametrize("method", FUNCTIONS)
+def test_extreme_scales(method, exponent):
+    kernel = (random_kernel((3, 3, 2, 2)).astype(np.float64) * 10.0**exponent).astype(np.float32)
+    want = FUNCTIONS[method](random_kernel((3, 3, 2, 2)), (4, 4), 1.0)
+    got = FUNCTIONS[method](kernel, (4, 4), 10.0**exponent)
+    np.testing.assert_allclose(np.float64(got) / 10.0**exponent, want, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["clip", "rescale"])
+@pytest.mark.parametrize("shape", [(3, 3, 2, 3), (3, 3, 3, 2), (3, 3, 1, 2)], ids=str)
+def test_derivatives(method, shape, x64):
+    kernel = np.random.default_rng(0).standard_normal(shape)
+    for conv in (oj.Conv((4, 5)), oj.Conv((4, 4), padding="SAME", strides=2)):
+        f = lambda k, b, conv=conv: FUNCTIONS[method](k, conv, b)
+        bound = 0.5 * float(oj.operator_norm(kernel, conv))
+        jax.test_util.check_grads(f, (kernel, bound), order=1, modes=("fwd", "rev"), atol=1e-5, rtol=1e-5)
+        inside = 2.0 * float(oj.operator_norm_bounds(kernel, conv).upper)
+        jacobian = jax.jacrev(f)(kernel, inside).reshape(kernel.size, -1)
+        np.testing.assert_array_equal(jacobian, np.eye(kernel.size))
+
+
+@pytest.mark.parametrize("method", ["clip", "rescale"])
+def test_derivatives_finite_at_ties_and_zero(method):
+    identity = 2 * jnp.zeros((3, 3, 4, 4)).at[1, 1].set(jnp.eye(4))
+    f = lambda k: jnp.sum(FUNCTIONS[method](k, (4, 4), 1.0) ** 2)
+    batch = jax.vmap(jax.grad(f))(jnp.stack([identity, identity * 0, identity / 2]))
+    assert jnp.isfinite(batch).all() and (batch[1] == 0).all()
+
+
+def test_projection_refuses_a_derivative():
+    with pytest.raises(NotImplementedError, match="rescale_operator_norm"):
+        jax.grad(lambda k: oj.project_operator_norm(k, (4, 4), 1.0).sum())(jnp.ones((3, 3, 2, 2)))
+
+
+def test_clip_without_an_svd_of_the_blocks():
+    text = str(
+        jax.make_jaxpr(functools.partial(oj.clip_operator_norm, conv=(8, 8), max_norm=1.0))(jnp.ones((3, 3, 2, 2)))
+    )
+    assert "eigh" in text and "svd" not in text

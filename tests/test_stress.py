@@ -1,0 +1,80 @@
+"""Many factorisations in one jitted program must not hang: each script runs alone, under a time limit."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import THOROUGH
+
+STEPS = 500 if THOROUGH else 200
+
+TRANSFORMATION = """
+import jax, jax.numpy as jnp, optax, opnorm_jax as oj
+keys = jax.random.split(jax.random.key(0), 20)
+params = {str(n): jax.random.normal(keys[n], (3, 3, 3 + n % 5, 3 + n)) for n in range(20)}  # 20 shapes
+convs = {name: oj.Conv((5 + int(name) % 3, 6), padding="SAME") for name in params}
+tx = optax.chain(optax.sgd(0.1), oj.constrain_operator_norm(1.0, convs, method="clip"))
+
+@jax.jit
+def step(params, state, key):
+    grads = jax.tree.map(lambda p: jax.random.normal(key, p.shape), params)
+    moves, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, moves), state
+
+state = tx.init(params)
+for n in range(STEPS):
+    params, state = step(params, state, jax.random.key(n))
+    if n % 20 == 0:
+        jax.block_until_ready(params)
+print("done", int(state[-1].count), all(bool(jnp.isfinite(p).all()) for p in params.values()))
+"""
+
+FREE_COMPOSITION = """
+import jax, jax.numpy as jnp, opnorm_jax as oj
+kernels = [jax.random.normal(jax.random.key(n), (3, 3, 4 + n, 6 + n)) for n in range(10)]
+
+@jax.jit
+def step(kernels):
+    clipped = [oj.clip_operator_norm(k, (6, 6), 1.0) for k in kernels]
+    norms = [oj.operator_norm(k, (6, 6)) for k in clipped]
+    batch = jax.vmap(lambda k: oj.clip_operator_norm(k, (6, 6), 1.0))(jnp.stack(kernels[:1] * 3))
+    return [k * 1.1 for k in clipped], jnp.stack(norms), batch
+
+for n in range(STEPS):
+    kernels, norms, _ = step(kernels)
+    jax.block_until_ready(norms)
+print("done", STEPS, bool(jnp.isfinite(norms).all()))
+"""
+
+THREADS = """
+import threading, jax, jax.numpy as jnp, opnorm_jax as oj
+kernel = jax.random.normal(jax.random.key(0), (3, 3, 8, 12))
+function = jax.jit(lambda k, b: oj.clip_operator_norm(k, (6, 6), b))
+want = function(kernel, 1.0)
+wrong = []
+def work():
+    for _ in range(STEPS // 4):
+        if not (function(kernel, 1.0) == want).all():
+            wrong.append(1)
+threads = [threading.Thread(target=work) for _ in range(8)]
+[t.start() for t in threads]; [t.join() for t in threads]
+print("done", STEPS, not wrong)
+"""
+
+
+@pytest.mark.parametrize("blas_threads", ["1", None], ids=["1 BLAS thread", "default BLAS threads"])
+@pytest.mark.parametrize("affinity", [1, None], ids=["1 core", "all cores"])
+@pytest.mark.parametrize("script", ["TRANSFORMATION", "FREE_COMPOSITION", "THREADS"])
+def test_does_not_hang(script, affinity, blas_threads):
+    if not THOROUGH and affinity != blas_threads and (affinity, blas_threads) != (None, None):
+        pytest.skip("only in the thorough profile")
+    if not THOROUGH and affinity == 1:
+        pytest.skip("only in the thorough profile")
+    env = {k: v for k, v in os.environ.items() if k != "OPENBLAS_NUM_THREADS"}
+    if blas_threads:
+        env["OPENBLAS_NUM_THREADS"] = blas_threads
+    limit = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n" if affinity == 1 else ""
+    code = limit + f"STEPS = {STEPS}\n" + globals()[script]
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=400)
+    assert done.stdout.startswith("done") and done.stdout.strip().endswith("True"), done.stderr[-2000:]

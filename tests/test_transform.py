@@ -1,0 +1,324 @@
+"""The property table of optax transformations, and what constraining a whole tree promises."""
+
+import contextlib
+import logging
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+
+import opnorm_jax as oj
+
+SAME = oj.Conv((6, 6), padding="SAME")
+CONVS = {
+    "a": {"kernel": SAME, "bias": None},
+    "b": {"kernel": SAME, "bias": None},
+    "c": {"kernel": (5, 5)},
+    "dense": None,
+}
+
+
+def make_params(dtype="float32", scale=1.0):
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+    normal = lambda *shape: (scale * jax.random.normal(next(keys), shape)).astype(dtype)
+    return {
+        "a": {"kernel": normal(3, 3, 2, 3), "bias": normal(3)},
+        "b": {"kernel": normal(3, 3, 2, 3), "bias": None},
+        "c": {"kernel": normal(3, 3, 3, 4)},
+        "dense": {"kernel": normal(4, 5), "bias": normal(5)},
+    }
+
+
+def zeros_like(params):
+    return jax.tree.map(jnp.zeros_like, params)
+
+
+def check_norms(params, bound, tolerance=1e-5):
+    """By the oracle, not by the library."""
+    for name, options in (("a", {"padding": "SAME"}), ("b", {"padding": "SAME"}), ("c", {})):
+        shape = (5, 5) if name == "c" else (6, 6)
+        kernel = np.asarray(params[name]["kernel"], np.float64)
+        assert oracle.dense_singular_values(kernel, shape, **options)[0] <= bound * (1 + tolerance), name
+
+
+def transformation(**options):
+    return oj.constrain_operator_norm(1.0, CONVS, **{"method": "rescale", **options})
+
+
+def run(tx, params, steps=1, state=None, updates=None):
+    state = tx.init(params) if state is None else state
+    update = jax.jit(tx.update)
+    for _ in range(steps):
+        moves, state = update(zeros_like(params) if updates is None else updates, state, params)
+        params = optax.apply_updates(params, moves)
+    return params, state
+
+
+@pytest.mark.parametrize("method", ["rescale", "project", "clip"])
+def test_constrains_every_kernel_and_nothing_else(method):
+    params = make_params()
+    out, state = run(transformation(method=method), params)
+    check_norms(out, 1.0 if method != "clip" else 1.6)
+    chex.assert_trees_all_equal(out["dense"], params["dense"])
+    assert (out["a"]["bias"] == params["a"]["bias"]).all() and out["b"]["bias"] is None
+    for name in "abc":
+        assert state.norms[name]["kernel"] > 1 and state.norms[name]["kernel"].dtype == jnp.float32
+    pure = oj.constrain(params, 1.0, CONVS, method=method)
+    chex.assert_trees_all_close(pure, out, atol=1e-6)
+
+
+def test_last_in_a_chain_with_momentum_and_weight_decay():
+    params = make_params()
+    tx = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(0.5, momentum=0.9), transformation())
+    out, state = run(tx, params, 5, updates=jax.tree.map(lambda p: -p, params))
+    check_norms(out, 1.0)
+    norms = optax.tree.get(state, "norms")
+    assert norms["a"]["kernel"] >= 1 and optax.tree.get(state[-1], "count") == 5
+
+
+def test_inside_with_zero_update_is_unchanged_bitwise():
+    params = make_params(scale=1e-3)
+    out, _ = run(transformation(), params, 3)
+    chex.assert_trees_all_equal(out, params)
+    constrained, _ = run(transformation(), make_params())
+    again, _ = run(transformation(), constrained, 3)
+    chex.assert_trees_all_equal(again, constrained)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_every(every):
+    params, tx = make_params(), transformation(every=every)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for count in range(5):
+        moves, state = update(zeros_like(params), state, params)
+        acted = any((leaf != 0).any() for leaf in jax.tree.leaves(moves))
+        assert acted == (count % every == 0)
+        assert state.count == count + 1
+
+
+def test_steps_in_between_factorise_nothing():
+    """The work sits in one branch of a cond; the other only passes values on."""
+    params, tx = make_params(), transformation(method="clip", every=100)
+    jaxpr = jax.make_jaxpr(tx.update)(zeros_like(params), tx.init(params), params).jaxpr
+    conds = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "cond"]
+    assert len(conds) == 1
+    outside = [eqn for eqn in jaxpr.eqns if eqn.primitive.name != "cond"]
+    assert all("eigh" not in str(eqn) for eqn in outside)
+    idle, busy = sorted((str(branch) for branch in conds[0].params["branches"]), key=len)
+    assert "eigh" in busy and "eigh" not in idle and "dot_general" not in idle
+
+
+def test_schedule_and_prefix_trees_of_bounds():
+    params = make_params()
+    schedule = optax.linear_schedule(2.0, 1.0, 3)
+    out, state = run(oj.constrain_operator_norm(schedule, CONVS, method="rescale"), params)
+    assert oj.operator_norm(out["c"]["kernel"], (5, 5)) == pytest.approx(2, rel=1e-4)
+    constant, _ = run(oj.constrain_operator_norm(lambda count: 1.0, CONVS, method="rescale"), params)
+    chex.assert_trees_all_equal(constant, run(transformation(), params)[0])
+    bounds = {"a": 0.5, "b": {"kernel": schedule, "bias": None}, "c": None, "dense": None}
+    out, _ = run(oj.constrain_operator_norm(bounds, CONVS, method="rescale"), params)
+    assert oj.operator_norm_bounds(out["a"]["kernel"], SAME).upper == pytest.approx(0.5, rel=1e-4)
+    assert oj.operator_norm_bounds(out["b"]["kernel"], SAME).upper == pytest.approx(2.0, rel=1e-4)
+    assert (out["c"]["kernel"] == params["c"]["kernel"]).all()
+
+
+def test_accepts_unknown_extra_args():
+    params, tx = make_params(), transformation()
+    tx.update(zeros_like(params), tx.init(params), params, value=1.0, anything=None)
+
+
+@contextlib.contextmanager
+def compilations():
+    records = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logger = logging.getLogger("jax._src.interpreters.pxla")
+    logger.addHandler(handler)
+    try:
+        with jax.log_compiles():
+            yield records
+    finally:
+        logger.removeHandler(handler)
+
+
+@pytest.mark.filterwarnings("ignore:Finished")
+@pytest.mark.parametrize("method", ["rescale", "clip", "project"])
+def test_second_call_compiles_nothing(method):
+    params, tx = make_params(), transformation(method=method, every=2)
+    update, updates = jax.jit(tx.update), zeros_like(params)
+    with compilations() as first:
+        moves, state = update(updates, tx.init(params), params)
+    assert any("Compiling" in message for message in first)
+    params = jax.jit(optax.apply_updates)(params, moves)
+    with compilations() as second:
+        for _ in range(3):
+            _, state = update(updates, state, params)
+    assert not second
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_dtypes_and_state_types_are_stable(dtype, x64):
+    params, tx = make_params(dtype), transformation(every=2)
+    state = tx.init(params)
+    moves, new_state = jax.jit(tx.update)(zeros_like(params), state, params)
+    typed = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), tree)
+    assert typed(state) == typed(new_state)
+    assert jax.tree.map(lambda m: m.dtype, moves) == jax.tree.map(lambda p: p.dtype, params)
+    jax.lax.cond(True, lambda s: tx.update(zeros_like(params), s, params)[1], lambda s: s, state)
+    check_norms(optax.apply_updates(params, moves), 1.0, 8 * float(jnp.finfo(dtype).eps) + 1e-6)
+
+
+def test_float32_updates_on_bfloat16_parameters():
+    params, tx = make_params("bfloat16"), transformation()
+    with jax.numpy_dtype_promotion("standard"):
+        moves, _ = tx.update(jax.tree.map(lambda p: jnp.zeros(p.shape), params), tx.init(params), params)
+    assert all(move.dtype == jnp.float32 for move in jax.tree.leaves(moves))
+
+
+def test_map_params_is_identity():
+    params, tx = make_params(), optax.chain(optax.adam(1e-3), transformation())
+    state = tx.init(params)
+    chex.assert_trees_all_equal(optax.tree.map_params(tx, lambda v: v, state), state)
+
+
+def test_init_with_abstract_input_and_under_jit():
+    params, tx = make_params(), transformation()
+    abstract = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
+    chex.assert_trees_all_equal(tx.init(abstract), tx.init(params))
+    chex.assert_trees_all_equal(jax.jit(tx.init)(params), tx.init(params))
+    chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(tx.init, params), tx.init(params))
+
+
+def test_inject_hyperparams():
+    params = make_params()
+    with jax.numpy_dtype_promotion("standard"):
+        tx = optax.inject_hyperparams(oj.constrain_operator_norm)(max_norm=1.0, convs=CONVS, every=2, method="rescale")
+        moves, state = jax.jit(tx.update)(zeros_like(params), tx.init(params), params)
+        want, want_state = transformation(every=2).update(
+            zeros_like(params), transformation(every=2).init(params), params
+        )
+        chex.assert_trees_all_close(moves, want, atol=1e-7)
+        chex.assert_trees_all_close(state.inner_state, want_state, rtol=1e-6)
+        state.hyperparams["max_norm"] = jnp.asarray(3.0)
+        moves, _ = tx.update(
+            zeros_like(params), state._replace(inner_state=want_state._replace(count=jnp.int32(0))), params
+        )
+    out = optax.apply_updates(params, moves)
+    assert oj.operator_norm(out["c"]["kernel"], (5, 5)) == pytest.approx(3, rel=1e-4)
+
+
+def test_multi_steps():
+    params = make_params()
+    tx = optax.MultiSteps(transformation(), every_k_schedule=4)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for k in range(4):
+        moves, state = update(zeros_like(params), state, params)
+        assert any((leaf != 0).any() for leaf in jax.tree.leaves(moves)) == (k == 3)
+    check_norms(optax.apply_updates(params, moves), 1.0)
+
+
+def test_masked():
+    params = make_params()
+    mask = {"a": {"kernel": True, "bias": False}, "b": {"kernel": False, "bias": None}, "c": True, "dense": False}
+    out, state = run(optax.masked(transformation(), mask), params)
+    assert oj.operator_norm(out["c"]["kernel"], (5, 5)) <= 1 + 1e-5
+    assert (out["b"]["kernel"] == params["b"]["kernel"]).all()
+    assert state.inner_state.norms["b"]["kernel"] == 0 < state.inner_state.norms["a"]["kernel"]
+
+
+def test_partition():
+    params = make_params()
+    labels = jax.tree.map(lambda p: "conv" if p.ndim == 4 else "rest", params)
+    tx = optax.partition({"conv": optax.chain(optax.sgd(0.1), transformation()), "rest": optax.adam(1e-3)}, labels)
+    out, _ = run(tx, params)
+    check_norms(out, 1.0)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tx: optax.apply_if_finite(tx, 3),
+        lambda tx: optax.conditionally_transform(tx, lambda step: step < 1),
+        optax.with_extra_args_support,
+        lambda tx: optax.chain(tx, optax.identity()),
+    ],
+    ids=["apply_if_finite", "conditionally_transform", "extra_args", "chain"],
+)
+def test_other_wrappers(wrap):
+    out, _ = run(wrap(transformation()), make_params())
+    check_norms(out, 1.0)
+
+
+def test_under_scan_and_vmap():
+    params, tx = make_params(), transformation(every=2)
+
+    def body(carry, _):
+        params, state = carry
+        moves, state = tx.update(jax.tree.map(lambda p: 0.1 * p, params), state, params)
+        return (optax.apply_updates(params, moves), state), None
+
+    (out, state), _ = jax.jit(lambda c: jax.lax.scan(body, c, None, length=5))((params, tx.init(params)))
+    check_norms(out, 1.0)
+    assert state.count == 5
+    stack = jax.tree.map(lambda p: jnp.stack([p, p * 0.001]), params)
+    outs, _ = jax.vmap(lambda p: tx.update(zeros_like(p), tx.init(p), p))(stack)
+    check_norms(jax.tree.map(lambda p, m: (p + m)[0], stack, outs), 1.0)
+    assert (outs["c"]["kernel"][1] == 0).all()
+
+
+def test_nan_stays_in_its_layer():
+    params = make_params()
+    params["a"]["kernel"] = params["a"]["kernel"].at[0, 0, 0, 0].set(jnp.nan)
+    out, _ = run(transformation(), params)
+    assert jnp.isnan(out["a"]["kernel"]).all()
+    assert jnp.isfinite(out["b"]["kernel"]).all() and jnp.isfinite(out["c"]["kernel"]).all()
+
+
+def test_equal_layers_share_one_call():
+    """12 equal layers and 1 cost as many factorisations in the program as 1 and 1."""
+
+    def count(layers):
+        params = {str(n): jnp.ones((3, 3, 4, 4)) for n in range(layers)} | {"other": jnp.ones((3, 3, 2, 5))}
+        convs = {name: oj.Conv((6, 6)) for name in params}
+        return str(jax.make_jaxpr(lambda p: oj.constrain(p, 1.0, convs))(params)).count("eigh[")
+
+    assert count(12) == count(1)
+
+
+def test_empty_trees_and_scalar_parameters():
+    tx = oj.constrain_operator_norm(1.0, {"k": (4, 4), "s": None}, method="rescale")
+    params = {"k": jnp.ones((3, 3, 1, 1)), "s": jnp.asarray(2.0)}
+    out, _ = run(tx, params)
+    assert out["s"] == 2 and oj.operator_norm(out["k"], (4, 4)) <= 1 + 1e-5
+    single, _ = run(oj.constrain_operator_norm(1.0, oj.Conv((4, 4))), jnp.ones((3, 3, 1, 1)))
+    assert single.shape == (3, 3, 1, 1)
+
+
+def test_sharding_on_eight_devices_is_preserved(tmp_path):
+    import os
+    import subprocess
+    import sys
+
+    script = """
+import jax, jax.numpy as jnp, optax, opnorm_jax as oj
+from jax.sharding import NamedSharding, PartitionSpec as P
+mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
+params = {"k": put(jax.random.normal(jax.random.key(0), (3, 3, 8, 16)), None, None, None, "x"), "b": put(jnp.zeros(16), "x")}
+tx = oj.constrain_operator_norm(1.0, {"k": oj.Conv((6, 6), padding="SAME"), "b": None}, method="clip")
+state = tx.init(params)
+shardings = jax.tree.map(lambda p: p.sharding, params)
+moves, new = jax.jit(tx.update, out_shardings=(shardings, None))(jax.tree.map(jnp.zeros_like, params), state, params)
+alone = jax.tree.map(lambda p: jax.device_put(p, jax.devices()[0]), params)
+want, _ = tx.update(jax.tree.map(jnp.zeros_like, alone), tx.init(alone), alone)
+assert jnp.allclose(jax.device_get(moves["k"]), jax.device_get(want["k"]), atol=1e-6)
+assert moves["k"].sharding == params["k"].sharding
+print("same")
+"""
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    out = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=300)
+    assert "same" in out.stdout, out.stderr[-2000:]

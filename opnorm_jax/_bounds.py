@@ -45,6 +45,8 @@ def operator_norm(
     Raises:
       ValueError, TypeError: the kernel does not fit ``conv``, or is not an array of a real floating dtype.
 
+    Cost: circular, as :func:`singular_values`; otherwise some 50 to 500 applications of the layer and its transpose.
+
     Differentiable: once, both modes. At ties the gradient of one of the tied values; zero at the zero kernel.
 
     Examples:

@@ -24,6 +24,7 @@ from opnorm_jax._symbol import (
     kernel_from_block_taps,
     scan_frequencies,
     squared_norm_of_coupling,
+    symbol,
     symbol_adjoint,
 )
 
@@ -301,13 +302,9 @@ def _clip_jvp(plan, chunk_bytes, primals, tangents):
     """
     (kernel, bound), (kernel_dot, bound_dot) = primals, tangents
     taps, taps_dot = block_taps(kernel, plan), block_taps(kernel_dot, plan)
-    both = jnp.stack([taps, taps_dot], axis=1)  # one more axis: evaluated at the same phases
-    t, _, g, m, n = both.shape
-    joint = Plan(plan.axes, 1)
 
-    def step(carry, blocks, phase, weights, x):
-        blocks = blocks.reshape(-1, 2, g, m, n)
-        f, f_dot = blocks[:, 0], blocks[:, 1]
+    def step(carry, f, phase, weights, x):
+        f_dot = symbol(taps_dot, phase)
         values, vectors = _gram_spectrum(f)
         outside = values > bound * (1 + inside_tolerance(kernel.dtype))
         safe = jnp.where(values > 0, values, 1)
@@ -339,8 +336,7 @@ def _clip_jvp(plan, chunk_bytes, primals, tangents):
         return (add, add_dot), (pick(values), pick(slopes))
 
     carry = (jnp.zeros_like(taps), jnp.zeros_like(taps))
-    joint_taps = both.reshape(t, 1, 2 * g * m, n)
-    (add, add_dot), (norms, slopes) = scan_frequencies(step, carry, joint_taps, joint, chunk_bytes=chunk_bytes)
+    (add, add_dot), (norms, slopes) = scan_frequencies(step, carry, taps, plan, chunk_bytes=chunk_bytes)
     back = lambda z: kernel_from_block_taps(z, plan, _channels(kernel, plan))
     at = jnp.argmax(norms)
     return (back(add), norms[at]), (back(add_dot), slopes[at])

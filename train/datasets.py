@@ -1,0 +1,212 @@
+"""Data sets as uint8 arrays. CIFAR-10 in any of its official forms; scikit-learn's digits, which need no download.
+
+Archives are read member by member in memory and never extracted; the python version's pickles go through an unpickler
+that can build NumPy arrays and nothing else.
+"""
+
+import gzip
+import hashlib
+import io
+import os
+import pickle
+import tarfile
+import tempfile
+import urllib.request
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+MD5 = {
+    "cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530",
+    "cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a",
+}
+TRAIN_BATCHES = [f"data_batch_{n}" for n in range(1, 6)]
+TEST_BATCH = "test_batch"
+PIXELS = 3 * 32 * 32
+LARGEST_MEMBER = 64 * 2**20
+LARGEST_ARCHIVE = 256 * 2**20
+
+
+class Dataset(NamedTuple):
+    """uint8 images (N, H, W, C) and int32 labels (N,), for training and for testing."""
+
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+
+
+def load(name: str, data_dir: Path | None = None, download: bool = False) -> Dataset:
+    """The data set called ``name``: ``digits`` (bundled) or ``cifar10`` (from ``data_dir``, or downloaded into it)."""
+    if name == "digits":
+        return digits()
+    if name == "cifar10":
+        return cifar10(data_dir, download)
+    raise ValueError(f"expected dataset to be 'digits' or 'cifar10', got {name!r}.")
+
+
+def digits() -> Dataset:
+    """scikit-learn's 1,797 handwritten digits, 8 x 8; every fifth image of each class is for testing (359)."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
+    labels = bunch.target.astype(np.int32)
+    rank = np.zeros(len(labels), int)
+    for digit in range(10):
+        rank[labels == digit] = np.arange((labels == digit).sum())
+    test = rank % 5 == 4
+    return Dataset(images[~test], labels[~test], images[test], labels[test])
+
+
+def cifar10(data_dir: Path | None, download: bool = False, url: str = URL) -> Dataset:
+    """CIFAR-10 from the official binary or python folder, or either archive (or a folder that holds one of them)."""
+    found = find(Path(data_dir)) if data_dir is not None else None
+    if found is None:
+        if not download:
+            where = f"none of them in {data_dir}" if data_dir is not None else "no --data-dir"
+            raise FileNotFoundError(
+                "expected CIFAR-10 as a folder cifar-10-batches-bin or cifar-10-batches-py, or as an archive "
+                f"{' or '.join(MD5)}; got {where}. Point --data-dir at one, or add --download to fetch {URL}."
+            )
+        folder = Path(data_dir) if data_dir is not None else Path.home() / ".cache" / "opnorm_jax"
+        found = fetch(folder, url)
+    if found.is_dir():
+        files = {path.name: path.read_bytes() for path in found.iterdir() if _is_batch(path.name)}
+    else:
+        files = read_archive(found)
+    return _assemble(files, found)
+
+
+def find(path: Path) -> Path | None:
+    """The folder of batches, or the archive, that ``path`` is or holds."""
+    if path.is_file():
+        return path
+    for folder in (path, path / "cifar-10-batches-bin", path / "cifar-10-batches-py"):
+        if folder.is_dir() and any(_is_batch(child.name) for child in folder.iterdir()):
+            return folder
+    return next((path / name for name in MD5 if (path / name).is_file()), None)
+
+
+def fetch(folder: Path, url: str = URL) -> Path:
+    """Downloads the binary archive, checks it, and only then gives it its name."""
+    target = folder / "cifar-10-binary.tar.gz"
+    folder.mkdir(parents=True, exist_ok=True)
+    digest, size = hashlib.md5(usedforsecurity=False), 0
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=target.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as out, urllib.request.urlopen(url, timeout=60) as response:
+            while piece := response.read(2**20):
+                size += len(piece)
+                if size > LARGEST_ARCHIVE:
+                    raise ValueError(f"{url}: expected at most {LARGEST_ARCHIVE} bytes, got more. Nothing was kept.")
+                digest.update(piece)
+                out.write(piece)
+        if digest.hexdigest() != MD5[target.name]:
+            raise ValueError(
+                f"{url}: expected an archive of MD5 {MD5[target.name]}, got {digest.hexdigest()} ({size} bytes). "
+                "Nothing was kept; try again, or fetch the archive by hand and point --data-dir at it."
+            )
+        os.replace(temporary, target)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return target
+
+
+def read_archive(path: Path) -> dict[str, bytes]:
+    """The batches of an official archive, by name. Checked by MD5 where the name is an official one."""
+    expected = MD5.get(path.name)
+    if expected and (got := hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()) != expected:
+        raise ValueError(
+            f"{path}: expected the official archive, MD5 {expected}, got {got}: corrupted or altered. Fetch it again; "
+            "to use data of your own, unpack them and point --data-dir at the folder."
+        )
+    files: dict[str, bytes] = {}
+    try:
+        with tarfile.open(path, "r:*") as archive:
+            for member in archive:
+                name = Path(member.name).name
+                if not (member.isfile() and _is_batch(name)):
+                    continue
+                if member.size > LARGEST_MEMBER:
+                    raise ValueError(f"{path}: expected members under {LARGEST_MEMBER} bytes, got {name}: {member.size}.")
+                stream = archive.extractfile(member)
+                assert stream is not None  # it is a file
+                files[name] = stream.read()
+    except (tarfile.TarError, EOFError, OSError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}: expected a readable tar archive of CIFAR-10, got {error}. Fetch it again.") from error
+    return files
+
+
+def _is_batch(name: str) -> bool:
+    return name.removesuffix(".bin") in (*TRAIN_BATCHES, TEST_BATCH)
+
+
+def _assemble(files: dict[str, bytes], source: Path) -> Dataset:
+    binary = any(name.endswith(".bin") for name in files)
+    suffix = ".bin" if binary else ""
+    missing = [name + suffix for name in (*TRAIN_BATCHES, TEST_BATCH) if name + suffix not in files]
+    if missing:
+        raise FileNotFoundError(
+            f"{source}: expected data_batch_1 to 5 and test_batch, got {sorted(files)}; missing {missing}."
+        )
+    decode = _decode_binary if binary else _decode_python
+    batch = {name: decode(files[name + suffix], f"{source}: {name + suffix}") for name in (*TRAIN_BATCHES, TEST_BATCH)}
+    images = np.concatenate([batch[name][0] for name in TRAIN_BATCHES])
+    labels = np.concatenate([batch[name][1] for name in TRAIN_BATCHES])
+    return Dataset(images, labels, *batch[TEST_BATCH])
+
+
+def _decode_binary(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
+    record = 1 + PIXELS
+    if not data or len(data) % record:
+        raise ValueError(
+            f"{name}: expected records of {record} bytes (10,000 of them), got {len(data)} bytes: truncated?"
+        )
+    records = np.frombuffer(data, np.uint8).reshape(-1, record)
+    return _images(records[:, 1:], name), _labels(records[:, 0], name)
+
+
+def _decode_python(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        content = _ArrayUnpickler(io.BytesIO(data), encoding="bytes").load()
+        pixels, labels = content[b"data"], content[b"labels"]
+    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise ValueError(f"{name}: expected a pickled CIFAR-10 batch, got {error!r}.") from error
+    if not isinstance(pixels, np.ndarray) or pixels.ndim != 2 or pixels.shape[1] != PIXELS or pixels.dtype != np.uint8:
+        raise ValueError(f"{name}: expected uint8 data of shape (N, {PIXELS}), got {getattr(pixels, 'shape', pixels)}.")
+    if len(labels) != len(pixels):
+        raise ValueError(f"{name}: expected as many labels as images, got {len(labels)} and {len(pixels)}.")
+    return _images(pixels, name), _labels(np.asarray(labels), name)
+
+
+def _images(planes: np.ndarray, name: str) -> np.ndarray:
+    return np.ascontiguousarray(planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+
+
+def _labels(labels: np.ndarray, name: str) -> np.ndarray:
+    if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() > 9:
+        raise ValueError(f"{name}: expected labels from 0 to 9, got {labels.min()} to {labels.max()}: not CIFAR-10?")
+    return labels.astype(np.int32)
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Loads what CIFAR-10's python batches consist of: dicts, lists, strings, NumPy arrays. Nothing else is called."""
+
+    _ALLOWED = {
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("numpy._core.multiarray", "_reconstruct"),
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+        ("_codecs", "encode"),
+    }
+
+    def find_class(self, module: str, name: str):
+        if (module, name) not in self._ALLOWED:
+            raise pickle.UnpicklingError(f"refusing to load {module}.{name}: a CIFAR-10 batch has no use for it")
+        if module.startswith("numpy.core"):
+            module = "numpy._core.multiarray"
+        return super().find_class(module, name)

@@ -1,0 +1,101 @@
+"""What a run says of itself: the layers' norms, the table at the end, the picture of the spectra."""
+
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import opnorm_jax as oj
+
+
+def layers(params: Any, convs: Any) -> list[tuple[str, jax.Array, oj.Conv]]:
+    """(name, kernel, Conv) of each convolution, from the input on."""
+    paths, treedef = jax.tree_util.tree_flatten_with_path(params)
+    found = [
+        (jax.tree_util.keystr(path[:-1], simple=True, separator="/"), kernel, conv)
+        for (path, kernel), conv in zip(paths, treedef.flatten_up_to(convs))
+        if conv is not None
+    ]
+    return sorted(found, key=lambda layer: (layer[0] != "stem", layer[0]))
+
+
+def norms(params: Any, convs: Any) -> dict[str, tuple[float, float]]:
+    """Certified (lower, upper) bounds on each convolution's operator norm; one compilation per kind of layer."""
+    bounds = jax.jit(oj.operator_norm_bounds, static_argnums=1)
+    return {name: tuple(map(float, bounds(kernel, conv))) for name, kernel, conv in layers(params, convs)}  # type: ignore[misc]
+
+
+def environment() -> dict[str, str]:
+    """Versions and hardware, to stand beside every figure."""
+    device = jax.devices()[0]
+    names = ("jax", "jaxlib", "flax", "optax", "numpy")
+    return {
+        "opnorm_jax": oj.__version__,
+        **{name: version(name) for name in names},
+        "python": platform.python_version(),
+        "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+        "machine": f"{platform.machine()}, {platform.processor() or platform.system()}",
+    }
+
+
+def print_table(console: Console, summary: Mapping[str, Any]) -> None:
+    """The closing table: norms before and after, then the run's figures."""
+    config = summary["config"]
+    bound = config["max_norm"] if config["method"] != "none" else None
+    title = "operator norms (certified upper bounds)" + (f", max_norm {bound:g}" if bound else "")
+    table = Table(title=title)
+    for column in ("layer", "before", "after", "within the bound"):
+        table.add_column(column, justify="left" if column == "layer" else "right")
+    for name, (_, before) in summary["norms_before"].items():
+        after = summary["norms_after"][name][1]
+        within = "" if bound is None else "yes" if after <= bound * (1 + 1e-5) else "no"
+        table.add_row(name, f"{before:.4f}", f"{after:.6f}", within)
+    console.print(table)
+    figures = Table(show_header=False)
+    figures.add_row("test error", f"{100 * summary['test_error']:.2f} %")
+    figures.add_row("test accuracy", f"{100 * (1 - summary['test_error']):.2f} %")
+    figures.add_row("images/s while training", f"{summary['images_per_second']:.0f}")
+    figures.add_row("compilation", f"{summary['compile_seconds']:.1f} s")
+    figures.add_row("in all", f"{summary['total_seconds']:.1f} s")
+    if bound is not None:
+        figures.add_row("share of the step time spent constraining", f"{100 * summary['constraint_share']:.2f} %")
+    console.print(figures)
+
+
+def plot_spectra(before: Any, after: Any, convs: Any, path: Path) -> None:
+    """Each layer's singular values in descending order against their rank, as the paper draws them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    spectrum = jax.jit(oj.singular_values, static_argnums=1)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
+    for axis, params, title in ((axes[0], before, "before training"), (axes[1], after, "after")):
+        # As in the paper, 1x1 layers are left out and the convolution is taken as circular, its stride ignored.
+        chosen = [layer for layer in layers(params, convs) if layer[1].shape[0] > 1]
+        for depth, (name, kernel, conv) in enumerate(chosen):
+            values = np.sort(np.asarray(spectrum(kernel, conv.input_shape)).ravel())[::-1]
+            color = plt.get_cmap("viridis")(depth / max(1, len(chosen) - 1))
+            label = name if depth in (0, len(chosen) - 1) else None
+            axis.plot(np.linspace(0, 1, len(values)), values, color=color, label=label, linewidth=1.2)
+        axis.set(title=title, xlabel="rank / number of singular values")
+    axes[0].set_ylabel("singular value")
+    axes[1].legend(title="from (dark) to (light)")
+    figure.suptitle("Spectra of the 3x3 layers as circular convolutions at their input's size")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def save_json(path: Path, content: Any) -> None:
+    """One JSON document, written whole or not at all."""
+    temporary = path.with_suffix(".part")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)

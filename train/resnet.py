@@ -1,0 +1,110 @@
+"""The ResNet v2 of TensorFlow's official CIFAR-10 model (spring 2018), which the paper trained; and its convolutions.
+
+6n + 2 layers, three stages of n blocks, widths 16, 32, 64. Depth 32 has 466,970 parameters.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+import opnorm_jax as oj
+
+CONV_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+EXPLICIT = ((1, 1), (1, 1))
+
+
+class Block(nn.Module):
+    """BN-ReLU, 3x3 (strided), BN-ReLU, 3x3, plus the shortcut; no ReLU after the sum."""
+
+    width: int
+    stride: int
+    projects: bool
+    norm: Callable[..., Any]
+
+    @nn.compact
+    def __call__(self, x):
+        activated = nn.relu(self.norm()(x))
+        shortcut = x
+        if self.projects:  # fed by the activation, not by the raw input
+            shortcut = conv(self.width, 1, self.stride, name="projection")(activated)
+        y = conv(self.width, 3, self.stride, name="conv1")(activated)
+        y = conv(self.width, 3, 1, name="conv2")(nn.relu(self.norm()(y)))
+        return y + shortcut
+
+
+class ResNet(nn.Module):
+    """Images (N, H, W, C) to logits (N, classes)."""
+
+    depth: int
+    width: int = 16
+    classes: int = 10
+    batch_norm: bool = True
+    batch_norm_momentum: float = 0.997
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        def norm():
+            if not self.batch_norm:
+                return lambda y: y
+            return nn.BatchNorm(use_running_average=not train, momentum=self.batch_norm_momentum, epsilon=1e-5)
+
+        x = conv(self.width, 3, 1, name="stem")(x)
+        for stage, block, width, stride in blocks(self.depth, self.width):
+            x = Block(width, stride, block == 0, norm, name=f"stage{stage}_block{block}")(x)
+        x = nn.relu(norm()(x)).mean(axis=(1, 2))
+        return nn.Dense(self.classes, name="head")(x)
+
+
+def conv(width: int, size: int, stride: int, name: str) -> nn.Conv:
+    """SAME at stride 1; at stride 2 pads (1, 1) explicitly, as TensorFlow's model does (Flax's SAME pads (0, 1))."""
+    padding = "SAME" if stride == 1 else EXPLICIT if size == 3 else "VALID"
+    return nn.Conv(width, (size, size), stride, padding=padding, use_bias=False, kernel_init=CONV_INIT, name=name)
+
+
+def blocks(depth: int, width: int) -> list[tuple[int, int, int, int]]:
+    """(stage, block, width, stride) of each residual block."""
+    per_stage, rest = divmod(depth - 2, 6)
+    if rest or per_stage < 1:
+        raise ValueError(f"expected depth to be 6n + 2 with n >= 1 (8, 14, 20, 32, 44, ...), got {depth}.")
+    return [(s, b, width * 2**s, 2 if s > 0 and b == 0 else 1) for s in range(3) for b in range(per_stage)]
+
+
+def convolutions(params: Any, depth: int, width: int, image: tuple[int, int], certify: str) -> Any:
+    """A tree shaped like ``params`` with the ``Conv`` of each kernel, None elsewhere.
+
+    ``certify="padding"``: strides and padding as they are, so that bounds hold for the layers really used.
+    ``certify="circular"``: the paper's convention, a circular convolution at the layer's input size, stride ignored.
+    """
+    convs: dict[str, Any] = {"stem": {"kernel": describe(image, 3, 1, certify)}}
+    size = image
+    for stage, block, _, stride in blocks(depth, width):
+        name = f"stage{stage}_block{block}"
+        convs[name] = {"conv1": {"kernel": describe(size, 3, stride, certify)}}
+        if block == 0:
+            convs[name]["projection"] = {"kernel": describe(size, 1, stride, certify)}
+        size = tuple(-(-n // stride) for n in size)
+        convs[name]["conv2"] = {"kernel": describe(size, 3, 1, certify)}
+    return _fill(convs, params)
+
+
+def describe(size: tuple[int, ...], taps: int, stride: int, certify: str) -> oj.Conv:
+    """The ``Conv`` of one layer of :func:`conv`."""
+    if certify == "circular":
+        return oj.Conv(size)
+    padding = "SAME" if stride == 1 else EXPLICIT if taps == 3 else "VALID"
+    return oj.Conv(size, strides=stride, padding=padding)
+
+
+def _fill(convs: Any, params: Any) -> Any:
+    """None wherever ``params`` has what ``convs`` does not mention."""
+    if not isinstance(params, dict):
+        return convs
+    return {key: _fill(convs.get(key), value) if convs else None for key, value in params.items()}
+
+
+def count_parameters(params: Any) -> int:
+    """Total number of trainable numbers."""
+    return sum(jnp.size(leaf) for leaf in jax.tree.leaves(params))

@@ -115,9 +115,7 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     train = jax.device_put((data.train_images, data.train_labels))
     test = jax.device_put((data.test_images, data.test_labels))
     state = loop.TrainState(params, variables.get("batch_stats", {}), tx.init(params), jnp.zeros((), jnp.int32), key)
-    # Short calls keep the progress bar alive; an epoch is a whole number of calls of one length, plus a shorter one.
-    chunk = min(per_epoch, 50)
-    lengths = [chunk] * (per_epoch // chunk) + ([per_epoch % chunk] if per_epoch % chunk else [])
+    lengths = loop.steps_per_call(per_epoch, jax.default_backend())
     compile_began = time.perf_counter()
     compiled = {n: run.lower(state, *train, steps=n).compile() for n in set(lengths)}
     compile_seconds = time.perf_counter() - compile_began
@@ -148,7 +146,8 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
             }
             metrics.write(json.dumps(row) + "\n")
             metrics.flush()
-            progress.update(bar, description=f"loss {row['train_loss']:.3f}, test error {100 * row['test_error']:.2f} %")
+            error = 100 * row["test_error"]
+            progress.update(bar, description=f"loss {row['train_loss']:.3f}, test error {error:.2f} %")
 
     params = state.params
     share = 0.0

@@ -49,7 +49,7 @@ def load(name: str, data_dir: Path | None = None, download: bool = False) -> Dat
 
 
 def digits() -> Dataset:
-    """scikit-learn's 1,797 handwritten digits, 8 x 8; every fifth image of each class is for testing (359)."""
+    """scikit-learn's 1,797 handwritten digits, 8 x 8; every fifth image of each class is for testing (355)."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -132,12 +132,16 @@ def read_archive(path: Path) -> dict[str, bytes]:
                 if not (member.isfile() and _is_batch(name)):
                     continue
                 if member.size > LARGEST_MEMBER:
-                    raise ValueError(f"{path}: expected members under {LARGEST_MEMBER} bytes, got {name}: {member.size}.")
+                    raise ValueError(
+                        f"{path}: expected members under {LARGEST_MEMBER} bytes, got {name}: {member.size}."
+                    )
                 stream = archive.extractfile(member)
                 assert stream is not None  # it is a file
                 files[name] = stream.read()
     except (tarfile.TarError, EOFError, OSError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}: expected a readable tar archive of CIFAR-10, got {error}. Fetch it again.") from error
+        raise ValueError(
+            f"{path}: expected a readable tar archive of CIFAR-10, got {error}. Fetch it again."
+        ) from error
     return files
 
 

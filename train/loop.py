@@ -76,6 +76,9 @@ def make_run_steps(model: Any, tx: Any, batch_size: int, pad: int, flip: bool, p
             params = optax.apply_updates(state.params, updates)
             return TrainState(params, batch_stats, opt_state, state.step + 1, state.key), (loss, accuracy)
 
+        if steps == 1:
+            state, (loss, accuracy) = one(state, None)
+            return state, loss, accuracy
         state, (losses, accuracies) = jax.lax.scan(one, state, None, length=steps)
         return state, losses.mean(), accuracies.mean()
 
@@ -99,6 +102,15 @@ def make_evaluate(model: Any, batch_size: int) -> Any:
         return total / len(images)
 
     return evaluate
+
+
+def steps_per_call(per_epoch: int, platform: str) -> list[int]:
+    """How an epoch is divided into calls: short ones keep the progress bar alive.
+
+    On a CPU one step a call: inside a loop XLA compiles convolutions to code that was measured 60 times slower.
+    """
+    length = 1 if platform == "cpu" else min(per_epoch, 50)
+    return [length] * (per_epoch // length) + ([per_epoch % length] if per_epoch % length else [])
 
 
 def make_constraint(method: str, max_norm: float, convs: Any, every: int) -> optax.GradientTransformation | None:

@@ -89,7 +89,7 @@ def plot_spectra(before: Any, after: Any, convs: Any, path: Path) -> None:
         axis.set(title=title, xlabel="rank / number of singular values")
     axes[0].set_ylabel("singular value")
     axes[1].legend(title="from (dark) to (light)")
-    figure.suptitle("Spectra of the 3x3 layers as circular convolutions at their input's size")
+    figure.suptitle("Spectra of the 3x3 layers as circular convolutions at their input's size (strides ignored)")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 import opnorm_jax as oj
 
@@ -107,4 +106,4 @@ def _fill(convs: Any, params: Any) -> Any:
 
 def count_parameters(params: Any) -> int:
     """Total number of trainable numbers."""
-    return sum(jnp.size(leaf) for leaf in jax.tree.leaves(params))
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

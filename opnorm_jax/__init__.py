@@ -5,8 +5,8 @@ Start with :func:`singular_values`, :func:`operator_norm_bounds` and :func:`cons
 
 from opnorm_jax._bounds import Bounds, operator_norm, operator_norm_bounds, operator_norm_upper_bound
 from opnorm_jax._conv import Conv
+from opnorm_jax._nearest import ProjectionInfo
 from opnorm_jax._project import (
-    ProjectionInfo,
     clip_operator_norm,
     project_operator_norm,
     project_operator_norm_info,

@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 from jaxtyping import Array, Float
 
-from opnorm_jax import _linalg
 from opnorm_jax._bounds import certifying_plan, check_output
-from opnorm_jax._conv import Conv, as_conv, canonical_kernel, check_max_norm, restore_kernel
-from opnorm_jax._spectrum import check_chunk_bytes, circular_norm, normalise, rounding
-from opnorm_jax._symbol import (
-    DEFAULT_CHUNK_BYTES,
-    Plan,
-    block_taps,
-    half_grid,
-    kernel_from_block_taps,
-    scan_frequencies,
-    squared_norm_of_coupling,
-    symbol,
-    symbol_adjoint,
-)
-
-_HIGHEST = lax.Precision.HIGHEST
+from opnorm_jax._clip import clip, fit, inside_tolerance
+from opnorm_jax._conv import Conv, as_conv, canonical_kernel, check_max_norm, compute_dtype, restore_kernel
+from opnorm_jax._nearest import ProjectionInfo, dual_shape, nearest
+from opnorm_jax._spectrum import check_chunk_bytes, circular_norm, normalise
+from opnorm_jax._symbol import DEFAULT_CHUNK_BYTES
 
 
 class Constrained(NamedTuple):
@@ -37,23 +23,7 @@ class Constrained(NamedTuple):
     kernel: jax.Array
     norm: jax.Array  # shape=(): its norm before, on the certifying circle
     changed: jax.Array  # shape=(), bool: False if the kernel was inside and came back as it was
-
-
-class ProjectionInfo(NamedTuple):
-    """How near to nearest a projection came."""
-
-    distance: jax.Array  # shape=(): |result - kernel|, Frobenius
-    gap: jax.Array  # shape=(): distance less a lower bound on the distance of *any* kernel inside the ball; >= 0
-    iterations: jax.Array  # shape=(), int32
-    norm: jax.Array  # shape=(): the kernel's norm before, on the certifying circle
-
-
-def inside_tolerance(dtype) -> float:
-    """Relative excess of a computed norm over the bound that is put down to rounding: 32 eps (4e-6 in float32).
-
-    Without it a kernel on the sphere, such as the result of an earlier projection, would not come back bit for bit.
-    """
-    return 32 * float(jnp.finfo(dtype).eps)
+    info: ProjectionInfo | None  # of a projection
 
 
 def rescale_operator_norm(
@@ -201,16 +171,22 @@ def project_operator_norm_info(
     *,
     tolerance: float = 1e-3,
     max_iterations: int = 200,
+    dual: Float[Array, "2 nf g m n"] | None = None,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
 ) -> tuple[Float[Array, ...], ProjectionInfo]:
     """:func:`project_operator_norm`, with its certificate.
 
-    Args, Raises, Cost: as there.
+    Args: as there, and
+
+      dual: the ``dual`` of an earlier call for a kernel of the same shape and geometry, as a warm start: after a small
+        change of the kernel it saves most of the iterations.
+
+    Raises, Cost: as there.
 
     Returns:
       The kernel and a :class:`ProjectionInfo`: the distance moved, the gap (how much nearer any kernel inside the ball
-      could be, at most), the iterations, and the norm before. In float32 gaps below about 1e-6 * |kernel|² / distance
-      are rounding.
+      could be, at most), the iterations, the norm before, and the dual variable. In float32 gaps below about
+      1e-6 * |kernel|² / distance are rounding.
 
     Examples:
       >>> import jax.numpy as jnp, opnorm_jax as oj
@@ -223,19 +199,27 @@ def project_operator_norm_info(
             raise TypeError(f"expected {name} to be a number that is static under jit, got {value!r}.")
         if not value > 0:
             raise ValueError(f"expected {name} to be positive, got {value}.")
-    out, info = _constrain_static(
-        "project", kernel, conv, max_norm, (float(tolerance), int(max_iterations)), chunk_bytes
-    )
-    assert info is not None  # the method is "project"
-    return out.kernel, info
+    out = constrained("project", kernel, conv, max_norm, (float(tolerance), max_iterations), dual, chunk_bytes)
+    assert out.info is not None  # the method is "project"
+    return out.kernel, out.info
 
 
-def constrained(method: str, kernel, conv, max_norm, *, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> Constrained:
-    """One of the three constraints by name, with the norm found on the way and whether anything changed."""
-    return _constrain_static(method, kernel, conv, max_norm, (1e-3, 200), chunk_bytes)[0]
+def initial_dual(kernel, conv: Conv) -> jax.Array:
+    """Zeros in the shape of a projection's dual variable, for a kernel or its ``ShapeDtypeStruct``."""
+    shape = jax.eval_shape(lambda k: canonical_kernel(k, conv), kernel).shape
+    return jnp.zeros(dual_shape(shape, certifying_plan(conv, shape[:-2])), compute_dtype(kernel.dtype))
 
 
-def _constrain_static(method, kernel, conv, max_norm, options, chunk_bytes):
+def constrained(
+    method: str,
+    kernel,
+    conv,
+    max_norm,
+    options: tuple[float, int] = (1e-3, 200),
+    dual=None,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+) -> Constrained:
+    """One of the three constraints by name, with what was found on the way."""
     conv = as_conv(conv)
     check_chunk_bytes(chunk_bytes)
     check_max_norm(max_norm)
@@ -247,208 +231,27 @@ def _constrain_static(method, kernel, conv, max_norm, options, chunk_bytes):
     info = None
     if method == "rescale":
         norm = circular_norm(small, plan, chunk_bytes)
-        moved = _fit(small, norm, bound, plan)
+        moved = fit(small, norm, bound, plan)
     elif method == "clip":
-        correction, norm = _clip(small, bound, plan, chunk_bytes)
+        correction, norm = clip(small, bound, plan, chunk_bytes)
         moved = small + correction
     else:
-        moved, info = _project(small, bound, plan, options, chunk_bytes)
+        shape = dual_shape(canonical.shape, plan)
+        if dual is not None and dual.shape != shape:
+            raise ValueError(
+                f"expected dual of shape {shape}, got {dual.shape}: pass info.dual of a call for the same kernel shape "
+                "and Conv, or None."
+            )
+        start = jnp.zeros(shape, small.dtype) if dual is None else dual.astype(small.dtype) / scale
+        moved, info = nearest(small, bound, start, plan, options, chunk_bytes)
         norm = info.norm
     # NaN compares false, so that a NaN kernel takes the changed branch and comes out NaN throughout.
     changed = ~(norm <= bound * (1 + inside_tolerance(small.dtype)))
-    moved = jnp.where(jnp.isfinite(norm), moved, jnp.nan)
-    result = restore_kernel(scale * moved, conv, kernel.dtype)
+    finite = jnp.isfinite(norm)
+    result = restore_kernel(scale * jnp.where(finite, moved, jnp.nan), conv, kernel.dtype)
     result = jnp.where(changed, result, kernel)
     if info is not None:
-        distance = jnp.where(changed, info.distance, 0)
-        info = ProjectionInfo(scale * distance, scale * jnp.where(changed, info.gap, 0), info.iterations, scale * norm)
-    return Constrained(result, scale * norm, changed), info
-
-
-def _fit(kernel: jax.Array, norm: jax.Array, bound: jax.Array, plan: Plan) -> jax.Array:
-    """The kernel scaled so that its norm, with its rounding allowed for, is at most ``bound``."""
-    upper = norm * (1 + rounding(kernel.shape, plan, kernel.dtype))
-    return kernel * jnp.minimum(1, bound / jnp.where(upper > 0, upper, 1))
-
-
-# --- clip ---------------------------------------------------------------------------------------------------------
-
-
-def _channels(kernel: jax.Array, plan: Plan) -> tuple[int, int]:
-    return kernel.shape[-2], kernel.shape[-1]
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _clip(kernel, bound, plan: Plan, chunk_bytes: int):
-    """What one clip adds to the kernel, and the norm before."""
-
-    def step(carry, blocks, phase, weights, x):
-        values, vectors = _gram_spectrum(blocks)
-        factor = jnp.minimum(0, bound / jnp.where(values > 0, values, 1) - 1)
-        factor = jnp.where(values > bound * (1 + inside_tolerance(kernel.dtype)), factor, 0)
-        change = _weigh(weights, _apply_spectral(blocks, vectors, factor))
-        return carry + symbol_adjoint(change, phase), jnp.max(values, axis=(1, 2))
-
-    taps = block_taps(kernel, plan)
-    change, norms = scan_frequencies(step, jnp.zeros_like(taps), taps, plan, chunk_bytes=chunk_bytes)
-    return kernel_from_block_taps(change, plan, _channels(kernel, plan)), jnp.max(norms)
-
-
-@_clip.defjvp
-def _clip_jvp(plan, chunk_bytes, primals, tangents):
-    r"""The derivative of F phi(FᴴF), phi(l) = min(1, c / sqrt l), by divided differences of phi (Daleckii and Krein).
-
-    They are written without cancellation, and 0 / 0 at the kink (a value equal to c, twice) is taken from inside.
-    """
-    (kernel, bound), (kernel_dot, bound_dot) = primals, tangents
-    taps, taps_dot = block_taps(kernel, plan), block_taps(kernel_dot, plan)
-
-    def step(carry, f, phase, weights, x):
-        f_dot = symbol(taps_dot, phase)
-        values, vectors = _gram_spectrum(f)
-        outside = values > bound * (1 + inside_tolerance(kernel.dtype))
-        safe = jnp.where(values > 0, values, 1)
-        phi = jnp.where(outside, bound / safe, 1)
-        a, b = values[..., :, None], values[..., None, :]
-        out_a, out_b = outside[..., :, None], outside[..., None, :]
-        low, high = jnp.minimum(a, b), jnp.maximum(a, b)
-        span = jnp.where(high > low, high - low, 1)
-        mixed = -((high - bound) / span) / jnp.where(high > 0, high * (low + high), 1)
-        both_out = -bound / jnp.where(out_a & out_b, a * b * (a + b), 1)
-        divided = jnp.where(out_a & out_b, both_out, jnp.where(out_a | out_b, mixed, 0))
-        adjoint = lambda z: z.conj().swapaxes(-1, -2)
-        mul = lambda *zs: functools.reduce(lambda p, q: jnp.matmul(p, q, precision=_HIGHEST), zs)
-        left = f.shape[-1] > f.shape[-2]  # the Gram matrix is on the left side: transpose the problem
-        h, h_dot = (adjoint(f), adjoint(f_dot)) if left else (f, f_dot)
-        gram_dot = mul(adjoint(h_dot), h) + mul(adjoint(h), h_dot)
-        phi_dot = divided.astype(f.dtype) * mul(adjoint(vectors), gram_dot, vectors)
-        phi_dot = phi_dot + _diagonal(jnp.where(outside, bound_dot / safe, 0).astype(f.dtype))
-        change = mul(h_dot, vectors * (phi - 1)[..., None, :].astype(f.dtype), adjoint(vectors))
-        change = change + mul(h, vectors, phi_dot, adjoint(vectors))
-        change = adjoint(change) if left else change
-        value = _apply_spectral(f, vectors, phi - 1)
-        add, add_dot = carry
-        add = add + symbol_adjoint(_weigh(weights, value), phase)
-        add_dot = add_dot + symbol_adjoint(_weigh(weights, change), phase)
-        at = jnp.argmax(values.reshape(values.shape[0], -1), axis=1)
-        slopes = jnp.sum((mul(h, vectors).conj() * mul(h_dot, vectors)).real, -2) / safe
-        pick = lambda z: jnp.take_along_axis(z.reshape(z.shape[0], -1), at[:, None], 1)[:, 0]
-        return (add, add_dot), (pick(values), pick(slopes))
-
-    carry = (jnp.zeros_like(taps), jnp.zeros_like(taps))
-    (add, add_dot), (norms, slopes) = scan_frequencies(step, carry, taps, plan, chunk_bytes=chunk_bytes)
-    back = lambda z: kernel_from_block_taps(z, plan, _channels(kernel, plan))
-    at = jnp.argmax(norms)
-    return (back(add), norms[at]), (back(add_dot), slopes[at])
-
-
-def _weigh(weights, blocks):
-    return weights[:, None, None, None].astype(blocks.dtype) * blocks
-
-
-def _diagonal(values):
-    size = values.shape[-1]
-    return jnp.where(np.eye(size, dtype=bool), jnp.broadcast_to(values[..., None], (*values.shape, size)), 0)
-
-
-def _gram_spectrum(blocks):
-    """Singular values (ascending) of the blocks (c, g, m, n) and the vectors on their smaller side."""
-    c, g, m, n = blocks.shape
-    values, vectors = _linalg.eigh(_linalg.gram(blocks).reshape(c * g, min(m, n), min(m, n)))
-    return jnp.sqrt(jnp.maximum(values, 0)).reshape(c, g, -1), vectors.reshape(c, g, *vectors.shape[1:])
-
-
-def _apply_spectral(blocks, vectors, factor):
-    """F V diag(factor) Vᴴ, or V diag(factor) Vᴴ F where the vectors are the left ones."""
-    weighted = vectors * factor[..., None, :].astype(vectors.dtype)
-    scaled = jnp.matmul(weighted, vectors.conj().swapaxes(-1, -2), precision=_HIGHEST)
-    pair = (blocks, scaled) if blocks.shape[-1] <= blocks.shape[-2] else (scaled, blocks)
-    return jnp.matmul(*pair, precision=_HIGHEST)
-
-
-# --- projection ---------------------------------------------------------------------------------------------------
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
-def _project(kernel, bound, plan: Plan, options: tuple[float, int], chunk_bytes: int):
-    """Accelerated proximal gradient on the dual; see project_operator_norm.
-
-    With M the map from a kernel to its blocks (scaled to an isometry) and p the dual variable, one block a frequency:
-    K = kernel - Mᵀp, and p <- (q + M K) - clip(q + M K) with Nesterov's extrapolation q. Blocks are stacked per
-    frequency of the half grid, so every sum over frequencies carries their weights.
-    """
-    tolerance, max_iterations = options
-    taps = block_taps(kernel, plan)
-    block = taps.shape[1:]
-    nf = len(half_grid(plan.grid).frequencies)
-    rate = 1 / squared_norm_of_coupling(plan)
-    channels = _channels(kernel, plan)
-    dual = jnp.zeros((nf, *block), lax.complex(taps, taps).dtype)
-
-    def iterate(state, _):
-        k, p, q, momentum, _ = state
-
-        def step(carry, blocks, phase, weights, item):
-            p, q = item
-            back, nuclear, uphill = carry
-            z = q + jnp.asarray(rate, blocks.dtype) * blocks
-            values, vectors = _gram_spectrum(z)
-            excess = jnp.maximum(values - rate * bound, 0)
-            new = _apply_spectral(z, vectors, excess / jnp.where(values > 0, values, 1))
-            back = back + symbol_adjoint(_weigh(weights, new), phase)
-            nuclear = nuclear + jnp.sum(weights[:, None, None] * excess)
-            uphill = uphill + jnp.sum(weights[:, None, None, None] * ((q - new).conj() * (new - p)).real)
-            return (back, nuclear, uphill), new
-
-        zero = jnp.zeros((), taps.dtype)
-        (back, nuclear, uphill), new = scan_frequencies(
-            step, (jnp.zeros_like(taps), zero, zero), block_taps(k, plan), plan, chunk_bytes=chunk_bytes, xs=(p, q)
-        )
-        drawn = kernel_from_block_taps(back, plan, channels, adjoint=True)
-        # q was extrapolated: the kernel at q needs the same combination of the kernels at the last two p.
-        momentum = jnp.where(uphill > 0, 1.0, momentum)
-        grown = (1 + jnp.sqrt(1 + 4 * momentum**2)) / 2
-        beta = (momentum - 1) / grown
-        last = state[4]
-        q = new + beta.astype(new.dtype) * (new - p)
-        k = kernel - (drawn + beta * (drawn - last[0]))
-        return (k, new, q, grown, (drawn, nuclear)), None
-
-    def certify(drawn, nuclear):
-        """A kernel inside the ball, and a lower bound on every such kernel's squared distance."""
-        k = kernel - drawn
-        inside = _fit(k, circular_norm(k, plan, chunk_bytes), bound, plan)
-        dual_value = jnp.sum(drawn * kernel) - 0.5 * jnp.sum(drawn * drawn) - bound * nuclear
-        return inside, jnp.sqrt(jnp.maximum(2 * dual_value, 0))
-
-    def going(state):
-        _, best, nearest, distance, iterations, _ = state
-        return (distance > (1 + tolerance) * nearest) & (iterations < max_iterations)
-
-    def ten(state):
-        inner, best, nearest, distance, iterations, norm = state
-        inner, _ = lax.scan(iterate, inner, None, length=10)
-        inside, bound_below = certify(*inner[4])
-        moved = jnp.sqrt(jnp.sum((inside - kernel) ** 2))
-        best = jnp.where(moved < distance, inside, best)
-        return inner, best, jnp.maximum(nearest, bound_below), jnp.minimum(distance, moved), iterations + 10, norm
-
-    zero = jnp.zeros((), taps.dtype)
-    norm = circular_norm(kernel, plan, chunk_bytes)
-    start = _fit(kernel, norm, bound, plan)
-    distance = jnp.sqrt(jnp.sum((start - kernel) ** 2))
-    # A kernel that is inside (or not finite) takes no iteration.
-    distance = jnp.where(norm > bound * (1 + inside_tolerance(taps.dtype)), distance, 0)
-    inner = (kernel, dual, dual, jnp.ones((), taps.dtype), (jnp.zeros_like(kernel), zero))
-    state = (inner, start, zero, distance, jnp.zeros((), jnp.int32), norm)
-    _, best, nearest, distance, iterations, norm = lax.while_loop(going, ten, state)
-    return best, ProjectionInfo(distance, jnp.maximum(distance - nearest, 0), iterations, norm)
-
-
-@_project.defjvp
-def _project_jvp(plan, options, chunk_bytes, primals, tangents):
-    raise NotImplementedError(
-        "project_operator_norm has no derivative. Differentiate through rescale_operator_norm instead, or penalise "
-        "operator_norm in the loss; to project between gradient steps, call it outside the differentiated function "
-        "(constrain_operator_norm does)."
-    )
+        scaled = lambda value: scale * jnp.where(changed, value, 0)
+        kept = scale * jnp.where(changed & finite, info.dual, 0)  # a NaN must not outlive its step
+        info = ProjectionInfo(scaled(info.distance), scaled(info.gap), info.iterations, scale * norm, kept)
+    return Constrained(result, scale * norm, changed, info)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ import optax
 
 from opnorm_jax._bounds import check_output
 from opnorm_jax._conv import Conv, as_conv, check_kernel, check_max_norm, compute_dtype, is_conv_leaf
-from opnorm_jax._project import constrained
+from opnorm_jax._project import Constrained, constrained, initial_dual
 
 METHODS = ("clip", "project", "rescale")
 
@@ -26,6 +26,7 @@ class ConstrainOperatorNormState(NamedTuple):
 
     count: jax.Array  # shape=(), dtype=int32: updates so far
     norms: Any  # shaped like convs; at each Conv shape=(), dtype=float32: its norm when last acted on, before that
+    duals: Any  # with warm_start, shaped like convs: the projections' dual variables; else None
 
 
 class _Layer(NamedTuple):
@@ -40,7 +41,7 @@ class _Layer(NamedTuple):
 
 
 def constrain_operator_norm(
-    max_norm: Any, convs: Any, *, every: int = 1, method: str = "clip"
+    max_norm: Any, convs: Any, *, every: int = 1, method: str = "clip", warm_start: bool = False
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keeps convolutions' operator norms in check, inside the training step.
 
@@ -58,6 +59,8 @@ def constrain_operator_norm(
         elsewhere; one ``None`` may stand for a whole subtree.
       every: act on one update in so many.
       method: ``"clip"``, ``"project"`` or ``"rescale"``.
+      warm_start: with ``"project"``, keep the dual variables in the state. Kernels move little between projections, so
+        that most iterations are saved, for the memory of half the frequencies' blocks per layer.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its state, a :class:`ConstrainOperatorNormState`, carries the count
@@ -87,16 +90,24 @@ def constrain_operator_norm(
     convs = _checked_convs(convs)
     _check_method(method)
     _check_max_norms(max_norm)
+    if warm_start and method != "project":
+        raise ValueError(f"expected warm_start only with method='project', got {method=}.")
     if isinstance(every, bool) or not (isinstance(every, int) or hasattr(every, "dtype")):
         raise TypeError(f"expected every to be an int, got {every!r} ({type(every).__name__}).")
     if isinstance(every, int) and every < 1:
         raise ValueError(f"expected every to be at least 1, got {every}.")
 
     def init_fn(params: Any) -> ConstrainOperatorNormState:
-        if jax.tree.leaves(params):  # optax.tree.map_params calls this with a placeholder that has none
-            _layers(params, convs, max_norm)
         norms = jax.tree.map(lambda _: jnp.zeros((), jnp.float32), convs, is_leaf=is_conv_leaf)
-        return ConstrainOperatorNormState(jnp.zeros((), jnp.int32), norms)
+        duals = norms if warm_start else None
+        if jax.tree.leaves(params):  # optax.tree.map_params calls this with a placeholder that has none
+            layers = _layers(params, convs, max_norm)
+            if warm_start:
+                leaves, treedef = jax.tree.flatten(norms)
+                for layer in layers:
+                    leaves[layer.slot] = initial_dual(layer.kernel, layer.conv)
+                duals = treedef.unflatten(leaves)
+        return ConstrainOperatorNormState(jnp.zeros((), jnp.int32), norms, duals)
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any):
         del extra_args
@@ -106,30 +117,35 @@ def constrain_operator_norm(
         moves = treedef.flatten_up_to(updates)
         layers = [layer for layer in _layers(params, convs, max_norm) if not _is_hole(moves[layer.index])]
         norms, norms_def = jax.tree.flatten(state.norms)
+        duals, duals_def = jax.tree.flatten(state.duals)
 
         def act(operands):
-            kernels, kernel_moves, norms = operands
+            kernels, kernel_moves, norms, duals = operands
             targets = [(p + u).astype(p.dtype) for p, u in zip(kernels, kernel_moves, strict=True)]
             bounds = [_bound_at(layer.max_norm, state.count) for layer in layers]
-            outs = _constrain_layers(targets, bounds, layers, method)
-            norms, kernel_moves = list(norms), list(kernel_moves)
+            starts = [duals[layer.slot] if warm_start else None for layer in layers]
+            outs = _constrain_layers(targets, bounds, layers, method, starts)
+            norms, duals, kernel_moves = list(norms), list(duals), list(kernel_moves)
             for n, (layer, out, p) in enumerate(zip(layers, outs, kernels, strict=True)):
                 wide = compute_dtype(p.dtype)
                 step = (out.kernel.astype(wide) - p.astype(wide)).astype(kernel_moves[n].dtype)
                 kernel_moves[n] = jnp.where(out.changed, step, kernel_moves[n])
                 norms[layer.slot] = out.norm.astype(jnp.float32)
-            return kernel_moves, norms
+                if warm_start and out.info is not None:
+                    duals[layer.slot] = out.info.dual
+            return kernel_moves, norms, duals
 
         kernels = [jnp.asarray(leaves[layer.index]) for layer in layers]
-        operands = (kernels, [jnp.asarray(moves[layer.index]) for layer in layers], norms)
+        operands = (kernels, [jnp.asarray(moves[layer.index]) for layer in layers], norms, duals)
         if isinstance(every, int) and every == 1:
-            kernel_moves, norms = act(operands)
+            kernel_moves, norms, duals = act(operands)
         else:
             due = state.count % jnp.asarray(every).astype(jnp.int32) == 0
-            kernel_moves, norms = jax.lax.cond(due, act, lambda operands: operands[1:], operands)
+            kernel_moves, norms, duals = jax.lax.cond(due, act, lambda operands: operands[1:], operands)
         for layer, move in zip(layers, kernel_moves, strict=True):
             moves[layer.index] = move
-        state = ConstrainOperatorNormState(jnp.asarray(optax.safe_increment(state.count)), norms_def.unflatten(norms))
+        count = jnp.asarray(optax.safe_increment(state.count))
+        state = ConstrainOperatorNormState(count, norms_def.unflatten(norms), duals_def.unflatten(duals))
         return treedef.unflatten(moves), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -166,27 +182,25 @@ def constrain(params: Any, max_norm: Any, convs: Any, *, method: str = "clip") -
     _check_max_norms(max_norm, schedules=False)
     leaves, treedef = jax.tree.flatten(params, is_leaf=_is_hole)
     layers = _layers(params, convs, max_norm)
-    kernels = [jnp.asarray(layer.kernel) for layer in layers]
-    for layer, out in zip(
-        layers, _constrain_layers(kernels, [layer.max_norm for layer in layers], layers, method), strict=True
-    ):
+    kernels, bounds = [jnp.asarray(layer.kernel) for layer in layers], [layer.max_norm for layer in layers]
+    for layer, out in zip(layers, _constrain_layers(kernels, bounds, layers, method, [None] * len(layers))):
         leaves[layer.index] = out.kernel
     return treedef.unflatten(leaves)
 
 
-def _constrain_layers(kernels: Sequence[Any], bounds: Sequence[Any], layers: Sequence[_Layer], method: str) -> list:
+def _constrain_layers(kernels: list, bounds: list, layers: list[_Layer], method: str, duals: list) -> list[Constrained]:
     """Every layer constrained; those alike in shape, dtype and geometry in one batched call."""
     alike: dict[Any, list[int]] = {}
-    for n, (kernel, layer) in enumerate(zip(kernels, layers, strict=True)):
+    for n, (kernel, layer) in enumerate(zip(kernels, layers)):
         alike.setdefault((kernel.shape, kernel.dtype, layer.conv), []).append(n)
     outs: list[Any] = [None] * len(layers)
     for (_, dtype, conv), members in alike.items():
-        limits = jnp.stack([jnp.asarray(bounds[n]).astype(compute_dtype(dtype)) for n in members])
-        one = lambda kernel, limit, conv=conv: constrained(method, kernel, conv, limit)
+        one = lambda kernel, limit, dual, conv=conv: constrained(method, kernel, conv, limit, dual=dual)
+        inputs = [(kernels[n], jnp.asarray(bounds[n]).astype(compute_dtype(dtype)), duals[n]) for n in members]
         if len(members) == 1:
-            outs[members[0]] = one(kernels[members[0]], limits[0])
+            outs[members[0]] = one(*inputs[0])
             continue
-        batch = jax.vmap(one)(jnp.stack([kernels[n] for n in members]), limits)
+        batch = jax.vmap(one)(*jax.tree.map(lambda *rows: jnp.stack(rows), *inputs))
         for row, n in enumerate(members):
             outs[n] = jax.tree.map(lambda a, row=row: a[row], batch)
     return outs

@@ -200,6 +200,7 @@ TREES = {
         r"params\['conv'\]\['kernel'\].*real floating dtype",
     ),
     "unknown method": (lambda: update(method="svd"), ValueError, r"one of \('clip', 'project', 'rescale'\), got 'svd'"),
+    "warm start of a clip": (lambda: update(warm_start=True), ValueError, "warm_start only with method='project'"),
     "zero every": (lambda: update(every=0), ValueError, "every to be at least 1, got 0"),
     "float every": (lambda: update(every=1.5), TypeError, "every to be an int, got 1.5"),
     "bool every": (lambda: update(every=True), TypeError, "every to be an int, got True"),

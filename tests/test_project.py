@@ -165,6 +165,23 @@ def test_bound_holds_when_the_iterations_run_out():
     assert info.iterations == 10 and info.gap > 0
 
 
+def test_warm_start_saves_iterations_and_changes_nothing_else():
+    kernel = random_kernel((3, 3, 8, 8), norm=2.0, image=(8, 8))
+    project = jax.jit(lambda k, dual: oj.project_operator_norm_info(k, (8, 8), 1.0, dual=dual))
+    first, info = project(kernel, None)
+    again, warm = project(kernel, info.dual)
+    assert warm.iterations == 10 < info.iterations and warm.gap <= 1e-3 * warm.distance
+    np.testing.assert_allclose(again, first, atol=3e-2 * float(info.distance))
+    moved = kernel + 1e-3 * random_kernel(kernel.shape, seed=1)
+    _, cold = project(moved, None)
+    out, warm = project(moved, info.dual)
+    assert warm.iterations < cold.iterations and oracle.dense_singular_values(out, (8, 8))[0] <= 1 + 1e-6
+    inside, info = project(kernel / 4, info.dual)
+    assert (inside == kernel / 4).all() and not info.dual.any()
+    with pytest.raises(ValueError, match="dual of shape"):
+        oj.project_operator_norm_info(kernel, (8, 8), 1.0, dual=jnp.zeros((2, 3)))
+
+
 def test_gap_is_a_true_certificate():
     """distance - gap never exceeds the distance of the (independently found) nearest kernel."""
     for seed in range(5):

@@ -112,6 +112,18 @@ def test_steps_in_between_factorise_nothing():
     assert "eigh" in busy and "eigh" not in idle and "dot_general" not in idle
 
 
+def test_warm_start_keeps_the_duals_in_the_state():
+    params, tx = make_params(), transformation(method="project", warm_start=True, every=2)
+    out, state = run(tx, params, 5, updates=jax.tree.map(lambda p: 1e-3 * p, params))
+    check_norms(out, 1.0, 1e-2)
+    assert jax.tree.structure(state.duals) == jax.tree.structure(state.norms)
+    assert all(dual.ndim == 5 and dual.any() for dual in jax.tree.leaves(state.duals))
+    abstract = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(tx.init(abstract), state)
+    chex.assert_trees_all_equal(optax.tree.map_params(tx, lambda v: v, state), state)
+    assert transformation().init(params).duals is None
+
+
 def test_schedule_and_prefix_trees_of_bounds():
     params = make_params()
     schedule = optax.linear_schedule(2.0, 1.0, 3)

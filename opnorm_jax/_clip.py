@@ -1,0 +1,122 @@
+"""Functions of the blocks' singular values, and the paper's clip with its derivative."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from opnorm_jax import _linalg
+from opnorm_jax._spectrum import rounding
+from opnorm_jax._symbol import Plan, block_taps, kernel_from_block_taps, scan_frequencies, symbol, symbol_adjoint
+
+_HIGHEST = lax.Precision.HIGHEST
+
+
+def inside_tolerance(dtype) -> float:
+    """Relative excess of a computed norm over the bound that is put down to rounding: 32 eps (4e-6 in float32).
+
+    Without it a kernel on the sphere, such as the result of an earlier projection, would not come back bit for bit.
+    """
+    return 32 * float(jnp.finfo(dtype).eps)
+
+
+def fit(kernel: jax.Array, norm: jax.Array, bound: jax.Array, plan: Plan) -> jax.Array:
+    """The kernel scaled so that its norm, with its rounding allowed for, is at most ``bound``."""
+    upper = norm * (1 + rounding(kernel.shape, plan, kernel.dtype))
+    return kernel * jnp.minimum(1, bound / jnp.where(upper > 0, upper, 1))
+
+
+def channels_of(kernel: jax.Array, plan: Plan) -> tuple[int, int]:
+    return kernel.shape[-2], kernel.shape[-1]
+
+
+def weigh(weights, blocks):
+    return weights[:, None, None, None].astype(blocks.dtype) * blocks
+
+
+def gram_spectrum(blocks):
+    """Singular values (ascending) of the blocks (c, g, m, n) and the vectors on their smaller side."""
+    c, g, m, n = blocks.shape
+    values, vectors = _linalg.eigh(_linalg.gram(blocks).reshape(c * g, min(m, n), min(m, n)))
+    return jnp.sqrt(jnp.maximum(values, 0)).reshape(c, g, -1), vectors.reshape(c, g, *vectors.shape[1:])
+
+
+def apply_spectral(blocks, vectors, factor):
+    """F V diag(factor) Vᴴ, or V diag(factor) Vᴴ F where the vectors are the left ones."""
+    weighted = vectors * factor[..., None, :].astype(vectors.dtype)
+    scaled = jnp.matmul(weighted, vectors.conj().swapaxes(-1, -2), precision=_HIGHEST)
+    pair = (blocks, scaled) if blocks.shape[-1] <= blocks.shape[-2] else (scaled, blocks)
+    return jnp.matmul(*pair, precision=_HIGHEST)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def clip(kernel, bound, plan: Plan, chunk_bytes: int):
+    """What one clip adds to the kernel, and the norm before."""
+
+    def step(carry, blocks, phase, weights, x):
+        values, vectors = gram_spectrum(blocks)
+        factor = jnp.minimum(0, bound / jnp.where(values > 0, values, 1) - 1)
+        factor = jnp.where(values > bound * (1 + inside_tolerance(kernel.dtype)), factor, 0)
+        change = weigh(weights, apply_spectral(blocks, vectors, factor))
+        return carry + symbol_adjoint(change, phase), jnp.max(values, axis=(1, 2))
+
+    taps = block_taps(kernel, plan)
+    change, norms = scan_frequencies(step, jnp.zeros_like(taps), taps, plan, chunk_bytes=chunk_bytes)
+    return kernel_from_block_taps(change, plan, channels_of(kernel, plan)), jnp.max(norms)
+
+
+@clip.defjvp
+def _clip_jvp(plan, chunk_bytes, primals, tangents):
+    r"""The derivative of F phi(FᴴF), phi(l) = min(1, c / sqrt l), by divided differences of phi (Daleckii and Krein).
+
+    They are written without cancellation, and 0 / 0 at the kink (a value equal to c, twice) is taken from inside.
+    """
+    (kernel, bound), (kernel_dot, bound_dot) = primals, tangents
+    taps, taps_dot = block_taps(kernel, plan), block_taps(kernel_dot, plan)
+
+    def step(carry, f, phase, weights, x):
+        f_dot = symbol(taps_dot, phase)
+        values, vectors = gram_spectrum(f)
+        outside = values > bound * (1 + inside_tolerance(kernel.dtype))
+        safe = jnp.where(values > 0, values, 1)
+        phi = jnp.where(outside, bound / safe, 1)
+        a, b = values[..., :, None], values[..., None, :]
+        out_a, out_b = outside[..., :, None], outside[..., None, :]
+        low, high = jnp.minimum(a, b), jnp.maximum(a, b)
+        span = jnp.where(high > low, high - low, 1)
+        mixed = -((high - bound) / span) / jnp.where(high > 0, high * (low + high), 1)
+        both_out = -bound / jnp.where(out_a & out_b, a * b * (a + b), 1)
+        divided = jnp.where(out_a & out_b, both_out, jnp.where(out_a | out_b, mixed, 0))
+        adjoint = lambda z: z.conj().swapaxes(-1, -2)
+        mul = lambda *zs: functools.reduce(lambda p, q: jnp.matmul(p, q, precision=_HIGHEST), zs)
+        left = f.shape[-1] > f.shape[-2]  # the Gram matrix is on the left side: transpose the problem
+        h, h_dot = (adjoint(f), adjoint(f_dot)) if left else (f, f_dot)
+        gram_dot = mul(adjoint(h_dot), h) + mul(adjoint(h), h_dot)
+        phi_dot = divided.astype(f.dtype) * mul(adjoint(vectors), gram_dot, vectors)
+        phi_dot = phi_dot + _diagonal(jnp.where(outside, bound_dot / safe, 0).astype(f.dtype))
+        change = mul(h_dot, vectors * (phi - 1)[..., None, :].astype(f.dtype), adjoint(vectors))
+        change = change + mul(h, vectors, phi_dot, adjoint(vectors))
+        change = adjoint(change) if left else change
+        value = apply_spectral(f, vectors, phi - 1)
+        add, add_dot = carry
+        add = add + symbol_adjoint(weigh(weights, value), phase)
+        add_dot = add_dot + symbol_adjoint(weigh(weights, change), phase)
+        at = jnp.argmax(values.reshape(values.shape[0], -1), axis=1)
+        slopes = jnp.sum((mul(h, vectors).conj() * mul(h_dot, vectors)).real, -2) / safe
+        pick = lambda z: jnp.take_along_axis(z.reshape(z.shape[0], -1), at[:, None], 1)[:, 0]
+        return (add, add_dot), (pick(values), pick(slopes))
+
+    carry = (jnp.zeros_like(taps), jnp.zeros_like(taps))
+    (add, add_dot), (norms, slopes) = scan_frequencies(step, carry, taps, plan, chunk_bytes=chunk_bytes)
+    back = lambda z: kernel_from_block_taps(z, plan, channels_of(kernel, plan))
+    at = jnp.argmax(norms)
+    return (back(add), norms[at]), (back(add_dot), slopes[at])
+
+
+def _diagonal(values):
+    size = values.shape[-1]
+    return jnp.where(np.eye(size, dtype=bool), jnp.broadcast_to(values[..., None], (*values.shape, size)), 0)

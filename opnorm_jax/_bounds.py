@@ -248,8 +248,6 @@ def _torus_axes(k: int, stride: int, input_dilation: int, dilation: int, factor:
         # substitutes one frequency for another (and multiplies rows by phases): the supremum is the same.
         shared = math.gcd(max(stride, input_dilation), dilation)
         stride, input_dilation, dilation = max(1, stride // shared), max(1, input_dilation // shared), 1
-        if stride == input_dilation == 1:
-            stride = input_dilation = 1
     run = math.lcm(stride, input_dilation)
     axes = []
     for low in range(math.gcd(stride, input_dilation)):

@@ -30,10 +30,6 @@ def fit(kernel: jax.Array, norm: jax.Array, bound: jax.Array, plan: Plan) -> jax
     return kernel * jnp.minimum(1, bound / jnp.where(upper > 0, upper, 1))
 
 
-def channels_of(kernel: jax.Array, plan: Plan) -> tuple[int, int]:
-    return kernel.shape[-2], kernel.shape[-1]
-
-
 def weigh(weights, blocks):
     return weights[:, None, None, None].astype(blocks.dtype) * blocks
 
@@ -66,7 +62,7 @@ def clip(kernel, bound, plan: Plan, chunk_bytes: int):
 
     taps = block_taps(kernel, plan)
     change, norms = scan_frequencies(step, jnp.zeros_like(taps), taps, plan, chunk_bytes=chunk_bytes)
-    return kernel_from_block_taps(change, plan, channels_of(kernel, plan)), jnp.max(norms)
+    return kernel_from_block_taps(change, plan, kernel.shape[-2:]), jnp.max(norms)
 
 
 @clip.defjvp
@@ -112,7 +108,7 @@ def _clip_jvp(plan, chunk_bytes, primals, tangents):
 
     carry = (jnp.zeros_like(taps), jnp.zeros_like(taps))
     (add, add_dot), (norms, slopes) = scan_frequencies(step, carry, taps, plan, chunk_bytes=chunk_bytes)
-    back = lambda z: kernel_from_block_taps(z, plan, channels_of(kernel, plan))
+    back = lambda z: kernel_from_block_taps(z, plan, kernel.shape[-2:])
     at = jnp.argmax(norms)
     return (back(add), norms[at]), (back(add_dot), slopes[at])
 

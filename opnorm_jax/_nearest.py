@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from opnorm_jax._clip import apply_spectral, channels_of, fit, gram_spectrum, inside_tolerance, weigh
+from opnorm_jax._clip import apply_spectral, fit, gram_spectrum, inside_tolerance, weigh
 from opnorm_jax._spectrum import circular_norm
 from opnorm_jax._symbol import (
     Plan,
@@ -53,7 +53,7 @@ def nearest(kernel, bound, dual, plan: Plan, options: tuple[float, int], chunk_b
     tolerance, max_iterations = options
     taps = block_taps(kernel, plan)
     rate = 1 / squared_norm_of_coupling(plan)
-    channels = channels_of(kernel, plan)
+    channels = kernel.shape[-2:]
     zero = jnp.zeros((), taps.dtype)
 
     def iterate(state, _):

@@ -115,7 +115,7 @@ def block_taps(kernel: Float[Array, "*taps i o"], plan: Plan) -> Float[Array, "t
 
 
 def kernel_from_block_taps(
-    blocks: Float[Array, "tau g m n"], plan: Plan, channels: tuple[int, int], *, adjoint: bool = False
+    blocks: Float[Array, "tau g m n"], plan: Plan, channels: tuple[int, ...], *, adjoint: bool = False
 ) -> Float[Array, "*taps i o"]:
     """The kernel whose block taps are nearest to ``blocks`` (or, with ``adjoint``, the transpose of block_taps).
 
@@ -160,7 +160,7 @@ def _couple(kernel: jax.Array, plan: Plan, places: list[np.ndarray]) -> jax.Arra
     return out.reshape(prod([shape[a] for a in taus]), g, m, n)
 
 
-def _uncouple(blocks: jax.Array, plan: Plan, channels: tuple[int, int], factors: list[np.ndarray]) -> jax.Array:
+def _uncouple(blocks: jax.Array, plan: Plan, channels: tuple[int, ...], factors: list[np.ndarray]) -> jax.Array:
     i, o = channels
     g, rank = plan.groups, len(plan.axes)
     if all(factor.shape[2] == factor.shape[3] == 1 and _trivial(np.moveaxis(factor, 0, 3)) for factor in factors):

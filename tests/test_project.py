@@ -138,7 +138,7 @@ def test_nearest_agrees_with_dykstra_closely_in_float64(x64):
 
 
 def test_nearer_than_every_other_route_with_a_certificate():
-    """ALGORITHMS' comparison: 16 to 16 channels, 3x3 on 16x16, norm 2.01 to 1."""
+    """16 to 16 channels, 3x3 on 16x16, from norm 2.01 to 1: scaling, clipping once or 30 times, Dykstra's 100 steps."""
     kernel = np.random.default_rng(0).standard_normal((3, 3, 16, 16)).astype(np.float32)
     kernel *= np.float32(2.01 / oracle.paper_singular_values(kernel, (16, 16)).max())
 

@@ -293,14 +293,14 @@ def test_nan_stays_in_its_layer():
 
 
 def test_equal_layers_share_one_call():
-    """12 equal layers and 1 cost as many factorisations in the program as 1 and 1."""
+    """12 equal layers take as many factorisations in the program as 2."""
 
     def count(layers):
         params = {str(n): jnp.ones((3, 3, 4, 4)) for n in range(layers)} | {"other": jnp.ones((3, 3, 2, 5))}
         convs = {name: oj.Conv((6, 6)) for name in params}
         return str(jax.make_jaxpr(lambda p: oj.constrain(p, 1.0, convs))(params)).count("eigh[")
 
-    assert count(12) == count(1)
+    assert count(12) == count(2) > 0
 
 
 def test_empty_trees_and_scalar_parameters():

@@ -117,4 +117,4 @@ def make_constraint(method: str, max_norm: float, convs: Any, every: int) -> opt
     """The transformation, or None for the arm without a constraint."""
     if method == "none":
         return None
-    return oj.constrain_operator_norm(max_norm, convs, every=every, method=method)
+    return oj.constrain_operator_norm(max_norm, convs, every=every, method=method, warm_start=method == "project")

@@ -112,14 +112,14 @@ def plot(rows, path):
     panels = sorted({(tuple(row["taps"]), tuple(row["map"])) for row in rows})
     figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), layout="constrained", squeeze=False)
     for axis, (taps, size) in zip(axes[0], panels):
-        for name in METHODS:
+        for color, name in enumerate(METHODS):
             points = [
                 (row["channels"], row["seconds"][name])
                 for row in rows
                 if (tuple(row["taps"]), tuple(row["map"])) == (taps, size) and name in row["seconds"]
             ]
             if points:
-                axis.loglog(*zip(*points), marker="o", label=name)
+                axis.loglog(*zip(*points), marker="o", label=name, color=f"C{color}")
         axis.set(title=f"{taps[0]}x{taps[1]} kernels, {size[0]}x{size[1]} maps", xlabel="channels", ylabel="seconds")
         axis.grid(alpha=0.3)
     axes[0, 0].legend()

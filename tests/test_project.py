@@ -224,7 +224,7 @@ def test_extreme_scales(method, exponent):
 def test_derivatives(method, shape, x64):
     kernel = np.random.default_rng(0).standard_normal(shape)
     for conv in (oj.Conv((4, 5)), oj.Conv((4, 4), padding="SAME", strides=2)):
-        f = lambda k, b, conv=conv: FUNCTIONS[method](k, conv, b)
+        f = jax.jit(lambda k, b, conv=conv: FUNCTIONS[method](k, conv, b))
         bound = 0.5 * float(oj.operator_norm(kernel, conv))
         jax.test_util.check_grads(f, (kernel, bound), order=1, modes=("fwd", "rev"), atol=1e-5, rtol=1e-5)
         inside = 2.0 * float(oj.operator_norm_bounds(kernel, conv).upper)

@@ -195,8 +195,8 @@ def test_gradients(x64):
         check_first = functools.partial(
             jax.test_util.check_grads, order=1, modes=("fwd", "rev"), eps=1e-6, atol=1e-6, rtol=1e-6
         )
-        check_first(lambda k, conv=conv: oj.operator_norm(k, conv), (kernel,))
-        check_first(lambda k, conv=conv: oj.singular_values(k, conv), (kernel,))
+        check_first(jax.jit(lambda k, conv=conv: oj.operator_norm(k, conv)), (kernel,))
+        check_first(jax.jit(lambda k, conv=conv: oj.singular_values(k, conv)), (kernel,))
     groups = oj.Conv((4, 4), feature_group_count=2)
     check_first(lambda k: oj.operator_norm(k, groups), (np.random.default_rng(0).standard_normal((3, 3, 2, 4)),))
 

@@ -4,9 +4,9 @@
     python train/cifar.py --dataset cifar10 --data-dir DIR            the paper's ResNet-32, 250 epochs
     python train/cifar.py --dataset cifar10 --data-dir DIR --method clip --max-norm 0.5 --every 100
 
-The first takes about half a minute on two CPU cores. The paper (Sedghi, Gupta and Long, ICLR 2019) reports that clipping
-every 100 steps takes ResNet-32's test error on CIFAR-10 from 6.2 % to 5.3 %; this trainer follows its recipe, and that
-claim has not been reproduced here yet.
+The first takes about half a minute on two CPU cores. The paper (Sedghi, Gupta and Long, ICLR 2019) reports that
+clipping every 100 steps takes ResNet-32's test error on CIFAR-10 from 6.2 % to 5.3 %; this trainer follows its recipe,
+and that claim has not been reproduced here yet.
 """
 
 import dataclasses

@@ -4,7 +4,7 @@ Start with :func:`singular_values`, :func:`operator_norm_bounds` and :func:`cons
 """
 
 from opnorm_jax._bounds import Bounds, operator_norm, operator_norm_bounds, operator_norm_upper_bound
-from opnorm_jax._conv import Conv
+from opnorm_jax._conv import Conv, Unknown
 from opnorm_jax._nearest import ProjectionInfo
 from opnorm_jax._project import (
     clip_operator_norm,
@@ -13,6 +13,7 @@ from opnorm_jax._project import (
     rescale_operator_norm,
 )
 from opnorm_jax._spectrum import singular_values
+from opnorm_jax._trace import find_convs
 from opnorm_jax._transform import ConstrainOperatorNormState, constrain, constrain_operator_norm
 
 __version__ = "0.1.0"
@@ -22,9 +23,11 @@ __all__ = [
     "ConstrainOperatorNormState",
     "Conv",
     "ProjectionInfo",
+    "Unknown",
     "clip_operator_norm",
     "constrain",
     "constrain_operator_norm",
+    "find_convs",
     "operator_norm",
     "operator_norm_bounds",
     "operator_norm_upper_bound",

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from opnorm_jax import _matrix_free
-from opnorm_jax._conv import Conv, as_conv, canonical_kernel, layout
+from opnorm_jax._conv import SPATIAL_LETTERS, Conv, as_conv, canonical_kernel, layout
 from opnorm_jax._spectrum import check_chunk_bytes, circular_norm, normalise, rounding
 from opnorm_jax._symbol import DEFAULT_CHUNK_BYTES, Axis, Plan, circular_plan, couplings
 
@@ -164,11 +164,8 @@ def operator_norm_upper_bound(
     if not 0 < slack < math.inf:
         raise ValueError(f"expected slack to be positive, got {slack}.")
     rank = getattr(kernel, "ndim", 4) - 2
-    if rank not in (1, 2, 3):
-        raise ValueError(
-            f"expected a kernel of 3, 4 or 5 axes (1, 2 or 3 spatial), got {kernel.shape=}. "
-            "For a dense layer's matrix add spatial axes of length 1."
-        )
+    if rank not in range(len(SPATIAL_LETTERS)):
+        raise ValueError(f"expected a kernel of 2 to 5 axes (0 to 3 of them spatial), got {kernel.shape=}.")
     conv = Conv(
         (1,) * rank,
         strides=strides,
@@ -193,7 +190,7 @@ def operator_norm_upper_bound(
 def check_output(conv: Conv, kernel_shape: Sequence[int]) -> None:
     """A padding that leaves no output is an error here, not a zero norm."""
     taps = tuple(kernel_shape[:-2])
-    if min(output_shape := _matrix_free.output_shape(conv, taps)) < 1:
+    if min(output_shape := _matrix_free.output_shape(conv, taps), default=1) < 1:
         raise ValueError(
             f"expected a convolution with at least one output pixel, got output shape {output_shape} from "
             f"input_shape={conv.input_shape}, taps {taps} and padding {conv.padding!r}. Check input_shape and padding."

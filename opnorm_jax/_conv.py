@@ -15,7 +15,9 @@ from jaxtyping import Array, Float
 
 Padding = Literal["CIRCULAR", "SAME", "VALID"] | tuple[tuple[int, int], ...]
 
-_SPATIAL_LETTERS = {1: "W", 2: "HW", 3: "DHW"}
+SPATIAL_LETTERS = ("", "W", "HW", "DHW")
+"""By dimension; a dense layer is a convolution of dimension 0."""
+
 _PADDING_NAMES = ("CIRCULAR", "SAME", "VALID")
 
 
@@ -27,7 +29,8 @@ class Conv:
     pytree, so a tree of them mirrors a tree of parameters and may be closed over by ``jit``.
 
     Args:
-      input_shape: *spatial* shape of the layer's input, in pixels; its length fixes the dimension (1, 2 or 3).
+      input_shape: *spatial* shape of the layer's input, in pixels; its length fixes the dimension (1, 2 or 3). The
+        empty shape stands for a dense layer, whose kernel is a matrix (layout ``"IO"``, or ``"OI"``).
       strides: an int, or one int per spatial axis.
       padding: ``"CIRCULAR"``, ``"SAME"``, ``"VALID"``, or explicit: an int, one int per axis, or one ``(low, high)``
         pair per axis.
@@ -37,6 +40,8 @@ class Conv:
       feature_group_count: number of groups the channels are split into.
       kernel_layout: a permutation of the spatial letters (``W``, ``HW`` or ``DHW``) and ``I``, ``O``.
         Flax and Haiku: ``"HWIO"`` (the default; ``"WIO"`` in 1-D, ``"DHWIO"`` in 3-D). PyTorch, Equinox: ``"OIHW"``.
+      stacked: number of leading axes along which a parameter holds many such kernels, for ``jax.lax.scan`` say. For the
+        functions of whole trees; those of a kernel take one member, under ``jax.vmap``.
 
     Raises:
       TypeError: an argument is not made of ints (or is not one of the strings).
@@ -57,6 +62,7 @@ class Conv:
     kernel_dilation: tuple[int, ...]
     feature_group_count: int
     kernel_layout: str
+    stacked: int
 
     def __init__(
         self,
@@ -68,6 +74,7 @@ class Conv:
         kernel_dilation: int | Sequence[int] = 1,
         feature_group_count: int = 1,
         kernel_layout: str | None = None,
+        stacked: int = 0,
     ):
         shape = _input_shape(input_shape)
         rank = len(shape)
@@ -87,6 +94,16 @@ class Conv:
         set_("kernel_dilation", per_axis(kernel_dilation, rank, "kernel_dilation"))
         set_("feature_group_count", _positive_int(feature_group_count, "feature_group_count"))
         set_("kernel_layout", layout(kernel_layout, rank))
+        if (stacked := _int(stacked, "stacked")) < 0:
+            raise ValueError(f"expected stacked to be 0 or more, got {stacked}.")
+        set_("stacked", stacked)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unknown:
+    """A kernel that no :class:`Conv` describes, in the place of one in a tree; every function passes over it."""
+
+    reason: str
 
 
 def as_conv(conv: Conv | Sequence[int]) -> Conv:
@@ -191,7 +208,7 @@ def layout(kernel_layout: str | None, rank: int) -> str:
         raise ValueError(
             f"expected kernel_layout to be a permutation of {canonical!r} for {rank} spatial axes, got "
             f"{kernel_layout!r}. Flax and Haiku: {canonical!r}; PyTorch and Equinox: "
-            f"{'OI' + _SPATIAL_LETTERS[rank]!r}."
+            f"{'OI' + SPATIAL_LETTERS[rank]!r}."
         )
     return kernel_layout
 
@@ -202,7 +219,7 @@ def prod(values: Sequence[int]) -> int:
 
 
 def _canonical_layout(rank: int) -> str:
-    return _SPATIAL_LETTERS[rank] + "IO"
+    return SPATIAL_LETTERS[rank] + "IO"
 
 
 def _int(value: Any, name: str) -> int:
@@ -227,15 +244,17 @@ def _input_shape(input_shape: Any) -> tuple[int, ...]:
             f"expected input_shape to be a tuple of ints, the input's spatial shape such as (32, 32), got "
             f"{input_shape!r}."
         )
-    if len(input_shape) not in _SPATIAL_LETTERS:
+    if len(input_shape) >= len(SPATIAL_LETTERS):
         raise ValueError(
-            f"expected input_shape to have 1, 2 or 3 axes (spatial ones only: no batch, no channels), got "
+            f"expected input_shape to have at most 3 axes (spatial ones only: no batch, no channels), got "
             f"{tuple(input_shape)}."
         )
     return tuple(_positive_int(n, "input_shape") for n in input_shape)
 
 
 def _padding(padding: Any, rank: int) -> Padding:
+    if rank == 0:
+        return "CIRCULAR"  # nothing to pad: one name for it
     if isinstance(padding, str):
         if padding not in _PADDING_NAMES:
             raise ValueError(

@@ -183,9 +183,9 @@ def _uncouple(blocks: jax.Array, plan: Plan, channels: tuple[int, ...], factors:
 @functools.lru_cache(maxsize=128)
 def half_grid(grid: tuple[int, ...]) -> Half:
     """Representatives of the pairs (omega, -omega) of a frequency grid."""
-    points = np.stack(np.meshgrid(*(np.arange(n) for n in grid), indexing="ij"), -1).reshape(-1, len(grid))
+    points = np.moveaxis(np.indices(grid), 0, -1).reshape(prod(grid), len(grid))
     flat = np.arange(len(points))
-    mirrored = np.ravel_multi_index(tuple(((-points) % np.asarray(grid)).T), grid)
+    mirrored = flat.reshape(grid)[tuple((-points % np.asarray(grid, int)).T)]
     kept = flat <= mirrored
     position = np.cumsum(kept) - 1
     weights = np.where(flat == mirrored, 1.0, 2.0)[kept] / len(points)
@@ -194,7 +194,7 @@ def half_grid(grid: tuple[int, ...]) -> Half:
 
 def phases(frequencies: jax.Array, plan: Plan, dtype: Any) -> Float[Array, "2c tau"]:
     """Cosines, then sines, of the angle omega . tau, for the rows of ``frequencies`` and every block tap."""
-    cos = sin = jnp.ones((frequencies.shape[0], 1), dtype)
+    cos, sin = jnp.ones((frequencies.shape[0], 1), dtype), jnp.zeros((frequencies.shape[0], 1), dtype)
     for a, axis in enumerate(plan.axes):
         n = plan.grid[a]
         # The angle is reduced modulo the grid in exact integers: no loss of digits at high frequencies.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from opnorm_jax._bounds import check_output
-from opnorm_jax._conv import Conv, as_conv, check_kernel, check_max_norm, compute_dtype, is_conv_leaf
+from opnorm_jax._conv import Conv, Unknown, as_conv, check_kernel, check_max_norm, compute_dtype, is_conv_leaf, prod
 from opnorm_jax._project import Constrained, constrained, initial_dual
 
 METHODS = ("clip", "project", "rescale")
@@ -39,6 +41,16 @@ class _Layer(NamedTuple):
     conv: Conv
     max_norm: Any
 
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Shape of the leading axes, if it is a stack of kernels."""
+        return self.kernel.shape[: self.conv.stacked]
+
+    @property
+    def member(self) -> jax.ShapeDtypeStruct:
+        """One kernel of the stack."""
+        return jax.ShapeDtypeStruct(self.kernel.shape[len(self.stack) :], self.kernel.dtype)
+
 
 def constrain_operator_norm(
     max_norm: Any, convs: Any, *, every: int = 1, method: str = "clip", warm_start: bool = False
@@ -56,7 +68,7 @@ def constrain_operator_norm(
       max_norm: a positive float, an ``optax`` schedule, or a tree of them that is a prefix of the parameters' (``None``
         leaves a subtree unconstrained).
       convs: a tree shaped like the parameters, with a :class:`Conv` (or an input shape) at each kernel and ``None``
-        elsewhere; one ``None`` may stand for a whole subtree.
+        elsewhere; one ``None`` may stand for a whole subtree. :func:`find_convs` makes it.
       every: act on one update in so many.
       method: ``"clip"``, ``"project"`` or ``"rescale"``.
       warm_start: with ``"project"``, keep the dual variables in the state. Kernels move little between projections, so
@@ -98,16 +110,16 @@ def constrain_operator_norm(
         raise ValueError(f"expected every to be at least 1, got {every}.")
 
     def init_fn(params: Any) -> ConstrainOperatorNormState:
-        norms = jax.tree.map(lambda _: jnp.zeros((), jnp.float32), convs, is_leaf=is_conv_leaf)
-        duals = norms if warm_start else None
+        norms, treedef = jax.tree.flatten(jax.tree.map(lambda _: jnp.zeros((), jnp.float32), convs))
+        duals = list(norms)
         if jax.tree.leaves(params):  # optax.tree.map_params calls this with a placeholder that has none
-            layers = _layers(params, convs, max_norm)
-            if warm_start:
-                leaves, treedef = jax.tree.flatten(norms)
-                for layer in layers:
-                    leaves[layer.slot] = initial_dual(layer.kernel, layer.conv)
-                duals = treedef.unflatten(leaves)
-        return ConstrainOperatorNormState(jnp.zeros((), jnp.int32), norms, duals)
+            for layer in _layers(params, convs, max_norm):
+                norms[layer.slot] = jnp.zeros(layer.stack, jnp.float32)
+                if warm_start:
+                    dual = initial_dual(layer.member, layer.conv)
+                    duals[layer.slot] = jnp.zeros((*layer.stack, *dual.shape), dual.dtype)
+        duals = treedef.unflatten(duals) if warm_start else None
+        return ConstrainOperatorNormState(jnp.zeros((), jnp.int32), treedef.unflatten(norms), duals)
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any):
         del extra_args
@@ -129,7 +141,8 @@ def constrain_operator_norm(
             for n, (layer, out, p) in enumerate(zip(layers, outs, kernels, strict=True)):
                 wide = compute_dtype(p.dtype)
                 step = (out.kernel.astype(wide) - p.astype(wide)).astype(kernel_moves[n].dtype)
-                kernel_moves[n] = jnp.where(out.changed, step, kernel_moves[n])
+                changed = out.changed.reshape(*layer.stack, *(1 for _ in layer.conv.kernel_layout))
+                kernel_moves[n] = jnp.where(changed, step, kernel_moves[n])
                 norms[layer.slot] = out.norm.astype(jnp.float32)
                 if warm_start and out.info is not None:
                     duals[layer.slot] = out.info.dual
@@ -191,18 +204,24 @@ def constrain(params: Any, max_norm: Any, convs: Any, *, method: str = "clip") -
 def _constrain_layers(kernels: list, bounds: list, layers: list[_Layer], method: str, duals: list) -> list[Constrained]:
     """Every layer constrained; those alike in shape, dtype and geometry in one batched call."""
     alike: dict[Any, list[int]] = {}
-    for n, (kernel, layer) in enumerate(zip(kernels, layers)):
-        alike.setdefault((kernel.shape, kernel.dtype, layer.conv), []).append(n)
+    for n, layer in enumerate(layers):
+        geometry = dataclasses.replace(layer.conv, stacked=0)
+        alike.setdefault((layer.member.shape, layer.member.dtype, geometry), []).append(n)
     outs: list[Any] = [None] * len(layers)
-    for (_, dtype, conv), members in alike.items():
+    for (shape, dtype, conv), members in alike.items():
         one = lambda kernel, limit, dual, conv=conv: constrained(method, kernel, conv, limit, dual=dual)
-        inputs = [(kernels[n], jnp.asarray(bounds[n]).astype(compute_dtype(dtype)), duals[n]) for n in members]
-        if len(members) == 1:
-            outs[members[0]] = one(*inputs[0])
+        limits = {n: jnp.asarray(bounds[n]).astype(compute_dtype(dtype)) for n in members}
+        if len(members) == 1 and not layers[members[0]].stack:
+            outs[members[0]] = one(kernels[members[0]], limits[members[0]], duals[members[0]])
             continue
-        batch = jax.vmap(one)(*jax.tree.map(lambda *rows: jnp.stack(rows), *inputs))
-        for row, n in enumerate(members):
-            outs[n] = jax.tree.map(lambda a, row=row: a[row], batch)
+        rows, counts = [], [prod(layers[n].stack) for n in members]
+        for n, count in zip(members, counts):
+            dual = None if duals[n] is None else duals[n].reshape(count, *duals[n].shape[len(layers[n].stack) :])
+            rows.append((kernels[n].reshape(count, *shape), jnp.full(count, limits[n]), dual))
+        batch = jax.vmap(one)(*jax.tree.map(lambda *parts: jnp.concatenate(parts), *rows))
+        for n, count, end in zip(members, counts, itertools.accumulate(counts)):
+            own = lambda a, n=n, start=end - count, end=end: a[start:end].reshape(*layers[n].stack, *a.shape[1:])
+            outs[n] = jax.tree.map(own, batch)
     return outs
 
 
@@ -211,7 +230,7 @@ def _bound_at(max_norm: Any, count: jax.Array) -> Any:
 
 
 def _is_hole(node: Any) -> bool:
-    return node is None or isinstance(node, optax.MaskedNode)
+    return node is None or isinstance(node, (optax.MaskedNode, Unknown))
 
 
 def _checked_convs(convs: Any) -> Any:
@@ -265,12 +284,14 @@ def _layers(params: Any, convs: Any, max_norm: Any) -> list[_Layer]:
             continue
         conv, slot = entry
         name = "params" + jax.tree_util.keystr(path)
+        layer = _Layer(index, slot, name, kernel, conv, bound)
         try:
-            check_kernel(kernel, conv)
-            check_output(conv, [kernel.shape[conv.kernel_layout.index(x)] for x in "DHWIO" if x in conv.kernel_layout])
+            check_kernel(layer.member if hasattr(kernel, "shape") else kernel, conv)
+            taps = [layer.member.shape[conv.kernel_layout.index(x)] for x in "DHW" if x in conv.kernel_layout]
+            check_output(conv, [*taps, 1, 1])
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name} {getattr(kernel, 'shape', '')}: {error}") from None
-        layers.append(_Layer(index, slot, name, kernel, conv, bound))
+        layers.append(layer)
     return layers
 
 

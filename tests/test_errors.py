@@ -36,7 +36,7 @@ CONV = {
     "bool shape": (lambda: oj.Conv((True, 4)), TypeError, "input_shape to be made of ints, got True"),
     "zero shape": (lambda: oj.Conv((0, 4)), ValueError, "input_shape to be at least 1, got 0"),
     "negative shape": (lambda: oj.Conv((4, -4)), ValueError, "input_shape to be at least 1, got -4"),
-    "no axes": (lambda: oj.Conv(()), ValueError, r"1, 2 or 3 axes.*got \(\)"),
+    "too many axes": (lambda: oj.Conv((4, 4, 4, 4)), ValueError, r"at most 3 axes.*got \(4, 4, 4, 4\)"),
     "with batch and channels": (lambda: oj.Conv((8, 32, 32, 3)), ValueError, "no batch, no channels"),
     "traced shape": (lambda: jax.jit(lambda n: oj.Conv((n, 4)).strides[0])(4), TypeError, "input_shape to be made"),
     "zero stride": (lambda: oj.Conv((4, 4), strides=0), ValueError, "strides to be at least 1, got 0"),
@@ -127,7 +127,8 @@ OPTIONS = {
     "float chunk": (lambda: oj.operator_norm(K, (8, 8), chunk_bytes=1e6), TypeError, "chunk_bytes to be an int"),
     "zero slack": (lambda: oj.operator_norm_upper_bound(K, slack=0.0), ValueError, "slack to be positive, got 0.0"),
     "string slack": (lambda: oj.operator_norm_upper_bound(K, slack="1%"), TypeError, "slack to be a number"),
-    "upper bound of a matrix": (lambda: oj.operator_norm_upper_bound(jnp.ones((3, 4))), ValueError, "3, 4 or 5 axes"),
+    "upper bound of a vector": (lambda: oj.operator_norm_upper_bound(jnp.ones(3)), ValueError, "2 to 5 axes"),
+    "stacked below 0": (lambda: oj.Conv((8, 8), stacked=-1), ValueError, "stacked to be 0 or more, got -1"),
     "upper bound, wrong layout": (
         lambda: oj.operator_norm_upper_bound(K, kernel_layout="OI"),
         ValueError,

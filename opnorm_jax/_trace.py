@@ -21,6 +21,7 @@ from jax.extend.core import Literal, jaxprs_in_params
 from jax.extend.core import primitives as p
 
 from opnorm_jax._conv import SPATIAL_LETTERS, Conv, Unknown
+from opnorm_jax._padding import Pixels, Side, input_and_padding
 
 # Identity on their operands, one by one. By object where jax exports it; the names are of those it does not.
 _IDENTITIES = {p.convert_element_type_p, p.copy_p, p.name_p, p.reduce_precision_p, p.sharding_constraint_p}
@@ -138,9 +139,9 @@ class _Value:
     captured: bool = False  # computed from an array that fn captured by closure
     constant: Any = None  # its value, if it is a known scalar
     kernel: _Kernel | None = None
-    # Each axis as (length, index of the origin's pixel behind each pixel, -1 for a zero); None: the origin itself.
+    # Which of the origin's pixels each pixel is; None: the value is the origin.
     origin: object = dataclasses.field(default_factory=object)
-    pixels: tuple[tuple[int, np.ndarray] | None, ...] | None = None
+    pixels: tuple[Pixels | None, ...] | None = None
 
 
 class _Sites:
@@ -180,9 +181,9 @@ def _walk(program: Any, values: Sequence[_Value], sites: _Sites, sharded: bool) 
     for eqn in jaxpr.eqns:
         ins = [read(v) for v in eqn.invars]
         if eqn.primitive is p.conv_general_dilated_p:
-            outs = [_convolution(eqn, *ins, sites, sharded)]
+            outs = [_convolution(eqn, ins, sites, sharded)]
         elif eqn.primitive is p.dot_general_p:
-            outs = [_product(eqn, *ins, sites)]
+            outs = [_product(eqn, ins, sites)]
         elif eqn.primitive in _IDENTITIES or eqn.primitive.name in _IDENTITY_NAMES:
             outs = [_cast(eqn, value, out.aval) for value, out in zip(ins, eqn.outvars)]
         elif inner := list(jaxprs_in_params(eqn.params)):
@@ -359,61 +360,61 @@ def _moved_kernel(eqn: Any, kernel: _Kernel, labels: Any, shape: tuple, out_shap
     return None
 
 
-def _pixels(value: _Value, shape: tuple[int, ...]) -> tuple[tuple[int, np.ndarray] | None, ...]:
-    return value.pixels or tuple((length, np.arange(length)) for length in shape)
+def _pixels(value: _Value, shape: tuple[int, ...]) -> tuple[Pixels | None, ...]:
+    return value.pixels or tuple(Pixels(axis, np.arange(length)) for axis, length in enumerate(shape))
 
 
-def _moved_pixels(eqn: Any, ins: list[_Value], labels: Any) -> tuple | None:
+def _moved_pixels(eqn: Any, ins: list[_Value], labels: Any) -> tuple[Pixels | None, ...] | None:
     axes = _pixels(ins[0], eqn.invars[0].aval.shape)
     if labels is not None:
         return tuple(None if n is None else axes[n] for n in labels)
-    pick = lambda axis, chosen: (axis or (1, np.zeros(1, int)), chosen)
+    if eqn.primitive is p.concatenate_p:
+        parts = [_pixels(value, v.aval.shape) for value, v in zip(ins, eqn.invars)]
+        return _joined(parts, eqn.params["dimension"]) if len({id(value.origin) for value in ins}) == 1 else None
+    if None in axes:
+        return None
     if eqn.primitive is p.slice_p:
         bounds = eqn.params["start_indices"], eqn.params["limit_indices"], eqn.params["strides"] or [1] * len(axes)
-        chosen = [pick(axis, slice(*ends)) for axis, *ends in zip(axes, *bounds, strict=True)]
-    elif eqn.primitive is p.rev_p:
-        chosen = [
-            pick(axis, slice(None, None, -1 if n in eqn.params["dimensions"] else 1)) for n, axis in enumerate(axes)
-        ]
-    elif eqn.primitive is p.concatenate_p:
-        return _joined(eqn, [(value, _pixels(value, v.aval.shape)) for value, v in zip(ins, eqn.invars)])
-    elif eqn.primitive is p.pad_p and np.ndim(ins[1].constant) == 0 and ins[1].constant == 0:
+        return _picked(axes, [slice(*ends) for ends in zip(*bounds, strict=True)])
+    if eqn.primitive is p.rev_p:
+        return _picked(axes, [slice(None, None, -1 if n in eqn.params["dimensions"] else 1) for n in range(len(axes))])
+    if eqn.primitive is p.pad_p and np.ndim(ins[1].constant) == 0 and ins[1].constant == 0:
         return _zero_padded(axes, eqn.params["padding_config"])
-    else:
-        return None
-    return tuple((length, pixels[chosen]) for (length, pixels), chosen in chosen)
+    return None
 
 
-def _joined(eqn: Any, parts: list[tuple[_Value, tuple]]) -> tuple | None:
+def _picked(axes: Any, chosen: list[slice]) -> tuple[Pixels, ...]:
+    return tuple(Pixels(axis, index[part]) for (axis, index), part in zip(axes, chosen, strict=True))
+
+
+def _joined(parts: list[tuple[Pixels | None, ...]], along: int) -> tuple[Pixels | None, ...] | None:
     """Concatenation of parts of one image."""
-    along, (value, axes) = eqn.params["dimension"], parts[0]
-    for other, its in parts[1:]:
-        for n, (mine, theirs) in enumerate(zip(axes, its, strict=True)):
-            same = mine is not None and theirs is not None and mine[0] == theirs[0]
-            if not same or (n != along and not np.array_equal(mine[1], theirs[1])):
-                return None
-        if other.origin is not value.origin:
+    joined = []
+    for n, its in enumerate(zip(*parts, strict=True)):
+        if None in its or len({part.axis for part in its}) > 1:  # type: ignore[union-attr]
             return None
-    together = (axes[along][0], np.concatenate([its[along][1] for _, its in parts]))
-    return (*axes[:along], together, *axes[along + 1 :])
+        indices = [part.index for part in its]  # type: ignore[union-attr]
+        if n != along and not all(np.array_equal(indices[0], index) for index in indices):
+            return None
+        joined.append(Pixels(its[0].axis, np.concatenate(indices) if n == along else indices[0]))  # type: ignore[union-attr]
+    return tuple(joined)
 
 
-def _zero_padded(axes: tuple, config: Any) -> tuple | None:
+def _zero_padded(axes: Any, config: Any) -> tuple[Pixels, ...] | None:
+    if any(interior for _, _, interior in config):
+        return None
     out = []
-    for axis, (low, high, interior) in zip(axes, config, strict=True):
-        if interior or axis is None:
-            return None
-        length, pixels = axis
-        pixels = np.pad(pixels, (max(low, 0), max(high, 0)), constant_values=-1)
-        out.append((length, pixels[max(-low, 0) : len(pixels) - max(-high, 0)]))
+    for (axis, index), (low, high, _) in zip(axes, config, strict=True):
+        index = np.pad(index, (max(low, 0), max(high, 0)), constant_values=-1)
+        out.append(Pixels(axis, index[max(-low, 0) : len(index) - max(-high, 0)]))
     return tuple(out)
 
 
 # Convolutions and products.
 
 
-def _convolution(eqn: Any, image: _Value, kernel: _Value, sites: _Sites, sharded: bool) -> _Value:
-    shape = eqn.invars[1].aval.shape
+def _convolution(eqn: Any, ins: list[_Value], sites: _Sites, sharded: bool) -> _Value:
+    (image, kernel), shape = ins, eqn.invars[1].aval.shape
     if kernel.kernel:
         leaf = kernel.kernel.leaf
         sites.add(leaf, _described(eqn, image, kernel.kernel, sites.shapes[leaf], sharded))
@@ -459,7 +460,7 @@ def _described(eqn: Any, image: _Value, kernel: _Kernel, shape: tuple, sharded: 
         strict=True,
     )
     try:
-        sides = _sides([_Side(*side) for side in per_axis])
+        sides = input_and_padding([Side(*side) for side in per_axis])
     except ValueError as error:
         return str(error)
     return Conv(
@@ -474,67 +475,16 @@ def _described(eqn: Any, image: _Value, kernel: _Kernel, shape: tuple, sharded: 
     )
 
 
-class _Side(NamedTuple):
-    """One spatial axis of a convolution."""
-
-    pixels: tuple[int, np.ndarray] | None
-    taps: int
-    stride: int
-    input_dilation: int
-    kernel_dilation: int
-    pads: tuple[int, int]
-    outputs: int
-    flipped: bool
-
-
-def _sides(sides: list[_Side]) -> list[tuple[int, tuple[int, int] | None]]:
-    """Per axis the input's length and its padding, ``None`` for circular: all are, or none is."""
-    described = [_side(side) for side in sides]
-    if all(pads is not None for _, pads in described):
-        return described
-    out: list[tuple[int, tuple[int, int] | None]] = []
-    for side, (n, pads) in zip(sides, described):
-        trivial = side.taps == 1 and pads == (0, 0) and side.outputs == -(-n // side.stride)
-        if pads is not None and not trivial:
-            raise ValueError("padded around along one axis and with zeros along another: no Conv says so")
-        out.append((n, None))
-    return out
-
-
-def _side(side: _Side) -> tuple[int, tuple[int, int] | None]:
-    length, pixels = side.pixels or (1, np.zeros(1, int))
-    filled = np.flatnonzero(pixels >= 0)
-    low, high = (filled[0], len(pixels) - 1 - filled[-1]) if len(filled) else (0, 0)
-    core = pixels[low : len(pixels) - high]
-    inside = core[core >= 0]
-    s, e, reach = side.stride, side.input_dilation, side.kernel_dilation * (side.taps - 1)
-    if len(np.unique(inside)) == len(inside):
-        n = len(core)
-        before, after = (int(pad) + int(zeros) * e for pad, zeros in zip(side.pads, (low, high)))
-        if side.flipped:  # the mirror image of a layer with the other end's padding, as far as it is used
-            before, after = s * (side.outputs - 1) + reach - (n - 1) * e - before, before
-        return n, (before, after)
-    around = np.array_equal(core, (core[0] + np.arange(len(core))) % length)
-    if not around:
-        raise ValueError("its input is padded with copies of itself (reflected, edge or symmetric): no Conv says so")
-    circle = not any(side.pads) and not (low or high) and e == 1 and side.outputs == -(-length // s)
-    # Where the stride does not divide the circle it matters at which pixel the outputs begin.
-    start = length % s == 0 or (not side.flipped and (core[0] + reach // 2) % length == 0)
-    if not (circle and start):
-        raise ValueError("its input is padded around, but the convolution is not the circular one: no Conv says so")
-    return length, None
-
-
-def _product(eqn: Any, left: _Value, right: _Value, sites: _Sites) -> _Value:
+def _product(eqn: Any, ins: list[_Value], sites: _Sites) -> _Value:
     (contracted, batched) = eqn.params["dimension_numbers"]
-    for me, (value, other) in enumerate(((left, right), (right, left))):
+    for me, (value, other) in enumerate(zip(ins, reversed(ins))):
         if value.kernel and (other.from_input or value.kernel.leaf not in other.leaves):
             shape, beside = sites.shapes[value.kernel.leaf], eqn.invars[1 - me].aval.shape
             free = [n for d, n in enumerate(beside) if d not in contracted[1 - me] and d not in batched[1 - me]]
             found = _matrix(value.kernel, contracted[me], batched[me], shape, free)
             if found and (sites.dense or (isinstance(found, Conv) and found.input_shape)):
                 sites.add(value.kernel.leaf, found)
-    return _computed("dot_general", [left, right])
+    return _computed("dot_general", ins)
 
 
 def _matrix(kernel: _Kernel, contracted: Any, batched: Any, shape: tuple, free: list[int]) -> Conv | str | None:

@@ -229,6 +229,11 @@ def _bound_at(max_norm: Any, count: jax.Array) -> Any:
     return max_norm(count) if callable(max_norm) else max_norm
 
 
+def _is_box(node: Any) -> bool:
+    """Whether a node with one child is a variable around it, rather than a container that names it."""
+    return not isinstance(node, (dict, list, tuple))
+
+
 def _is_hole(node: Any) -> bool:
     return node is None or isinstance(node, (optax.MaskedNode, Unknown))
 
@@ -305,6 +310,11 @@ def _broadcast(prefix: Any, tree: Any, name: str, is_leaf: Callable[[Any], bool]
     children, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: node is not tree)
     mine, my_structure = jax.tree.flatten(prefix, is_leaf=lambda node: node is not prefix)
     if structure != my_structure:
+        # flax.nnx.Optimizer gives init its parameters inside nnx.Param and update the bare arrays.
+        if len(mine) == 1 and _is_box(prefix):
+            return _broadcast(mine[0], tree, name, is_leaf, path)
+        if len(children) == 1 and children[0][1] is not tree and _is_box(tree):
+            return _broadcast(prefix, children[0][1], name, is_leaf, path)
         here = jax.tree_util.keystr(path) or "the root"
         raise ValueError(
             f"expected {name} to have the structure of the parameters, or a prefix of it; at {here} the parameters "

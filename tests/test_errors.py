@@ -195,6 +195,11 @@ TREES = {
         ValueError,
         r"params\['conv'\]\['kernel'\] \(3, 3, 2, 4\)",
     ),
+    "a container at a kernel": (
+        lambda: update(convs={"conv": {"kernel": {"inner": (8, 8)}, "bias": None}}),
+        ValueError,
+        r"at \['conv'\]\['kernel'\] the parameters have",
+    ),
     "integer parameters": (
         lambda: update(params={"conv": {"kernel": K.astype(int), "bias": jnp.zeros(4)}}),
         TypeError,

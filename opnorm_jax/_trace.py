@@ -3,9 +3,6 @@
 Every variable of the program carries a :class:`_Value`: which parameter it still is, axis by axis, or which parameters
 it was computed from; and, for images, which pixel of an earlier image each of its pixels is, so that padding done by
 slices and concatenations before a convolution is read off exactly, whatever wrote it.
-
-jax promises neither the names of primitives nor the layout of their parameters: every such import, and every look at an
-equation, is in this module, whose tests run on the oldest supported and on the newest jax.
 """
 
 from __future__ import annotations
@@ -17,15 +14,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Literal, jaxprs_in_params
-from jax.extend.core import primitives as p
 
 from opnorm_jax._conv import SPATIAL_LETTERS, Conv, Unknown
-from opnorm_jax._padding import Pixels, Side, input_and_padding
-
-# Identity on their operands, one by one. By object where jax exports it; the names are of those it does not.
-_IDENTITIES = {p.convert_element_type_p, p.copy_p, p.name_p, p.reduce_precision_p, p.sharding_constraint_p}
-_IDENTITY_NAMES = {"device_put", "optimization_barrier", "pcast", "pvary", "reshard", "stop_gradient"}
+from opnorm_jax._padding import Pixels
+from opnorm_jax._program import (
+    Literal,
+    all_pixels,
+    conv_of,
+    is_identity,
+    jaxprs_in_params,
+    kernel_letters,
+    moved_pixels,
+    opened,
+    p,
+    relabelled,
+    scan_split,
+)
 
 
 def find_convs(
@@ -175,7 +179,7 @@ def _decide(uses: list[Conv | str]) -> Conv | Unknown:
 
 def _walk(program: Any, values: Sequence[_Value], sites: _Sites, sharded: bool) -> list[_Value]:
     """Values of the outputs of a (closed or open) jaxpr, whose inputs have ``values``."""
-    jaxpr = _open(program)
+    jaxpr = opened(program)
     known = {v: _Value(captured=True) for v in jaxpr.constvars} | dict(zip(jaxpr.invars, values, strict=True))
     read = lambda v: _Value(constant=v.val) if isinstance(v, Literal) else known[v]
     for eqn in jaxpr.eqns:
@@ -184,7 +188,7 @@ def _walk(program: Any, values: Sequence[_Value], sites: _Sites, sharded: bool) 
             outs = [_convolution(eqn, ins, sites, sharded)]
         elif eqn.primitive is p.dot_general_p:
             outs = [_product(eqn, ins, sites)]
-        elif eqn.primitive in _IDENTITIES or eqn.primitive.name in _IDENTITY_NAMES:
+        elif is_identity(eqn):
             outs = [_cast(eqn, value, out.aval) for value, out in zip(ins, eqn.outvars)]
         elif inner := list(jaxprs_in_params(eqn.params)):
             outs = _container(eqn, inner, ins, sites, sharded)
@@ -194,10 +198,6 @@ def _walk(program: Any, values: Sequence[_Value], sites: _Sites, sharded: bool) 
             ]
         known.update(zip(eqn.outvars, outs))
     return [read(v) for v in jaxpr.outvars]
-
-
-def _open(program: Any) -> Any:
-    return getattr(program, "jaxpr", program)  # jax 0.11 on makes no difference between open and closed
 
 
 def _computed(name: str, ins: Sequence[_Value]) -> _Value:
@@ -220,8 +220,8 @@ def _cast(eqn: Any, value: _Value, aval: Any) -> _Value:
 def _container(eqn: Any, inner: list[Any], ins: list[_Value], sites: _Sites, sharded: bool) -> list[_Value]:
     """Walks the programs inside an equation, each with the values of the operands that feed it."""
     if eqn.primitive is p.scan_p:
-        consts, carry = _scan_split(eqn, _open(inner[0]))
-        inside = [_scanned(value, v, i) for value, v, i in zip(ins, eqn.invars, _open(inner[0]).invars, strict=True)]
+        consts, carry = scan_split(eqn, opened(inner[0]))
+        inside = [_scanned(value, v, i) for value, v, i in zip(ins, eqn.invars, opened(inner[0]).invars, strict=True)]
         outs = _loop(inner[0], inside, slice(consts, consts + carry), sites, sharded)
         return [*outs[:carry], *(_computed("scan", [value]) for value in outs[carry:])]  # the rest are stacked
     if eqn.primitive is p.while_p:
@@ -240,7 +240,7 @@ def _container(eqn: Any, inner: list[Any], ins: list[_Value], sites: _Sites, sha
     shapes = lambda variables: [getattr(v.aval, "shape", None) for v in variables]
     outs = None
     for program in inner:
-        jaxpr = _open(program)
+        jaxpr = opened(program)
         if len(jaxpr.invars) != len(ins) or eqn.primitive.name == "pallas_call":
             for value in ins:
                 if value.kernel and len(value.kernel.axes) > (1 if sites.dense else 2):
@@ -279,13 +279,6 @@ def _join(one: _Value, other: _Value) -> _Value:
     return _computed("a loop or a branch that changes it", [one, other])
 
 
-def _scan_split(eqn: Any, jaxpr: Any) -> tuple[int, int]:
-    """Numbers of constants and of carries among a scan's operands, told by ranks: what is scanned loses an axis."""
-    same_rank = lambda outside, inside: sum(v.aval.ndim == w.aval.ndim for v, w in zip(outside, inside, strict=True))
-    carry = same_rank(eqn.outvars, jaxpr.outvars)
-    return same_rank(eqn.invars, jaxpr.invars) - carry, carry
-
-
 def _scanned(value: _Value, outside: Any, inside: Any) -> _Value:
     """The value inside a scan's body: the same, or a slice along the leading axis."""
     if outside.aval.ndim == inside.aval.ndim:
@@ -309,41 +302,19 @@ def _moved(eqn: Any, ins: list[_Value]) -> _Value:
     if not ins or not hasattr(eqn.invars[0].aval, "shape"):
         return computed
     shape, out_shape = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
-    labels = _relabelled(eqn, shape, out_shape)
+    labels = relabelled(eqn)
     kernel = pixels = None
     if value.kernel:
         kernel = _moved_kernel(eqn, value.kernel, labels, shape, out_shape)
     elif value.constant is None:
-        pixels = _moved_pixels(eqn, ins, labels)
+        one_image = len({id(value.origin) for value in ins}) == 1
+        zeros = np.ndim(ins[-1].constant) == 0 and ins[-1].constant == 0
+        pixels = moved_pixels(eqn, [value.pixels for value in ins], one_image, zeros)
     if kernel is None and pixels is None:
         return computed
     if kernel is not None:
         return dataclasses.replace(value, kernel=kernel)
     return dataclasses.replace(computed, origin=value.origin, pixels=pixels)
-
-
-def _relabelled(eqn: Any, shape: tuple[int, ...], out_shape: tuple[int, ...]) -> list[int | None] | None:
-    """For each axis of the result the operand's axis (None: inserted, of length 1), if axes are all that moves."""
-    if eqn.primitive is p.transpose_p:
-        return list(eqn.params["permutation"])
-    if eqn.primitive is p.squeeze_p or eqn.primitive.name == "reduce_sum":
-        dropped = eqn.params["dimensions" if eqn.primitive is p.squeeze_p else "axes"]
-        return [n for n in range(len(shape)) if n not in dropped] if all(shape[n] == 1 for n in dropped) else None
-    if eqn.primitive is p.broadcast_in_dim_p:
-        to = eqn.params["broadcast_dimensions"]
-        labels = [to.index(n) if n in to else None for n in range(len(out_shape))]
-    elif eqn.primitive is p.reshape_p and eqn.params.get("dimensions") is None:
-        labels, left = [], list(range(len(shape)))  # from the last axis on, passing over lengths of 1
-        for length in reversed(out_shape):
-            while left and shape[left[-1]] == 1 != length:
-                left.pop()
-            labels.insert(0, left.pop() if left and shape[left[-1]] == length else None)
-        if any(shape[n] != 1 for n in left):
-            return None
-    else:
-        return None
-    alike = all(length == (1 if n is None else shape[n]) for n, length in zip(labels, out_shape, strict=True))
-    return labels if alike else None
 
 
 def _moved_kernel(eqn: Any, kernel: _Kernel, labels: Any, shape: tuple, out_shape: tuple) -> _Kernel | None:
@@ -358,56 +329,6 @@ def _moved_kernel(eqn: Any, kernel: _Kernel, labels: Any, shape: tuple, out_shap
         flips = {kernel.axes[n] for n in eqn.params["dimensions"]} - {None}
         return kernel._replace(flipped=kernel.flipped ^ flips)
     return None
-
-
-def _pixels(value: _Value, shape: tuple[int, ...]) -> tuple[Pixels | None, ...]:
-    return value.pixels or tuple(Pixels(axis, np.arange(length)) for axis, length in enumerate(shape))
-
-
-def _moved_pixels(eqn: Any, ins: list[_Value], labels: Any) -> tuple[Pixels | None, ...] | None:
-    axes = _pixels(ins[0], eqn.invars[0].aval.shape)
-    if labels is not None:
-        return tuple(None if n is None else axes[n] for n in labels)
-    if eqn.primitive is p.concatenate_p:
-        parts = [_pixels(value, v.aval.shape) for value, v in zip(ins, eqn.invars)]
-        return _joined(parts, eqn.params["dimension"]) if len({id(value.origin) for value in ins}) == 1 else None
-    if None in axes:
-        return None
-    if eqn.primitive is p.slice_p:
-        bounds = eqn.params["start_indices"], eqn.params["limit_indices"], eqn.params["strides"] or [1] * len(axes)
-        return _picked(axes, [slice(*ends) for ends in zip(*bounds, strict=True)])
-    if eqn.primitive is p.rev_p:
-        return _picked(axes, [slice(None, None, -1 if n in eqn.params["dimensions"] else 1) for n in range(len(axes))])
-    if eqn.primitive is p.pad_p and np.ndim(ins[1].constant) == 0 and ins[1].constant == 0:
-        return _zero_padded(axes, eqn.params["padding_config"])
-    return None
-
-
-def _picked(axes: Any, chosen: list[slice]) -> tuple[Pixels, ...]:
-    return tuple(Pixels(axis, index[part]) for (axis, index), part in zip(axes, chosen, strict=True))
-
-
-def _joined(parts: list[tuple[Pixels | None, ...]], along: int) -> tuple[Pixels | None, ...] | None:
-    """Concatenation of parts of one image."""
-    joined = []
-    for n, its in enumerate(zip(*parts, strict=True)):
-        if None in its or len({part.axis for part in its}) > 1:  # type: ignore[union-attr]
-            return None
-        indices = [part.index for part in its]  # type: ignore[union-attr]
-        if n != along and not all(np.array_equal(indices[0], index) for index in indices):
-            return None
-        joined.append(Pixels(its[0].axis, np.concatenate(indices) if n == along else indices[0]))  # type: ignore[union-attr]
-    return tuple(joined)
-
-
-def _zero_padded(axes: Any, config: Any) -> tuple[Pixels, ...] | None:
-    if any(interior for _, _, interior in config):
-        return None
-    out = []
-    for (axis, index), (low, high, _) in zip(axes, config, strict=True):
-        index = np.pad(index, (max(low, 0), max(high, 0)), constant_values=-1)
-        out.append(Pixels(axis, index[max(-low, 0) : len(index) - max(-high, 0)]))
-    return tuple(out)
 
 
 # Convolutions and products.
@@ -431,14 +352,10 @@ def _convolution(eqn: Any, ins: list[_Value], sites: _Sites, sharded: bool) -> _
 def _described(eqn: Any, image: _Value, kernel: _Kernel, shape: tuple, sharded: bool) -> Conv | str:
     """The ``Conv`` of a convolution, or why there is none."""
     numbers = eqn.params["dimension_numbers"]
-    axes, rank = [kernel.axes[n] for n in numbers.rhs_spec], len(numbers.rhs_spec) - 2
+    axes = [kernel.axes[n] for n in numbers.rhs_spec]
     operand = eqn.invars[1].aval.shape
     if sharded:
         return "its convolution is inside shard_map, whose shapes are one device's: trace the model without it"
-    if rank not in (1, 2, 3):
-        return f"a convolution with {rank} spatial axes"
-    if eqn.params["batch_group_count"] != 1:
-        return "batch_group_count above 1 (fn contains its own gradient?)"
     if None in axes:
         return f"an axis is inserted before the convolution takes it as {operand}: store it with all of its axes"
     if any(operand[n] != shape[axis] for n, axis in zip(numbers.rhs_spec, axes)):  # type: ignore[index]
@@ -446,33 +363,14 @@ def _described(eqn: Any, image: _Value, kernel: _Kernel, shape: tuple, sharded: 
     stacked = len(kernel.gone)
     if sorted(kernel.gone) != list(range(stacked)):
         return f"stacked along axes {sorted(kernel.gone)}: only leading axes may be"
-    letters = dict(zip(axes, "OI" + SPATIAL_LETTERS[rank]))
-    pixels = _pixels(image, eqn.invars[0].aval.shape)
-    per_axis = zip(
-        [pixels[n] for n in numbers.lhs_spec[2:]],
-        [operand[n] for n in numbers.rhs_spec[2:]],
-        eqn.params["window_strides"],
-        eqn.params["lhs_dilation"],
-        eqn.params["rhs_dilation"],
-        eqn.params["padding"],
-        [eqn.outvars[0].aval.shape[n] for n in numbers.out_spec[2:]],
-        [axis in kernel.flipped for axis in axes[2:]],
-        strict=True,
-    )
+    flipped = [axis in kernel.flipped for axis in axes[2:]]
+    pixels = image.pixels or all_pixels(eqn.invars[0].aval.shape)
     try:
-        sides = input_and_padding([Side(*side) for side in per_axis])
+        letters = dict(zip(axes, kernel_letters(eqn)))
+        layout = "".join(letters[axis] for axis in range(stacked, len(shape)))
+        return conv_of(eqn, pixels, layout, flipped, stacked)
     except ValueError as error:
         return str(error)
-    return Conv(
-        tuple(n for n, _ in sides),
-        strides=eqn.params["window_strides"],
-        padding="CIRCULAR" if sides[0][1] is None else tuple(pads for _, pads in sides),  # type: ignore[misc]
-        input_dilation=eqn.params["lhs_dilation"],
-        kernel_dilation=eqn.params["rhs_dilation"],
-        feature_group_count=eqn.params["feature_group_count"],
-        kernel_layout="".join(letters[axis] for axis in range(stacked, len(shape))),
-        stacked=stacked,
-    )
 
 
 def _product(eqn: Any, ins: list[_Value], sites: _Sites) -> _Value:

@@ -277,6 +277,14 @@ def test_what_no_conv_describes_is_named(name):
             oj.find_convs(fn, params, X)
 
 
+def test_four_spatial_axes_are_named():
+    kernel, x = jnp.ones((3, 3, 3, 3, 1, 1)), jnp.ones((1, 4, 4, 4, 4, 1))
+    numbers = lax.ConvDimensionNumbers((0, 5, 1, 2, 3, 4), (5, 4, 0, 1, 2, 3), (0, 5, 1, 2, 3, 4))
+    fn = lambda p, x: lax.conv_general_dilated(x, p, (1,) * 4, "SAME", dimension_numbers=numbers)
+    with pytest.raises(ValueError, match="a convolution with 4 spatial axes"):
+        oj.find_convs(fn, kernel, x)
+
+
 def test_a_stack_along_another_axis_is_named():
     stack = jax.ShapeDtypeStruct((3, 3, 5, 4, 4), jnp.float32)
     fn = lambda p, x: lax.scan(lambda y, k: (conv(y, k), None), x, jnp.moveaxis(p, 2, 0))[0]

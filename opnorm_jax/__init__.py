@@ -5,6 +5,7 @@ Start with :func:`singular_values`, :func:`operator_norm_bounds` and :func:`cons
 
 from opnorm_jax._bounds import Bounds, operator_norm, operator_norm_bounds, operator_norm_upper_bound
 from opnorm_jax._conv import Conv, Unknown
+from opnorm_jax._lipschitz import lipschitz_bound
 from opnorm_jax._nearest import ProjectionInfo
 from opnorm_jax._project import (
     clip_operator_norm,
@@ -28,6 +29,7 @@ __all__ = [
     "constrain",
     "constrain_operator_norm",
     "find_convs",
+    "lipschitz_bound",
     "operator_norm",
     "operator_norm_bounds",
     "operator_norm_upper_bound",

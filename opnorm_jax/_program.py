@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jax.extend.core import Literal, jaxprs_in_params
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.extend.core import primitives as p
 
 from opnorm_jax._conv import SPATIAL_LETTERS, Conv
@@ -21,11 +21,11 @@ __all__ = [
     "all_pixels",
     "conv_of",
     "is_identity",
-    "jaxprs_in_params",
     "kernel_letters",
     "moved_pixels",
     "opened",
     "p",
+    "programs_inside",
     "relabelled",
     "scan_split",
 ]
@@ -38,6 +38,15 @@ _IDENTITY_NAMES = {"device_put", "optimization_barrier", "pcast", "pvary", "resh
 def is_identity(eqn: Any) -> bool:
     """Whether each result is the operand in its place, at most cast to another dtype."""
     return eqn.primitive in _IDENTITIES or eqn.primitive.name in _IDENTITY_NAMES
+
+
+def programs_inside(eqn: Any) -> list[Any]:
+    """The programs that an equation holds, with their constants where they have any."""
+    found = []
+    for value in eqn.params.values():
+        several = value if isinstance(value, (tuple, list)) else (value,)
+        found += [item for item in several if isinstance(item, (ClosedJaxpr, Jaxpr))]
+    return found
 
 
 def opened(program: Any) -> Any:

@@ -22,11 +22,11 @@ from opnorm_jax._program import (
     all_pixels,
     conv_of,
     is_identity,
-    jaxprs_in_params,
     kernel_letters,
     moved_pixels,
     opened,
     p,
+    programs_inside,
     relabelled,
     scan_split,
 )
@@ -190,7 +190,7 @@ def _walk(program: Any, values: Sequence[_Value], sites: _Sites, sharded: bool) 
             outs = [_product(eqn, ins, sites)]
         elif is_identity(eqn):
             outs = [_cast(eqn, value, out.aval) for value, out in zip(ins, eqn.outvars)]
-        elif inner := list(jaxprs_in_params(eqn.params)):
+        elif inner := programs_inside(eqn):
             outs = _container(eqn, inner, ins, sites, sharded)
         else:
             outs = [

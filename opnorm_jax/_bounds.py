@@ -13,8 +13,9 @@ from jaxtyping import Array, Float
 
 from opnorm_jax import _matrix_free
 from opnorm_jax._conv import SPATIAL_LETTERS, Conv, as_conv, canonical_kernel, layout
-from opnorm_jax._spectrum import check_chunk_bytes, circular_norm, normalise, rounding
-from opnorm_jax._symbol import DEFAULT_CHUNK_BYTES, Axis, Plan, circular_plan, couplings
+from opnorm_jax._execution import DEFAULT_CHUNK_BYTES, execution
+from opnorm_jax._spectrum import circular_norm, normalise, rounding
+from opnorm_jax._symbol import Axis, Plan, circular_plan, couplings
 
 
 class Bounds(NamedTuple):
@@ -25,7 +26,12 @@ class Bounds(NamedTuple):
 
 
 def operator_norm(
-    kernel: Float[Array, ...], conv: Conv | Sequence[int], *, chunk_bytes: int = DEFAULT_CHUNK_BYTES
+    kernel: Float[Array, ...],
+    conv: Conv | Sequence[int],
+    *,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    mesh: jax.sharding.Mesh | None = None,
+    method: str = "auto",
 ) -> Float[Array, ""]:
     """The operator norm (largest singular value, 2-norm to 2-norm) of a convolution.
 
@@ -37,7 +43,7 @@ def operator_norm(
     Args:
       kernel: any real floating dtype, in ``conv.kernel_layout``; computed in float32, or float64 if it is float64.
       conv: the convolution, or the input's spatial shape in pixels (circular).
-      chunk_bytes: see :func:`singular_values`.
+      chunk_bytes, mesh, method: see :func:`singular_values`.
 
     Returns:
       A scalar of the computing dtype. NaN if the kernel holds a NaN or an infinity.
@@ -59,16 +65,21 @@ def operator_norm(
       (3, 3, 2, 2)
     """
     conv = as_conv(conv)
-    check_chunk_bytes(chunk_bytes)
+    how = execution(chunk_bytes, mesh, method)
     kernel, scale = normalise(canonical_kernel(kernel, conv))
     check_output(conv, kernel.shape)
     if exact_plan := _exact(conv, kernel.shape[:-2]):
-        return scale * circular_norm(kernel, exact_plan, chunk_bytes)
+        return scale * circular_norm(kernel, exact_plan, how)
     return scale * _matrix_free.norm(kernel, conv)
 
 
 def operator_norm_bounds(
-    kernel: Float[Array, ...], conv: Conv | Sequence[int], *, chunk_bytes: int = DEFAULT_CHUNK_BYTES
+    kernel: Float[Array, ...],
+    conv: Conv | Sequence[int],
+    *,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    mesh: jax.sharding.Mesh | None = None,
+    method: str = "auto",
 ) -> Bounds:
     r"""Bounds on the operator norm, for every padding: lower <= true <= upper.
 
@@ -81,7 +92,7 @@ def operator_norm_bounds(
     Args:
       kernel: any real floating dtype, in ``conv.kernel_layout``; computed in float32, or float64 if it is float64.
       conv: the convolution, or the input's spatial shape in pixels (circular).
-      chunk_bytes: see :func:`singular_values`.
+      chunk_bytes, mesh, method: see :func:`singular_values`.
 
     Returns:
       ``Bounds(lower, upper)``, widened by the rounding errors of their own computation.
@@ -100,11 +111,11 @@ def operator_norm_bounds(
       True
     """
     conv = as_conv(conv)
-    check_chunk_bytes(chunk_bytes)
+    how = execution(chunk_bytes, mesh, method)
     kernel, scale = normalise(canonical_kernel(kernel, conv))
     check_output(conv, kernel.shape)
     plan = certifying_plan(conv, kernel.shape[:-2])
-    above = circular_norm(kernel, plan, chunk_bytes)
+    above = circular_norm(kernel, plan, how)
     slack = rounding(kernel.shape, plan, kernel.dtype)
     below = above if _exact(conv, kernel.shape[:-2]) else _matrix_free.norm(kernel, conv)
     upper = above * (1 + slack)
@@ -121,6 +132,8 @@ def operator_norm_upper_bound(
     kernel_layout: str | None = None,
     slack: float = 0.01,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    mesh: jax.sharding.Mesh | None = None,
+    method: str = "auto",
 ) -> Float[Array, ""]:
     r"""A bound on the operator norm for *every* input size and *every* padding at once.
 
@@ -138,7 +151,7 @@ def operator_norm_upper_bound(
       strides, input_dilation, kernel_dilation, feature_group_count, kernel_layout: as in :class:`Conv`. Spacing
         taps apart leaves S as it is; strides and input dilation change it.
       slack: the bound is at most S (1 + slack), besides rounding. 0.01 takes N = 32 for 3 x 3, 0.001 takes N = 100.
-      chunk_bytes: see :func:`singular_values`.
+      chunk_bytes, mesh, method: see :func:`singular_values`.
 
     Returns:
       A scalar of the computing dtype.
@@ -158,7 +171,7 @@ def operator_norm_upper_bound(
     References:
       M. Riesz, Eine trigonometrische Interpolationsformel, 1914.
     """
-    check_chunk_bytes(chunk_bytes)
+    how = execution(chunk_bytes, mesh, method)
     if isinstance(slack, bool) or not isinstance(slack, (int, float)):
         raise TypeError(f"expected slack to be a number (static under jit), got {slack!r}.")
     if not 0 < slack < math.inf:
@@ -183,7 +196,7 @@ def operator_norm_upper_bound(
     for picked in itertools.product(*choices):
         plan = Plan(tuple(axis for axis, _ in picked), conv.feature_group_count)
         factor = math.prod(factor for _, factor in picked) * (1 + rounding(kernel.shape, plan, kernel.dtype))
-        norms.append(circular_norm(kernel, plan, chunk_bytes) * factor)
+        norms.append(circular_norm(kernel, plan, how) * factor)
     return scale * jnp.max(jnp.stack(norms))
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 
 from opnorm_jax import _linalg
+from opnorm_jax._execution import Execution
 from opnorm_jax._spectrum import rounding
 from opnorm_jax._symbol import Plan, block_taps, kernel_from_block_taps, scan_frequencies, symbol, symbol_adjoint
 
@@ -50,7 +51,7 @@ def apply_spectral(blocks, vectors, factor):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def clip(kernel, bound, plan: Plan, chunk_bytes: int):
+def clip(kernel, bound, plan: Plan, how: Execution):
     """What one clip adds to the kernel, and the norm before."""
 
     def step(carry, blocks, phase, weights, x):
@@ -61,12 +62,12 @@ def clip(kernel, bound, plan: Plan, chunk_bytes: int):
         return carry + symbol_adjoint(change, phase), jnp.max(values, axis=(1, 2))
 
     taps = block_taps(kernel, plan)
-    change, norms = scan_frequencies(step, jnp.zeros_like(taps), taps, plan, chunk_bytes=chunk_bytes)
+    change, norms = scan_frequencies(step, jnp.zeros_like(taps), taps, plan, how)
     return kernel_from_block_taps(change, plan, kernel.shape[-2:]), jnp.max(norms)
 
 
 @clip.defjvp
-def _clip_jvp(plan, chunk_bytes, primals, tangents):
+def _clip_jvp(plan, how, primals, tangents):
     r"""The derivative of F phi(FᴴF), phi(l) = min(1, c / sqrt l), by divided differences of phi (Daleckii and Krein).
 
     They are written without cancellation, and 0 / 0 at the kink (a value equal to c, twice) is taken from inside.
@@ -107,7 +108,7 @@ def _clip_jvp(plan, chunk_bytes, primals, tangents):
         return (add, add_dot), (pick(values), pick(slopes))
 
     carry = (jnp.zeros_like(taps), jnp.zeros_like(taps))
-    (add, add_dot), (norms, slopes) = scan_frequencies(step, carry, taps, plan, chunk_bytes=chunk_bytes)
+    (add, add_dot), (norms, slopes) = scan_frequencies(step, carry, taps, plan, how)
     back = lambda z: kernel_from_block_taps(z, plan, kernel.shape[-2:])
     at = jnp.argmax(norms)
     return (back(add), norms[at]), (back(add_dot), slopes[at])

@@ -11,6 +11,8 @@ On GPU and TPU the batched ``eigh`` is used: cuSOLVER's ``svd`` is batched only 
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -44,18 +46,18 @@ def _eigh(stack):
     return lax.platform_dependent(stack, cpu=lambda a: lax.map(one, a), default=one)
 
 
-@jax.custom_jvp
-def singular_values(blocks: Complex[Array, "c m n"]) -> Float[Array, "c r"]:
-    """Singular values, descending; on a CPU through an SVD, to working precision of the largest.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def singular_values(blocks: Complex[Array, "c m n"], method: str = "auto") -> Float[Array, "c r"]:
+    """Singular values, descending; on a CPU, unless told otherwise, to working precision of the largest.
 
     Differentiable once. At ties the vectors are any basis of the tied space, which gives one element of the
     generalised gradient; where a value is zero its tangent is zero.
     """
-    return _singular_values(blocks)
+    return _VALUES[method](blocks)
 
 
 @singular_values.defjvp
-def _singular_values_jvp(primals, tangents):
+def _singular_values_jvp(method, primals, tangents):
     left, values, right = singular_vectors(primals[0])
     moved = jnp.matmul(tangents[0], right, precision=_HIGHEST)
     slopes = jnp.sum((left.conj() * moved).real, axis=-2)
@@ -69,19 +71,70 @@ def singular_vectors(
     return _svd(blocks)
 
 
-@jax.custom_batching.custom_vmap
-def _singular_values(stack):
-    if min(stack.shape[-2:]) == 1:  # a vector: no factorisation
-        return _norm(stack.reshape(stack.shape[0], -1))
+def _values_by(method):
+    """The function of a stack, a ``custom_vmap``, that takes one of the routes."""
 
-    def lapack(a):
-        return lax.map(lambda matrix: jnp.linalg.svd(matrix, compute_uv=False), a)
+    @jax.custom_batching.custom_vmap
+    def values(stack):
+        m, n = stack.shape[-2:]
+        if min(m, n) == 1:  # a vector
+            return _norm(stack.reshape(stack.shape[0], -1))
+        if min(m, n) <= _JACOBI_SIDE:
+            return _jacobi(stack if n <= m else stack.swapaxes(-1, -2))
+        if method == "auto":
+            return lax.platform_dependent(stack, cpu=_values_by_svd, default=_values_by_eigh)
+        return _values_by_svd(stack) if method == "svd" else _values_by_eigh(stack)
 
-    def through_gram(a):
-        _, values = lax.linalg.eigh(gram(a), symmetrize_input=False)
-        return jnp.sqrt(jnp.maximum(values, 0))[..., ::-1]
+    return values
 
-    return lax.platform_dependent(stack, cpu=lapack, default=through_gram)
+
+def _values_by_svd(stack):
+    return lax.map(lambda matrix: jnp.linalg.svd(matrix, compute_uv=False), stack)
+
+
+def _values_by_eigh(stack):
+    values, _ = _eigh(gram(stack))
+    return jnp.sqrt(jnp.maximum(values, 0))[..., ::-1]
+
+
+_JACOBI_SIDE = 4
+"""Up to this side a call to LAPACK takes longer than rotations of the whole stack at once."""
+
+
+def _jacobi(stack: Complex[Array, "c m n"]) -> Float[Array, "c n"]:
+    """One-sided Jacobi: columns are rotated in pairs until they are orthogonal; the values are their lengths.
+
+    Hestenes' method, as accurate as any. Convergence is quadratic: with at most 4 columns 5 sweeps reach single
+    precision and 6 double; each sweep meets every pair once, and all matrices take the same steps.
+    """
+    n = stack.shape[-1]
+    columns = [stack[:, :, j].T for j in range(n)]  # (m, c): the stack runs along the contiguous axis
+    square = lambda x: jnp.sum(x.real**2 + x.imag**2, axis=0, keepdims=True)
+    sweeps = 1 if n == 2 else 6 if stack.dtype == jnp.complex64 else 7
+
+    def sweep(columns, _):
+        columns = list(columns)
+        for p in range(n - 1):
+            for q in range(p + 1, n):
+                x, y = columns[p], columns[q]
+                inner = jnp.sum(x.conj() * y, axis=0, keepdims=True)
+                size = jnp.abs(inner)
+                meet = size > 0
+                safe = jnp.where(meet, size, 1)
+                ratio = (square(y) - square(x)) / (2 * safe)
+                tangent = jnp.where(ratio < 0, -1.0, 1.0).astype(size.dtype) / (jnp.abs(ratio) + jnp.sqrt(1 + ratio**2))
+                tangent = jnp.where(meet, tangent, 0)
+                cosine = 1 / jnp.sqrt(1 + tangent**2)
+                turned = (cosine * tangent / safe).astype(inner.dtype) * inner
+                cosine = cosine.astype(inner.dtype)
+                columns[p] = cosine * x - turned.conj() * y
+                columns[q] = turned * x + cosine * y
+        return tuple(columns), None
+
+    columns, _ = lax.scan(sweep, tuple(columns), None, length=sweeps)
+    values = jnp.concatenate([jnp.sqrt(square(column)) for column in columns]).T
+    # As LAPACK has it, one NaN or infinity makes NaN of all: sorting would hide it at the end.
+    return -jnp.sort(-values, axis=-1) + 0 * jnp.sum(values, axis=-1, keepdims=True)
 
 
 @jax.custom_batching.custom_vmap
@@ -123,5 +176,7 @@ def _merge_batch(function):
     function.def_vmap(rule)
 
 
-for _function in (_eigh, _singular_values, _svd):
+_VALUES = {method: _values_by(method) for method in ("auto", "svd", "eigh")}
+
+for _function in (_eigh, _svd, *_VALUES.values()):
     _merge_batch(_function)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from opnorm_jax._clip import apply_spectral, fit, gram_spectrum, inside_tolerance, weigh
+from opnorm_jax._execution import Execution
 from opnorm_jax._spectrum import circular_norm
 from opnorm_jax._symbol import (
     Plan,
@@ -43,7 +44,7 @@ def dual_shape(kernel_shape: tuple[int, ...], plan: Plan) -> tuple[int, ...]:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
-def nearest(kernel, bound, dual, plan: Plan, options: tuple[float, int], chunk_bytes: int):
+def nearest(kernel, bound, dual, plan: Plan, options: tuple[float, int], how: Execution):
     """Accelerated proximal gradient on the dual; see project_operator_norm. ``dual`` is where it starts.
 
     With M the map from a kernel to its blocks (scaled to an isometry) and p the dual variable, one block a frequency:
@@ -72,7 +73,7 @@ def nearest(kernel, bound, dual, plan: Plan, options: tuple[float, int], chunk_b
             return (back, nuclear, uphill), new
 
         (back, nuclear, uphill), new = scan_frequencies(
-            step, (jnp.zeros_like(taps), zero, zero), block_taps(k, plan), plan, chunk_bytes=chunk_bytes, xs=(p, q)
+            step, (jnp.zeros_like(taps), zero, zero), block_taps(k, plan), plan, how, xs=(p, q)
         )
         drawn = kernel_from_block_taps(back, plan, channels, adjoint=True)
         # q was extrapolated: the kernel at q needs the same combination of the kernels at the last two p.
@@ -90,13 +91,13 @@ def nearest(kernel, bound, dual, plan: Plan, options: tuple[float, int], chunk_b
         def step(back, blocks, phase, weights, p):
             return back + symbol_adjoint(weigh(weights, p), phase), None
 
-        back, _ = scan_frequencies(step, jnp.zeros_like(taps), taps, plan, chunk_bytes=chunk_bytes, xs=p)
+        back, _ = scan_frequencies(step, jnp.zeros_like(taps), taps, plan, how, xs=p)
         return kernel_from_block_taps(back, plan, channels, adjoint=True)
 
     def certify(drawn, nuclear):
         """A kernel inside the ball, and a lower bound on every such kernel's squared distance."""
         k = kernel - drawn
-        inside = fit(k, circular_norm(k, plan, chunk_bytes), bound, plan)
+        inside = fit(k, circular_norm(k, plan, how), bound, plan)
         dual_value = jnp.sum(drawn * kernel) - 0.5 * jnp.sum(drawn * drawn) - bound * nuclear
         return inside, jnp.sqrt(jnp.maximum(2 * dual_value, 0))
 
@@ -112,7 +113,7 @@ def nearest(kernel, bound, dual, plan: Plan, options: tuple[float, int], chunk_b
         best = jnp.where(moved < distance, inside, best)
         return inner, best, jnp.maximum(below, newly), jnp.minimum(distance, moved), iterations + 10, norm
 
-    norm = circular_norm(kernel, plan, chunk_bytes)
+    norm = circular_norm(kernel, plan, how)
     start = fit(kernel, norm, bound, plan)
     distance = jnp.sqrt(jnp.sum((start - kernel) ** 2))
     # A kernel that is inside (or not finite) takes no iteration.
@@ -128,7 +129,7 @@ def nearest(kernel, bound, dual, plan: Plan, options: tuple[float, int], chunk_b
 
 
 @nearest.defjvp
-def _nearest_jvp(plan, options, chunk_bytes, primals, tangents):
+def _nearest_jvp(plan, options, how, primals, tangents):
     raise NotImplementedError(
         "project_operator_norm has no derivative. Differentiate through rescale_operator_norm instead, or penalise "
         "operator_norm in the loss; to project between gradient steps, call it outside the differentiated function "

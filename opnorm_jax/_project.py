@@ -12,9 +12,9 @@ from jaxtyping import Array, Float
 from opnorm_jax._bounds import certifying_plan, check_output
 from opnorm_jax._clip import clip, fit, inside_tolerance
 from opnorm_jax._conv import Conv, as_conv, canonical_kernel, check_max_norm, compute_dtype, restore_kernel
+from opnorm_jax._execution import DEFAULT_CHUNK_BYTES, Execution, execution
 from opnorm_jax._nearest import ProjectionInfo, dual_shape, nearest
-from opnorm_jax._spectrum import check_chunk_bytes, circular_norm, normalise
-from opnorm_jax._symbol import DEFAULT_CHUNK_BYTES
+from opnorm_jax._spectrum import circular_norm, normalise
 
 
 class Constrained(NamedTuple):
@@ -32,6 +32,7 @@ def rescale_operator_norm(
     max_norm: float | Float[Array, ""],
     *,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Float[Array, ...]:
     """kernel * min(1, max_norm / upper bound): the cheapest way inside the ball, and a certified one.
 
@@ -43,7 +44,7 @@ def rescale_operator_norm(
       kernel: any real floating dtype, in ``conv.kernel_layout``; computed in float32, or float64 if it is float64.
       conv: the convolution, or the input's spatial shape in pixels (circular).
       max_norm: positive; may be traced.
-      chunk_bytes: see :func:`singular_values`.
+      chunk_bytes, mesh: see :func:`singular_values`.
 
     Returns:
       A kernel of the same shape and dtype. NaN throughout if ``kernel`` holds a NaN or an infinity.
@@ -61,7 +62,7 @@ def rescale_operator_norm(
       >>> bool(abs(oj.operator_norm(kernel, (8, 8)) - 1) < 1e-5)
       True
     """
-    return constrained("rescale", kernel, conv, max_norm, chunk_bytes=chunk_bytes).kernel
+    return constrained("rescale", kernel, conv, max_norm, how=execution(chunk_bytes, mesh)).kernel
 
 
 def clip_operator_norm(
@@ -70,6 +71,7 @@ def clip_operator_norm(
     max_norm: float | Float[Array, ""],
     *,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Float[Array, ...]:
     r"""The paper's clip (Appendix A), one shot: it does **not** bring the norm under ``max_norm``.
 
@@ -83,7 +85,7 @@ def clip_operator_norm(
       kernel: any real floating dtype, in ``conv.kernel_layout``; computed in float32, or float64 if it is float64.
       conv: the convolution, or the input's spatial shape in pixels (circular).
       max_norm: positive; may be traced.
-      chunk_bytes: see :func:`singular_values`.
+      chunk_bytes, mesh: see :func:`singular_values`.
 
     Returns:
       A kernel of the same shape and dtype; one whose norm is at most ``max_norm`` (to 32 eps) comes back bit for bit.
@@ -105,7 +107,7 @@ def clip_operator_norm(
     References:
       Sedghi, Gupta and Long, `The Singular Values of Convolutional Layers <https://arxiv.org/abs/1805.10408>`_, 2019.
     """
-    return constrained("clip", kernel, conv, max_norm, chunk_bytes=chunk_bytes).kernel
+    return constrained("clip", kernel, conv, max_norm, how=execution(chunk_bytes, mesh)).kernel
 
 
 def project_operator_norm(
@@ -116,6 +118,7 @@ def project_operator_norm(
     tolerance: float = 1e-3,
     max_iterations: int = 200,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Float[Array, ...]:
     r"""The nearest kernel (Frobenius distance) whose operator norm is at most ``max_norm``.
 
@@ -136,6 +139,7 @@ def project_operator_norm(
       tolerance: stop once distance <= (1 + tolerance) * (a lower bound on every feasible kernel's distance).
       max_iterations: and after this many iterations at the latest, rounded up to a multiple of 10.
       chunk_bytes: bounds the blocks of one chunk; the dual variable (half the grid's blocks) is held whole, thrice.
+      mesh: see :func:`singular_values`.
 
     Returns:
       A kernel of the same shape and dtype; one inside already (to 32 eps) comes back bit for bit.
@@ -160,7 +164,7 @@ def project_operator_norm(
       O'Donoghue and Candes, Adaptive restart for accelerated gradient schemes, 2015.
     """
     return project_operator_norm_info(
-        kernel, conv, max_norm, tolerance=tolerance, max_iterations=max_iterations, chunk_bytes=chunk_bytes
+        kernel, conv, max_norm, tolerance=tolerance, max_iterations=max_iterations, chunk_bytes=chunk_bytes, mesh=mesh
     )[0]
 
 
@@ -173,6 +177,7 @@ def project_operator_norm_info(
     max_iterations: int = 200,
     dual: Float[Array, "2 nf g m n"] | None = None,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[Float[Array, ...], ProjectionInfo]:
     """:func:`project_operator_norm`, with its certificate.
 
@@ -199,7 +204,9 @@ def project_operator_norm_info(
             raise TypeError(f"expected {name} to be a number that is static under jit, got {value!r}.")
         if not value > 0:
             raise ValueError(f"expected {name} to be positive, got {value}.")
-    out = constrained("project", kernel, conv, max_norm, (float(tolerance), max_iterations), dual, chunk_bytes)
+    out = constrained(
+        "project", kernel, conv, max_norm, (float(tolerance), max_iterations), dual, execution(chunk_bytes, mesh)
+    )
     assert out.info is not None  # the method is "project"
     return out.kernel, out.info
 
@@ -217,11 +224,10 @@ def constrained(
     max_norm,
     options: tuple[float, int] = (1e-3, 200),
     dual=None,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    how: Execution = Execution(),  # noqa: B008
 ) -> Constrained:
     """One of the three constraints by name, with what was found on the way."""
     conv = as_conv(conv)
-    check_chunk_bytes(chunk_bytes)
     check_max_norm(max_norm)
     canonical = canonical_kernel(kernel, conv)
     check_output(conv, canonical.shape)
@@ -230,10 +236,10 @@ def constrained(
     bound = jnp.asarray(max_norm).astype(small.dtype) / scale
     info = None
     if method == "rescale":
-        norm = circular_norm(small, plan, chunk_bytes)
+        norm = circular_norm(small, plan, how)
         moved = fit(small, norm, bound, plan)
     elif method == "clip":
-        correction, norm = clip(small, bound, plan, chunk_bytes)
+        correction, norm = clip(small, bound, plan, how)
         moved = small + correction
     else:
         shape = dual_shape(canonical.shape, plan)
@@ -243,7 +249,7 @@ def constrained(
                 "and Conv, or None."
             )
         start = jnp.zeros(shape, small.dtype) if dual is None else dual.astype(small.dtype) / scale
-        moved, info = nearest(small, bound, start, plan, options, chunk_bytes)
+        moved, info = nearest(small, bound, start, plan, options, how)
         norm = info.norm
     # NaN compares false, so that a NaN kernel takes the changed branch and comes out NaN throughout.
     changed = ~(norm <= bound * (1 + inside_tolerance(small.dtype)))

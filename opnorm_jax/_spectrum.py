@@ -12,8 +12,8 @@ from jaxtyping import Array, Float
 
 from opnorm_jax import _linalg
 from opnorm_jax._conv import Conv, as_conv, canonical_kernel, prod
+from opnorm_jax._execution import DEFAULT_CHUNK_BYTES, Execution, execution
 from opnorm_jax._symbol import (
-    DEFAULT_CHUNK_BYTES,
     Plan,
     block_taps,
     circular_plan,
@@ -29,6 +29,8 @@ def singular_values(
     conv: Conv | Sequence[int],
     *,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    mesh: jax.sharding.Mesh | None = None,
+    method: str = "auto",
 ) -> Float[Array, "*grid r"]:
     r"""All singular values of a circular convolution, exactly.
 
@@ -43,6 +45,10 @@ def singular_values(
       conv: the convolution, or the input's spatial shape in pixels.
       chunk_bytes: frequencies are taken in chunks whose blocks take at most this many bytes (peak memory: about four
         times that, beyond the result).
+      mesh: divides the frequencies among all of its devices; the kernel is replicated. Worth it for large layers, and
+        on a CPU with ``jax.config.update("jax_num_cpu_devices", cores)``, as nothing else here uses several cores.
+      method: ``"svd"`` (LAPACK; on a GPU one call a matrix), ``"eigh"`` (of a Gram matrix: batched on GPU and TPU), or
+        ``"auto"``: the former on a CPU, the latter elsewhere. Blocks with a side of at most 4 need neither.
 
     Returns:
       Shape ``(*grid, r)``, descending along the last axis, in the computing dtype. ``grid`` is ``input_shape`` for a
@@ -67,19 +73,18 @@ def singular_values(
     References:
       Sedghi, Gupta and Long, `The Singular Values of Convolutional Layers <https://arxiv.org/abs/1805.10408>`_, 2019.
     """
-    conv = as_conv(conv)
+    conv, how = as_conv(conv), execution(chunk_bytes, mesh, method)
     kernel = canonical_kernel(kernel, conv)
-    check_chunk_bytes(chunk_bytes)
     plan = exact_plan(conv, kernel.shape[:-2])
     kernel, scale = normalise(kernel)
     taps = block_taps(kernel, plan)
     g, m, n = taps.shape[1:]
 
     def step(carry, blocks, phase, weights, x):
-        values = _linalg.singular_values(blocks.reshape(-1, m, n)).reshape(-1, g * min(m, n))
+        values = _linalg.singular_values(blocks.reshape(-1, m, n), how.method).reshape(-1, g * min(m, n))
         return carry, values if g == 1 else -jnp.sort(-values, axis=-1)
 
-    _, values = scan_frequencies(step, (), taps, plan, chunk_bytes=chunk_bytes)
+    _, values = scan_frequencies(step, (), taps, plan, how)
     values = values[half_grid(plan.grid).expand]
     return scale * values.reshape(*plan.grid, -1)
 
@@ -116,38 +121,30 @@ def normalise(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
     return kernel / scale, scale
 
 
-def check_chunk_bytes(chunk_bytes: int) -> None:
-    """A chunk size is a static positive int."""
-    if isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int):
-        raise TypeError(f"expected chunk_bytes to be an int (static under jit), got {chunk_bytes!r}.")
-    if chunk_bytes < 1:
-        raise ValueError(f"expected chunk_bytes to be positive, got {chunk_bytes}.")
-
-
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def circular_norm(kernel: Float[Array, "*taps i o"], plan: Plan, chunk_bytes: int) -> Float[Array, ""]:
+def circular_norm(kernel: Float[Array, "*taps i o"], plan: Plan, how: Execution) -> Float[Array, ""]:
     """Largest singular value over the plan's grid. At ties: the gradient of one of the tied values; 0 at zero."""
-    return _largest(block_taps(kernel, plan), plan, chunk_bytes)[0]
+    return _largest(block_taps(kernel, plan), plan, how)[0]
 
 
-def _largest(taps: jax.Array, plan: Plan, chunk_bytes: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _largest(taps: jax.Array, plan: Plan, how: Execution) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The largest singular value, with the frequency (integers) and the group it is found at."""
     g, m, n = taps.shape[1:]
 
     def step(carry, blocks, phase, weights, x):
-        values = _linalg.singular_values(blocks.reshape(-1, m, n))[:, 0].reshape(-1, g)
+        values = _linalg.singular_values(blocks.reshape(-1, m, n), how.method)[:, 0].reshape(-1, g)
         return carry, (jnp.max(values, axis=1), jnp.argmax(values, axis=1))
 
-    _, (values, groups) = scan_frequencies(step, (), lax.stop_gradient(taps), plan, chunk_bytes=chunk_bytes)
+    _, (values, groups) = scan_frequencies(step, (), lax.stop_gradient(taps), plan, how)
     at = jnp.argmax(values)  # NaN counts as the largest, so a NaN kernel gives NaN
     return values[at], jnp.asarray(half_grid(plan.grid).frequencies)[at], groups[at]
 
 
 @circular_norm.defjvp
-def _circular_norm_jvp(plan, chunk_bytes, primals, tangents):
+def _circular_norm_jvp(plan, how, primals, tangents):
     (kernel,), (tangent,) = primals, tangents
     taps = block_taps(kernel, plan)
-    value, frequency, group = _largest(taps, plan, chunk_bytes)
+    value, frequency, group = _largest(taps, plan, how)
     phase = phases(frequency[None], plan, kernel.dtype)
     block = symbol(jnp.take(taps, group[None], axis=1), phase)[:, 0]
     moved = symbol(jnp.take(block_taps(tangent, plan), group[None], axis=1), phase)[0, 0]
@@ -157,10 +154,10 @@ def _circular_norm_jvp(plan, chunk_bytes, primals, tangents):
     return value, jnp.where(value > 0, slope, 0)
 
 
-def plan_norm(kernel: Float[Array, "*taps i o"], plan: Plan, chunk_bytes: int) -> Float[Array, ""]:
+def plan_norm(kernel: Float[Array, "*taps i o"], plan: Plan, how: Execution) -> Float[Array, ""]:
     """:func:`circular_norm` at any scale of the kernel."""
     kernel, scale = normalise(kernel)
-    return scale * circular_norm(kernel, plan, chunk_bytes)
+    return scale * circular_norm(kernel, plan, how)
 
 
 def rounding(kernel_shape: Sequence[int], plan: Plan, dtype) -> float:

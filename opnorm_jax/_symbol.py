@@ -30,9 +30,7 @@ from jax import lax
 from jaxtyping import Array, Complex, Float
 
 from opnorm_jax._conv import Conv, prod
-
-DEFAULT_CHUNK_BYTES = 2**28
-"""Default size of the stack of blocks held at a time; the peak is a few times that."""
+from opnorm_jax._execution import Execution
 
 
 class Axis(NamedTuple):
@@ -232,32 +230,44 @@ def scan_frequencies(
     carry: Any,
     taps: Float[Array, "tau g m n"],
     plan: Plan,
-    *,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    how: Execution,
     xs: Any = None,
 ) -> tuple[Any, Any]:
     """Runs ``carry, out = step(carry, blocks, phase, weights, x)`` over the half grid, in chunks of bounded size.
 
     ``weights`` are zero on the padding of the last chunk (which repeats the frequency 0). ``xs`` is an optional tree
-    with one row per frequency. Returns the last carry and the outs, one row per frequency of the half grid.
+    with one row per frequency. Returns the last carry and the outs, one row per frequency of the half grid. The carry
+    is a sum that starts at zero: with a mesh, each device has its own share of the frequencies, and they are added.
     """
     half = half_grid(plan.grid)
-    nf = len(half.frequencies)
-    chunk = max(1, min(nf, chunk_bytes // (2 * taps.dtype.itemsize * prod(taps.shape[1:]))))
-    chunks = -(-nf // chunk)
-    pad = chunks * chunk - nf
+    nf, devices = len(half.frequencies), how.mesh.size if how.mesh else 1
+    fitting = how.chunk_bytes // (2 * taps.dtype.itemsize * prod(taps.shape[1:]))
+    chunk = max(1, min(-(-nf // devices), fitting))
+    chunks = -(-nf // (devices * chunk))
+    pad = devices * chunks * chunk - nf
     # The barrier keeps XLA from folding the phases into a constant the size of the whole grid.
     frequencies = lax.optimization_barrier(jnp.asarray(np.pad(half.frequencies, ((0, pad), (0, 0)))))
     weights = jnp.asarray(np.pad(half.weights, (0, pad)), taps.dtype)
+    xs = jax.tree.map(lambda a: jnp.pad(a, [(0, pad)] + [(0, 0)] * (a.ndim - 1)), xs) if pad else xs
 
     def body(carry, item):
         frequencies, weights, x = item
         phase = phases(frequencies, plan, taps.dtype)
         return step(carry, symbol(taps, phase), phase, weights, x)
 
-    if chunks == 1:
-        return body(carry, (frequencies, weights, xs))
-    split = lambda a: jnp.pad(a, [(0, pad)] + [(0, 0)] * (a.ndim - 1)).reshape(chunks, chunk, *a.shape[1:])
-    items = (frequencies.reshape(chunks, chunk, -1), weights.reshape(chunks, chunk), jax.tree.map(split, xs))
-    carry, outs = lax.scan(body, carry, items)
-    return carry, jax.tree.map(lambda a: a.reshape(chunks * chunk, *a.shape[2:])[:nf], outs)
+    def share(carry, items):
+        if chunks == 1:
+            return body(carry, items)
+        split = jax.tree.map(lambda a: a.reshape(chunks, chunk, *a.shape[1:]), items)
+        carry, outs = lax.scan(body, carry, split)
+        return carry, jax.tree.map(lambda a: a.reshape(chunks * chunk, *a.shape[2:]), outs)
+
+    if how.mesh is None:
+        carry, outs = share(carry, (frequencies, weights, xs))
+    else:
+        names = how.mesh.axis_names
+        together = lambda carry, items: (lambda sums, outs: (lax.psum(sums, names), outs))(*share(carry, items))
+        specs = jax.P(), jax.P(names)
+        run = jax.shard_map(together, mesh=how.mesh, in_specs=specs, out_specs=specs, check_vma=False)
+        carry, outs = run(carry, (frequencies, weights, xs))
+    return carry, jax.tree.map(lambda a: a[:nf], outs) if pad else outs

@@ -124,6 +124,12 @@ OPTIONS = {
         "max_iterations to be positive, got 0",
     ),
     "zero chunk": (lambda: oj.singular_values(K, (8, 8), chunk_bytes=0), ValueError, "chunk_bytes to be positive"),
+    "mesh of another kind": (
+        lambda: oj.singular_values(K, (8, 8), mesh=8),
+        TypeError,
+        "a jax.sharding.Mesh or None, got 8",
+    ),
+    "unknown way to factorise": (lambda: oj.operator_norm(K, (8, 8), method="qr"), ValueError, "'auto', 'svd', 'eigh'"),
     "float chunk": (lambda: oj.operator_norm(K, (8, 8), chunk_bytes=1e6), TypeError, "chunk_bytes to be an int"),
     "zero slack": (lambda: oj.operator_norm_upper_bound(K, slack=0.0), ValueError, "slack to be positive, got 0.0"),
     "string slack": (lambda: oj.operator_norm_upper_bound(K, slack="1%"), TypeError, "slack to be a number"),

@@ -1,0 +1,114 @@
+"""The same numbers by every method and on every number of devices, each of which does its share."""
+
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+import opnorm_jax as oj
+
+K = jnp.asarray(np.random.default_rng(0).standard_normal((3, 3, 5, 7)), jnp.float32)
+
+
+@pytest.mark.parametrize("method", ["auto", "svd", "eigh"])
+def test_methods_agree_with_the_truth(method):
+    truth = np.sort(oracle.dense_singular_values(K, (6, 6)))
+    values = np.sort(np.ravel(oj.singular_values(K, (6, 6), method=method)))
+    np.testing.assert_allclose(values, truth, atol=1e-5 * truth[-1] if method != "eigh" else 1e-3 * truth[-1])
+    np.testing.assert_allclose(oj.operator_norm(K, (6, 6), method=method), truth[-1], rtol=1e-5)
+    zero_padded = oj.Conv((6, 6), padding="SAME")
+    lower, upper = oj.operator_norm_bounds(K, zero_padded, method=method)
+    assert lower <= oracle.dense_singular_values(K, (6, 6), padding="SAME")[0] <= upper
+    assert truth[-1] <= oj.operator_norm_upper_bound(K, method=method) * (1 + 1e-6)
+    assert np.isfinite(jax.grad(lambda k: oj.operator_norm(k, (6, 6), method=method))(K)).all()
+
+
+def test_methods_do_what_they_say():
+    program = lambda method: str(jax.make_jaxpr(lambda k: oj.singular_values(k, (6, 6), method=method))(K))
+    assert "svd" in program("svd") and "eigh" not in program("svd")
+    assert "eigh" in program("eigh") and "svd" not in program("eigh")
+
+
+EIGHT_DEVICES = """
+    import jax, jax.numpy as jnp, numpy as np
+    jax.config.update("jax_num_cpu_devices", 8)
+    import opnorm_jax as oj
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    k = jnp.asarray(np.random.default_rng(0).standard_normal((3, 3, 6, 5)), jnp.float32)
+    same, whole = oj.Conv((9, 10), padding="SAME"), (9, 10)
+    functions = {
+        "singular_values": lambda k, mesh: oj.singular_values(k, whole, mesh=mesh),
+        "in chunks": lambda k, mesh: oj.singular_values(k, whole, mesh=mesh, chunk_bytes=1000),
+        "bounds": lambda k, mesh: oj.operator_norm_bounds(k, same, mesh=mesh),
+        "upper bound": lambda k, mesh: oj.operator_norm_upper_bound(k, mesh=mesh),
+        "clip": lambda k, mesh: oj.clip_operator_norm(k, same, 1.0, mesh=mesh),
+        "project": lambda k, mesh: oj.project_operator_norm_info(k, same, 1.0, mesh=mesh)[0],
+        "rescale": lambda k, mesh: oj.rescale_operator_norm(k, same, 1.0, mesh=mesh),
+        "gradient": lambda k, mesh: jax.grad(lambda k: oj.operator_norm(k, whole, mesh=mesh))(k),
+        "vmap": lambda k, mesh: jax.vmap(lambda k: oj.clip_operator_norm(k, whole, 1.0, mesh=mesh))(jnp.stack([k, -k])),
+    }
+    for name, function in functions.items():
+        for one, eight in zip(jax.tree.leaves(function(k, None)), jax.tree.leaves(jax.jit(function, static_argnums=1)(k, mesh))):
+            np.testing.assert_allclose(one, eight, atol=1e-5, err_msg=name)
+    # Each device has its share: of 9 * 10 frequencies half (and the self-conjugate one) are computed, 46 in all.
+    stacks = jax.make_jaxpr(lambda k: functions["singular_values"](k, mesh))(k)
+    text = str(stacks)
+    assert "c64[6,6,5]" in text and "c64[46,6,5]" not in text and "c64[48,6,5]" not in text, text
+    print("equal")
+"""
+
+
+def run(code, *arguments, **environment):
+    process = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **environment},
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    return process.stdout
+
+
+def test_eight_devices():
+    assert "equal" in run(EIGHT_DEVICES)
+
+
+TWO_PROCESSES = """
+    import sys, jax, jax.numpy as jnp, numpy as np
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+    import opnorm_jax as oj
+    assert jax.device_count() == 2 and jax.local_device_count() == 1
+    mesh = jax.make_mesh((2,), ("frequency",), axis_types=(jax.sharding.AxisType.Auto,))
+    k = np.random.default_rng(0).standard_normal((3, 3, 6, 5)).astype(np.float32)
+    everywhere = jax.sharding.NamedSharding(mesh, jax.P())
+    kernel = jax.make_array_from_callback(k.shape, everywhere, lambda index: k[index])
+    clip = jax.jit(lambda k: oj.clip_operator_norm(k, (9, 10), 1.0, mesh=mesh), out_shardings=everywhere)
+    both = np.asarray(clip(kernel).addressable_data(0))
+    np.testing.assert_allclose(both, oj.clip_operator_norm(k, (9, 10), 1.0), atol=1e-5)
+    print("equal")
+"""
+
+
+def test_two_processes():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    command = [sys.executable, "-c", textwrap.dedent(TWO_PROCESSES), address]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen([*command, str(number)], **pipes) for number in range(2)]
+    try:
+        for process in processes:
+            out, error = process.communicate(timeout=200)
+            assert process.returncode == 0 and "equal" in out, error[-3000:]
+    finally:
+        for process in processes:
+            process.kill()

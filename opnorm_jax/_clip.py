@@ -35,10 +35,14 @@ def weigh(weights, blocks):
     return weights[:, None, None, None].astype(blocks.dtype) * blocks
 
 
-def gram_spectrum(blocks):
-    """Singular values (ascending) of the blocks (c, g, m, n) and the vectors on their smaller side."""
+def gram_spectrum(blocks, above=None):
+    """Singular values (ascending) of the blocks (c, g, m, n) and the vectors on their smaller side.
+
+    Blocks without any value greater than ``above`` may get zeros instead.
+    """
     c, g, m, n = blocks.shape
-    values, vectors = _linalg.eigh(_linalg.gram(blocks).reshape(c * g, min(m, n), min(m, n)))
+    stack = _linalg.gram(blocks).reshape(c * g, min(m, n), min(m, n))
+    values, vectors = _linalg.eigh(stack) if above is None else _linalg.eigh_above(stack, above**2)
     return jnp.sqrt(jnp.maximum(values, 0)).reshape(c, g, -1), vectors.reshape(c, g, *vectors.shape[1:])
 
 

@@ -34,16 +34,44 @@ def eigh(stack: Complex[Array, "c r r"]) -> tuple[Float[Array, "c r"], Complex[A
     return _eigh(stack)
 
 
+def eigh_above(
+    stack: Complex[Array, "c r r"], limit: Float[Array, ""]
+) -> tuple[Float[Array, "c r"], Complex[Array, "c r r"]]:
+    """:func:`eigh` of positive semidefinite matrices, of whose eigenvalues only those above ``limit`` matter.
+
+    On a CPU a matrix that has none is found out by a Cholesky factorisation of ``limit - matrix``, several times
+    cheaper, and gets zeros for eigenvalues. Not differentiable.
+    """
+    return _eigh_above(stack, jnp.broadcast_to(limit, stack.shape[:1]))
+
+
 @jax.custom_batching.custom_vmap
 def _eigh(stack):
     if stack.shape[-1] == 1:
         return stack[..., 0].real, jnp.ones_like(stack)
+    return lax.platform_dependent(stack, cpu=lambda a: lax.map(_one_eigh, a), default=_one_eigh)
 
-    def one(matrix):
-        vectors, values = lax.linalg.eigh(matrix, symmetrize_input=False)
-        return values, vectors
 
-    return lax.platform_dependent(stack, cpu=lambda a: lax.map(one, a), default=one)
+@jax.custom_batching.custom_vmap
+def _eigh_above(stack, limits):
+    def lapack(stack, limits):
+        def one(item):
+            matrix, limit = item
+            shifted = jnp.diag(jnp.full(len(matrix), limit.astype(matrix.dtype))) - matrix
+            below = jnp.isfinite(lax.linalg.cholesky(shifted, symmetrize_input=False)).all()
+            nothing = lambda a: (jnp.zeros(len(a), limit.dtype), jnp.eye(len(a), dtype=a.dtype))
+            return lax.cond(below, nothing, _one_eigh, matrix)
+
+        return lax.map(one, (stack, limits))
+
+    if stack.shape[-1] == 1:
+        return _eigh(stack)
+    return lax.platform_dependent(stack, limits, cpu=lapack, default=lambda stack, _: _one_eigh(stack))
+
+
+def _one_eigh(matrix):
+    vectors, values = lax.linalg.eigh(matrix, symmetrize_input=False)
+    return values, vectors
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -163,13 +191,16 @@ def _norm(vectors):
 
 
 def _merge_batch(function):
-    """The ``vmap`` rule of a function of a stack: one longer stack."""
+    """The ``vmap`` rule of a function of stacks: longer stacks."""
 
-    def rule(axis_size, in_batched, stack):
-        (batched,) = in_batched
-        if not batched:
-            return function(stack), jax.tree.map(lambda _: False, jax.eval_shape(function, stack))
-        outs = function(stack.reshape(-1, *stack.shape[2:]))
+    def rule(axis_size, in_batched, *stacks):
+        if not any(in_batched):
+            return function(*stacks), jax.tree.map(lambda _: False, jax.eval_shape(function, *stacks))
+        whole = [
+            stack if batched else jnp.broadcast_to(stack, (axis_size, *stack.shape))
+            for stack, batched in zip(stacks, in_batched)
+        ]
+        outs = function(*(stack.reshape(-1, *stack.shape[2:]) for stack in whole))
         split = jax.tree.map(lambda a: a.reshape(axis_size, -1, *a.shape[1:]), outs)
         return split, jax.tree.map(lambda _: True, split)
 
@@ -178,5 +209,5 @@ def _merge_batch(function):
 
 _VALUES = {method: _values_by(method) for method in ("auto", "svd", "eigh")}
 
-for _function in (_eigh, _svd, *_VALUES.values()):
+for _function in (_eigh, _eigh_above, _svd, *_VALUES.values()):
     _merge_batch(_function)

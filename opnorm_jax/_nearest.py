@@ -64,7 +64,7 @@ def nearest(kernel, bound, dual, plan: Plan, options: tuple[float, int], how: Ex
             p, q = item
             back, nuclear, uphill = carry
             z = q + jnp.asarray(rate, blocks.dtype) * blocks
-            values, vectors = gram_spectrum(z)
+            values, vectors = gram_spectrum(z, above=rate * bound)
             excess = jnp.maximum(values - rate * bound, 0)
             new = apply_spectral(z, vectors, excess / jnp.where(values > 0, values, 1))
             back = back + symbol_adjoint(weigh(weights, new), phase)

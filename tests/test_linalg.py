@@ -77,3 +77,20 @@ def test_jacobi_spreads_what_is_not_finite():
     blocks[0, 1, 1], blocks[1, 0, 0] = np.nan, np.inf
     values = _linalg.singular_values(jnp.asarray(blocks))
     assert np.isnan(values[:2]).all() and np.isfinite(values[2]).all()
+
+
+def test_eigh_above_leaves_out_only_what_is_below():
+    rng = np.random.default_rng(0)
+    blocks = (rng.standard_normal((40, 5, 5)) + 1j * rng.standard_normal((40, 5, 5))).astype(np.complex64)
+    gram = _linalg.gram(jnp.asarray(blocks * rng.uniform(0, 1, (40, 1, 1)).astype(np.float32)))
+    values, vectors = _linalg.eigh(gram)
+    limit = jnp.median(values[:, -1])
+    for function in (_linalg.eigh_above, jax.vmap(_linalg.eigh_above, (0, None))):
+        batched = function is not _linalg.eigh_above
+        some, their = function(gram[None] if batched else gram, limit)
+        some, their = (some[0], their[0]) if batched else (some, their)
+        above = np.asarray(values[:, -1] > limit)
+        assert 15 < above.sum() < 25
+        np.testing.assert_allclose(some[above], values[above], rtol=1e-5)
+        np.testing.assert_allclose(their[above], vectors[above], atol=1e-4)
+        assert not np.asarray(some[~above]).any()

@@ -7,12 +7,14 @@ from opnorm_jax._bounds import Bounds, operator_norm, operator_norm_bounds, oper
 from opnorm_jax._conv import Conv, Unknown
 from opnorm_jax._lipschitz import lipschitz_bound
 from opnorm_jax._nearest import ProjectionInfo
+from opnorm_jax._plot import plot_spectra
 from opnorm_jax._project import (
     clip_operator_norm,
     project_operator_norm,
     project_operator_norm_info,
     rescale_operator_norm,
 )
+from opnorm_jax._report import LayerReport, SpectralReport, spectral_report
 from opnorm_jax._spectrum import singular_values
 from opnorm_jax._trace import find_convs
 from opnorm_jax._transform import ConstrainOperatorNormState, constrain, constrain_operator_norm
@@ -23,7 +25,9 @@ __all__ = [
     "Bounds",
     "ConstrainOperatorNormState",
     "Conv",
+    "LayerReport",
     "ProjectionInfo",
+    "SpectralReport",
     "Unknown",
     "clip_operator_norm",
     "constrain",
@@ -33,8 +37,10 @@ __all__ = [
     "operator_norm",
     "operator_norm_bounds",
     "operator_norm_upper_bound",
+    "plot_spectra",
     "project_operator_norm",
     "project_operator_norm_info",
     "rescale_operator_norm",
     "singular_values",
+    "spectral_report",
 ]

@@ -13,8 +13,8 @@ from jaxtyping import Array, Float
 
 from opnorm_jax import _matrix_free
 from opnorm_jax._conv import SPATIAL_LETTERS, Conv, as_conv, canonical_kernel, layout
-from opnorm_jax._execution import DEFAULT_CHUNK_BYTES, execution
-from opnorm_jax._spectrum import circular_norm, normalise, rounding
+from opnorm_jax._execution import DEFAULT_CHUNK_BYTES, Execution, execution
+from opnorm_jax._spectrum import circular_extremes, circular_norm, normalise, rounding
 from opnorm_jax._symbol import Axis, Plan, circular_plan, couplings
 
 
@@ -116,8 +116,40 @@ def operator_norm_bounds(
     check_output(conv, kernel.shape)
     plan = certifying_plan(conv, kernel.shape[:-2])
     above = circular_norm(kernel, plan, how)
-    slack = rounding(kernel.shape, plan, kernel.dtype)
     below = above if _exact(conv, kernel.shape[:-2]) else _matrix_free.norm(kernel, conv)
+    return _widened(below, above, rounding(kernel.shape, plan, kernel.dtype), scale)
+
+
+class Figures(NamedTuple):
+    """What a report says of one layer; scalars of the computing dtype."""
+
+    bounds: Bounds
+    norm: jax.Array  # as operator_norm
+    largest: jax.Array  # singular value of the certifying circle
+    smallest: jax.Array  # singular value of the certifying circle
+    resolution: jax.Array  # absolute error of the smallest
+
+
+def figures(kernel: Float[Array, ...], conv: Conv, how: Execution = Execution()) -> Figures:  # noqa: B008
+    """:func:`operator_norm_bounds`, :func:`operator_norm` and the certifying circle's extreme values in one pass."""
+    kernel, scale = normalise(canonical_kernel(kernel, conv))
+    plan = certifying_plan(conv, kernel.shape[:-2])
+    largest, smallest = circular_extremes(kernel, plan, how)
+    below = largest if _exact(conv, kernel.shape[:-2]) else _matrix_free.norm(kernel, conv)
+    slack = rounding(kernel.shape, plan, kernel.dtype)
+    # Off the CPU the values are roots of a Gram matrix's, whose errors are relative to the largest of those.
+    constant = lambda value: jnp.full((), value, kernel.dtype)
+    relative = jax.lax.platform_dependent(cpu=lambda: constant(slack), default=lambda: constant(slack**0.5))
+    bounds = _widened(below, largest, slack, scale)
+    return Figures(bounds, scale * below, scale * largest, scale * smallest, scale * largest * relative)
+
+
+def is_exact(conv: Conv, taps: tuple[int, ...]) -> bool:
+    """Whether the certifying circle is the layer itself."""
+    return _exact(conv, taps) is not None
+
+
+def _widened(below: jax.Array, above: jax.Array, slack: float, scale: jax.Array) -> Bounds:
     upper = above * (1 + slack)
     return Bounds(scale * jnp.minimum(below * (1 - slack), upper), scale * upper)
 

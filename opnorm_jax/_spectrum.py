@@ -154,10 +154,19 @@ def _circular_norm_jvp(plan, how, primals, tangents):
     return value, jnp.where(value > 0, slope, 0)
 
 
-def plan_norm(kernel: Float[Array, "*taps i o"], plan: Plan, how: Execution) -> Float[Array, ""]:
-    """:func:`circular_norm` at any scale of the kernel."""
-    kernel, scale = normalise(kernel)
-    return scale * circular_norm(kernel, plan, how)
+def circular_extremes(
+    kernel: Float[Array, "*taps i o"], plan: Plan, how: Execution
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Largest and smallest singular value over the plan's grid; no array of all of them is kept. No derivative."""
+    taps = block_taps(lax.stop_gradient(kernel), plan)
+    m, n = taps.shape[2:]
+
+    def step(carry, blocks, phase, weights, x):
+        values = _linalg.singular_values(blocks.reshape(-1, m, n)).reshape(len(blocks), -1, min(m, n))
+        return carry, (jnp.max(values[..., 0], axis=1), jnp.min(values[..., -1], axis=1))
+
+    _, (largest, smallest) = scan_frequencies(step, (), taps, plan, how)
+    return jnp.max(largest), jnp.min(smallest)
 
 
 def rounding(kernel_shape: Sequence[int], plan: Plan, dtype) -> float:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from opnorm_jax._bounds import check_output
-from opnorm_jax._conv import Conv, Unknown, as_conv, check_kernel, check_max_norm, compute_dtype, is_conv_leaf, prod
+from opnorm_jax._conv import check_max_norm, compute_dtype, prod
 from opnorm_jax._project import Constrained, constrained, initial_dual
+from opnorm_jax._tree import Layer, checked_convs, is_hole, layers_of
 
 METHODS = ("clip", "project", "rescale")
 
@@ -29,27 +28,6 @@ class ConstrainOperatorNormState(NamedTuple):
     count: jax.Array  # shape=(), dtype=int32: updates so far
     norms: Any  # shaped like convs; at each Conv shape=(), dtype=float32: its norm when last acted on, before that
     duals: Any  # with warm_start, shaped like convs: the projections' dual variables; else None
-
-
-class _Layer(NamedTuple):
-    """One kernel to be constrained."""
-
-    index: int  # of its leaf in the flattened parameters
-    slot: int  # of its Conv among those of convs
-    path: str
-    kernel: Any
-    conv: Conv
-    max_norm: Any
-
-    @property
-    def stack(self) -> tuple[int, ...]:
-        """Shape of the leading axes, if it is a stack of kernels."""
-        return self.kernel.shape[: self.conv.stacked]
-
-    @property
-    def member(self) -> jax.ShapeDtypeStruct:
-        """One kernel of the stack."""
-        return jax.ShapeDtypeStruct(self.kernel.shape[len(self.stack) :], self.kernel.dtype)
 
 
 def constrain_operator_norm(
@@ -99,7 +77,7 @@ def constrain_operator_norm(
       >>> bool(oj.operator_norm_bounds(params["conv"]["kernel"], convs["conv"]["kernel"]).upper <= 1 + 1e-5)
       True
     """
-    convs = _checked_convs(convs)
+    convs = checked_convs(convs)
     _check_method(method)
     _check_max_norms(max_norm)
     if warm_start and method != "project":
@@ -113,7 +91,7 @@ def constrain_operator_norm(
         norms, treedef = jax.tree.flatten(jax.tree.map(lambda _: jnp.zeros((), jnp.float32), convs))
         duals = list(norms)
         if jax.tree.leaves(params):  # optax.tree.map_params calls this with a placeholder that has none
-            for layer in _layers(params, convs, max_norm):
+            for layer in layers_of(params, convs, max_norm):
                 norms[layer.slot] = jnp.zeros(layer.stack, jnp.float32)
                 if warm_start:
                     dual = initial_dual(layer.member, layer.conv)
@@ -125,9 +103,9 @@ def constrain_operator_norm(
         del extra_args
         if params is None:
             raise ValueError(_NO_PARAMS_MSG)
-        leaves, treedef = jax.tree.flatten(params, is_leaf=_is_hole)
+        leaves, treedef = jax.tree.flatten(params, is_leaf=is_hole)
         moves = treedef.flatten_up_to(updates)
-        layers = [layer for layer in _layers(params, convs, max_norm) if not _is_hole(moves[layer.index])]
+        layers = [layer for layer in layers_of(params, convs, max_norm) if not is_hole(moves[layer.index])]
         norms, norms_def = jax.tree.flatten(state.norms)
         duals, duals_def = jax.tree.flatten(state.duals)
 
@@ -190,18 +168,18 @@ def constrain(params: Any, max_norm: Any, convs: Any, *, method: str = "clip") -
       >>> bool(oj.operator_norm(params["kernel"], (8, 8)) <= 1 + 1e-5)
       True
     """
-    convs = _checked_convs(convs)
+    convs = checked_convs(convs)
     _check_method(method)
     _check_max_norms(max_norm, schedules=False)
-    leaves, treedef = jax.tree.flatten(params, is_leaf=_is_hole)
-    layers = _layers(params, convs, max_norm)
+    leaves, treedef = jax.tree.flatten(params, is_leaf=is_hole)
+    layers = layers_of(params, convs, max_norm)
     kernels, bounds = [jnp.asarray(layer.kernel) for layer in layers], [layer.max_norm for layer in layers]
     for layer, out in zip(layers, _constrain_layers(kernels, bounds, layers, method, [None] * len(layers))):
         leaves[layer.index] = out.kernel
     return treedef.unflatten(leaves)
 
 
-def _constrain_layers(kernels: list, bounds: list, layers: list[_Layer], method: str, duals: list) -> list[Constrained]:
+def _constrain_layers(kernels: list, bounds: list, layers: list[Layer], method: str, duals: list) -> list[Constrained]:
     """Every layer constrained; those alike in shape, dtype and geometry in one batched call."""
     alike: dict[Any, list[int]] = {}
     for n, layer in enumerate(layers):
@@ -229,35 +207,6 @@ def _bound_at(max_norm: Any, count: jax.Array) -> Any:
     return max_norm(count) if callable(max_norm) else max_norm
 
 
-def _is_box(node: Any) -> bool:
-    """Whether a node with one child is a variable around it, rather than a container that names it."""
-    return not isinstance(node, (dict, list, tuple))
-
-
-def _is_hole(node: Any) -> bool:
-    return node is None or isinstance(node, (optax.MaskedNode, Unknown))
-
-
-def _checked_convs(convs: Any) -> Any:
-    """The tree with a ``Conv`` at each layer and ``None`` elsewhere; anything else is an error."""
-
-    def one(path, node):
-        if _is_hole(node):
-            return None
-        try:
-            return as_conv(node)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"convs{jax.tree_util.keystr(path)}: {error}") from None
-
-    convs = jax.tree_util.tree_map_with_path(one, convs, is_leaf=lambda node: is_conv_leaf(node) or _is_hole(node))
-    if not jax.tree.leaves(convs):
-        raise ValueError(
-            "expected convs to be a tree shaped like the parameters with a Conv at each kernel and None elsewhere; it "
-            "holds no Conv at all. Put opnorm_jax.Conv(input_shape, ...) at each convolution's kernel."
-        )
-    return convs
-
-
 def _check_method(method: str) -> None:
     if method not in METHODS:
         raise ValueError(f"expected method to be one of {METHODS}, got {method!r}.")
@@ -273,56 +222,3 @@ def _check_max_norms(max_norm: Any, schedules: bool = True) -> None:
             raise type(error)(f"max_norm{jax.tree_util.keystr(path)}: {error}") from None
 
     jax.tree_util.tree_map_with_path(one, max_norm)
-
-
-def _layers(params: Any, convs: Any, max_norm: Any) -> list[_Layer]:
-    """The kernels with their convolutions and bounds, checked, in the order of the flattened parameters."""
-    # Convs are numbered before holes in the parameters (optax.masked, optax.partition) hide some of them.
-    slots = iter(range(len(jax.tree.leaves(convs))))
-    numbered = jax.tree.map(lambda conv: (conv, next(slots)), convs)
-    is_numbered = lambda node: isinstance(node, tuple) and len(node) == 2 and isinstance(node[0], Conv)
-    matched = _broadcast(numbered, params, "convs", lambda node: node is None or is_numbered(node))
-    bounds = _broadcast(max_norm, params, "max_norm", lambda node: node is None or callable(node))
-    layers = []
-    for index, ((path, kernel, entry), (_, _, bound)) in enumerate(zip(matched, bounds, strict=True)):
-        if entry is None or bound is None or _is_hole(kernel):
-            continue
-        conv, slot = entry
-        name = "params" + jax.tree_util.keystr(path)
-        layer = _Layer(index, slot, name, kernel, conv, bound)
-        try:
-            check_kernel(layer.member if hasattr(kernel, "shape") else kernel, conv)
-            taps = [layer.member.shape[conv.kernel_layout.index(x)] for x in "DHW" if x in conv.kernel_layout]
-            check_output(conv, [*taps, 1, 1])
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{name} {getattr(kernel, 'shape', '')}: {error}") from None
-        layers.append(layer)
-    return layers
-
-
-def _broadcast(prefix: Any, tree: Any, name: str, is_leaf: Callable[[Any], bool], path: tuple = ()) -> list:
-    """(path, leaf of ``tree``, the node of ``prefix`` above it) for each leaf; holes of ``tree`` end the descent."""
-    if _is_hole(tree):
-        return [(path, tree, None)]
-    if is_leaf(prefix) or jax.tree_util.all_leaves([prefix]):
-        leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_hole)[0]
-        return [(path + below, leaf, prefix) for below, leaf in leaves]
-    children, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: node is not tree)
-    mine, my_structure = jax.tree.flatten(prefix, is_leaf=lambda node: node is not prefix)
-    if structure != my_structure:
-        # flax.nnx.Optimizer gives init its parameters inside nnx.Param and update the bare arrays.
-        if len(mine) == 1 and _is_box(prefix):
-            return _broadcast(mine[0], tree, name, is_leaf, path)
-        if len(children) == 1 and children[0][1] is not tree and _is_box(tree):
-            return _broadcast(prefix, children[0][1], name, is_leaf, path)
-        here = jax.tree_util.keystr(path) or "the root"
-        raise ValueError(
-            f"expected {name} to have the structure of the parameters, or a prefix of it; at {here} the parameters "
-            f"have {structure} and {name} has {my_structure}. Give {name} the same containers and keys, None for what "
-            "is not a convolution."
-        )
-    return [
-        row
-        for (key, child), node in zip(children, mine, strict=True)
-        for row in _broadcast(node, child, name, is_leaf, path + key)
-    ]

@@ -1,0 +1,287 @@
+"""Files of parameters, read and copied without ever running or unpickling what they hold."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+
+class UserError(Exception):
+    """What is wrong, in one line, for the person at the command line."""
+
+
+class Entry(NamedTuple):
+    """One array of a checkpoint, not yet read."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Checkpoint(Protocol):
+    """A file or folder of named arrays."""
+
+    path: Path
+    entries: dict[str, Entry]
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Of the files that a copy can be written to."""
+        ...
+
+    def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
+        """Some of the arrays."""
+        ...
+
+    def write(self, out: Path, replaced: Mapping[str, np.ndarray]) -> None:
+        """All of it with some arrays replaced by others of their shape and dtype."""
+        ...
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """The checkpoint at a path, its arrays listed but not kept."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder.")
+    if path.is_dir():
+        return _Orbax(path)
+    kinds = {".safetensors": _Safetensors, ".npz": _Npz}
+    if path.suffix not in kinds:
+        raise UserError(
+            f"{path}: expected a .safetensors file, an .npz file or a folder with an orbax checkpoint. Other formats "
+            "(PyTorch's .pt, pickles) can run code when read: convert them first."
+        )
+    return kinds[path.suffix](path)
+
+
+@contextlib.contextmanager
+def written_whole(out: Path, like: Path | None = None) -> Iterator[Path]:
+    """A temporary file in the folder of ``out`` that takes its place at the end, or vanishes after an error."""
+    handle, name = tempfile.mkstemp(dir=out.parent, prefix=out.name + ".", suffix=".part")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        if like is not None and like.is_file():
+            shutil.copymode(like, temporary)
+        else:  # mkstemp's is for the owner alone
+            mask = os.umask(0)
+            os.umask(mask)
+            temporary.chmod(0o666 & ~mask)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class _Safetensors:
+    suffixes = (".safetensors",)
+
+    def __init__(self, path: Path):
+        self.path = path
+        with self._open() as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            self.entries = {name: Entry(tuple(s.get_shape()), _name_of(s.get_dtype())) for name, s in slices.items()}
+
+    def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
+        with self._open() as file:
+            return {name: file.get_tensor(name) for name in names}
+
+    def write(self, out: Path, replaced: Mapping[str, np.ndarray]) -> None:
+        # The file itself with the bytes of some arrays exchanged: order, metadata and foreign dtypes stay as they are.
+        with written_whole(out, self.path) as temporary:
+            shutil.copyfile(self.path, temporary)
+            with open(temporary, "rb+") as file:
+                size = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(size))  # valid: the library has opened it
+                for name, array in replaced.items():
+                    start, end = header[name]["data_offsets"]
+                    data = np.ascontiguousarray(array).tobytes()
+                    assert len(data) == end - start
+                    file.seek(8 + size + start)
+                    file.write(data)
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[Any]:
+        try:
+            import safetensors
+        except ImportError:
+            raise UserError(".safetensors files need safetensors: pip install 'opnorm-jax[cli]'.") from None
+        try:
+            with safetensors.safe_open(self.path, framework="np") as file:
+                yield file
+        except (OSError, safetensors.SafetensorError) as error:
+            raise UserError(f"{self.path}: not a readable .safetensors file ({_line(error)}).") from None
+
+
+class _Npz:
+    suffixes = (".npz",)
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.entries = {}
+        with self._open() as file:
+            for name in file.files:
+                try:
+                    array = file[name]
+                except ValueError as error:
+                    if "pickle" not in str(error):
+                        raise
+                    self.entries[name] = Entry((), "object")
+                    continue
+                if isinstance(array, np.ndarray):
+                    self.entries[name] = Entry(array.shape, str(array.dtype))
+
+    def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
+        with self._open() as file:
+            return {name: file[name] for name in names}
+
+    def write(self, out: Path, replaced: Mapping[str, np.ndarray]) -> None:
+        with (
+            written_whole(out, self.path) as temporary,
+            zipfile.ZipFile(self.path) as source,
+            zipfile.ZipFile(temporary, "w") as target,
+        ):
+            for info in source.infolist():  # all else is copied unread
+                fresh = zipfile.ZipInfo(info.filename, info.date_time)
+                fresh.compress_type, fresh.external_attr = info.compress_type, info.external_attr
+                if (name := info.filename.removesuffix(".npy")) in replaced:
+                    _write_npy(target, fresh, replaced[name])
+                    continue
+                with source.open(info) as original, target.open(fresh, "w", force_zip64=True) as member:
+                    shutil.copyfileobj(original, member)
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[Any]:
+        try:
+            with open(self.path, "rb") as handle:
+                file = np.load(handle, allow_pickle=False)
+                if not isinstance(file, np.lib.npyio.NpzFile):
+                    raise ValueError("it holds a single array")
+                with file:
+                    yield file
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, TypeError) as error:
+            reason = "no zip archive" if "pickle" in str(error) else _line(error)
+            raise UserError(f"{self.path}: not a readable .npz file ({reason}).") from None
+
+
+class _Orbax:
+    suffixes = (".safetensors", ".npz")
+
+    def __init__(self, path: Path):
+        self.path = _item_folder(path)
+        try:
+            import orbax.checkpoint
+        except ImportError:
+            raise UserError("orbax checkpoints need orbax: pip install 'opnorm-jax[cli]'.") from None
+        self._orbax = orbax.checkpoint
+        import jax
+        from etils import epath
+
+        with self._guarded():
+            self._tree = orbax.checkpoint.PyTreeCheckpointHandler().metadata(epath.Path(self.path.absolute())).tree
+        is_leaf = lambda node: hasattr(node, "shape")
+        leaves = jax.tree_util.tree_flatten_with_path(self._tree, is_leaf=is_leaf)[0]
+        self._flat = {_joined(at): Entry(tuple(leaf.shape), str(leaf.dtype)) for at, leaf in leaves if is_leaf(leaf)}
+        # The parameters alone, where they can be told: optimizers keep arrays of the same shapes.
+        split = [name.split("/") for name in self._flat]
+        found = {tuple(parts[: parts.index("params") + 1]) for parts in split if "params" in parts[:-1]}
+        roots = {"/".join(root) + "/" for root in found if len(root) == min(map(len, found))}
+        short = (lambda name: name.removeprefix(min(roots))) if len(roots) == 1 else (lambda name: name)
+        self._full = {short(name): name for name in self._flat if not roots or name.startswith(tuple(roots))}
+        self.entries = {name: self._flat[full] for name, full in self._full.items()}
+
+    def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
+        everything = self._restore()
+        return {name: everything[self._full[name]] for name in names}
+
+    def write(self, out: Path, replaced: Mapping[str, np.ndarray]) -> None:
+        arrays = self._restore()
+        arrays.update({self._full[name]: array for name, array in replaced.items()})
+        with written_whole(out) as temporary:
+            if out.suffix == ".npz":
+                with zipfile.ZipFile(temporary, "w") as target:
+                    for name, array in arrays.items():
+                        _write_npy(target, zipfile.ZipInfo(name + ".npy"), array)
+                return
+            try:
+                from safetensors.numpy import save
+            except ImportError:
+                raise UserError(".safetensors files need safetensors: pip install 'opnorm-jax[cli]'.") from None
+            temporary.write_bytes(save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
+
+    def _restore(self) -> dict[str, np.ndarray]:
+        import jax
+
+        ocp = self._orbax
+        is_leaf = lambda node: hasattr(node, "shape")
+        # As NumPy arrays, wherever the arrays lay when they were saved.
+        arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), self._tree, is_leaf=is_leaf)
+        with self._guarded():
+            restore = ocp.args.PyTreeRestore(restore_args=arguments)
+            tree = ocp.PyTreeCheckpointer().restore(self.path.absolute(), args=restore)
+        leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+        return {_joined(path): np.asarray(leaf) for path, leaf in leaves if not isinstance(leaf, str)}
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # its readers raise whatever the damage leads to
+            raise UserError(f"{self.path}: not a readable orbax checkpoint ({_line(error)}).") from None
+
+
+def _write_npy(target: zipfile.ZipFile, info: zipfile.ZipInfo, array: np.ndarray) -> None:
+    if array.dtype.kind == "V":
+        raise UserError(f"{info.filename}: .npz files cannot hold {array.dtype}. Write a .safetensors file.")
+    with target.open(info, "w", force_zip64=True) as member:
+        np.lib.format.write_array(member, array, allow_pickle=False)
+
+
+def _item_folder(path: Path) -> Path:
+    """The folder of the saved tree, from a run's, its checkpoints', a step's or that folder itself."""
+    at = path
+    if not _is_item(at) and (at / "checkpoints").is_dir():
+        at = at / "checkpoints"
+    if not _is_item(at):
+        numbered = ((re.search(r"(?:^|_)(\d+)$", folder.name), folder) for folder in at.iterdir() if folder.is_dir())
+        at = max(((int(found[1]), folder) for found, folder in numbered if found), default=(0, at))[1]
+    if not _is_item(at):
+        items = [at / name for name in ("state", "default", "params")] + sorted(p for p in at.iterdir() if p.is_dir())
+        at = next((item for item in items if _is_item(item)), at)
+    if not _is_item(at):
+        raise UserError(
+            f"{path}: no orbax checkpoint found in this folder. Give that of a run, its checkpoints, or a step."
+        )
+    return at
+
+
+def _is_item(path: Path) -> bool:
+    return (path / "_METADATA").is_file()
+
+
+def _joined(path: tuple) -> str:
+    import jax
+
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _name_of(dtype: str) -> str:
+    """A safetensors dtype, as NumPy spells it."""
+    names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    return names.get(dtype, dtype)
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

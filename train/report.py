@@ -49,14 +49,15 @@ def print_table(console: Console, summary: Mapping[str, Any]) -> None:
     """The closing table: norms before and after, then the run's figures."""
     config = summary["config"]
     bound = config["max_norm"] if config["method"] != "none" else None
-    title = "operator norms (certified upper bounds)" + (f", max_norm {bound:g}" if bound else "")
+    kind = "certified" if config["certify"] == "padding" else "circular stand-in, strides ignored"
+    title = f"operator norms, lower and upper bounds ({kind})" + (f", max_norm {bound:g}" if bound else "")
     table = Table(title=title)
-    for column in ("layer", "before", "after", "within the bound"):
+    for column in ("layer", "before ≤", "after ≥", "after ≤", "within"):
         table.add_column(column, justify="left" if column == "layer" else "right")
     for name, (_, before) in summary["norms_before"].items():
-        after = summary["norms_after"][name][1]
+        lower, after = summary["norms_after"][name]
         within = "" if bound is None else "yes" if after <= bound * (1 + 1e-5) else "no"
-        table.add_row(name, f"{before:.4f}", f"{after:.6f}", within)
+        table.add_row(name, f"{before:.4f}", f"{lower:.6f}", f"{after:.6f}", within)
     console.print(table)
     figures = Table(show_header=False)
     figures.add_row("test error", f"{100 * summary['test_error']:.2f} %")
@@ -65,7 +66,9 @@ def print_table(console: Console, summary: Mapping[str, Any]) -> None:
     figures.add_row("compilation", f"{summary['compile_seconds']:.1f} s")
     figures.add_row("in all", f"{summary['total_seconds']:.1f} s")
     if bound is not None:
-        figures.add_row("share of the step time spent constraining", f"{100 * summary['constraint_share']:.2f} %")
+        figures.add_row(
+            "constraining, share of a step (timed alone, over every)", f"{100 * summary['constraint_share']:.2f} %"
+        )
     console.print(figures)
 
 

@@ -12,6 +12,7 @@ import jax
 import opnorm_jax as oj
 
 CONV_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+HEAD_INIT = nn.initializers.glorot_uniform()  # TensorFlow's default; Flax's is another
 EXPLICIT = ((1, 1), (1, 1))
 
 
@@ -54,7 +55,7 @@ class ResNet(nn.Module):
         for stage, block, width, stride in blocks(self.depth, self.width):
             x = Block(width, stride, block == 0, norm, name=f"stage{stage}_block{block}")(x)
         x = nn.relu(norm()(x)).mean(axis=(1, 2))
-        return nn.Dense(self.classes, name="head")(x)
+        return nn.Dense(self.classes, kernel_init=HEAD_INIT, name="head")(x)
 
 
 def conv(width: int, size: int, stride: int, name: str) -> nn.Conv:

@@ -8,6 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 import opnorm_jax as oj
 
@@ -23,45 +24,49 @@ class Block(nn.Module):
     stride: int
     projects: bool
     norm: Callable[..., Any]
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x):
         activated = nn.relu(self.norm()(x))
         shortcut = x
         if self.projects:  # fed by the activation, not by the raw input
-            shortcut = conv(self.width, 1, self.stride, name="projection")(activated)
-        y = conv(self.width, 3, self.stride, name="conv1")(activated)
-        y = conv(self.width, 3, 1, name="conv2")(nn.relu(self.norm()(y)))
+            shortcut = conv(self.width, 1, self.stride, self.dtype, "projection")(activated)
+        y = conv(self.width, 3, self.stride, self.dtype, "conv1")(activated)
+        y = conv(self.width, 3, 1, self.dtype, "conv2")(nn.relu(self.norm()(y)))
         return y + shortcut
 
 
 class ResNet(nn.Module):
-    """Images (N, H, W, C) to logits (N, classes)."""
+    """Images (N, H, W, C) to logits (N, classes), float32 whatever ``dtype`` it computes in; so are its parameters."""
 
     depth: int
     width: int = 16
     classes: int = 10
     batch_norm: bool = True
     batch_norm_momentum: float = 0.997
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x, train: bool):
         def norm():
             if not self.batch_norm:
                 return lambda y: y
-            return nn.BatchNorm(use_running_average=not train, momentum=self.batch_norm_momentum, epsilon=1e-5)
+            options = {"momentum": self.batch_norm_momentum, "epsilon": 1e-5, "dtype": self.dtype}
+            return nn.BatchNorm(use_running_average=not train, **options)  # its statistics are taken in float32
 
-        x = conv(self.width, 3, 1, name="stem")(x)
+        x = conv(self.width, 3, 1, self.dtype, "stem")(x)
         for stage, block, width, stride in blocks(self.depth, self.width):
-            x = Block(width, stride, block == 0, norm, name=f"stage{stage}_block{block}")(x)
-        x = nn.relu(norm()(x)).mean(axis=(1, 2))
+            x = Block(width, stride, block == 0, norm, self.dtype, name=f"stage{stage}_block{block}")(x)
+        x = nn.relu(norm()(x)).astype(jnp.float32).mean(axis=(1, 2))
         return nn.Dense(self.classes, kernel_init=HEAD_INIT, name="head")(x)
 
 
-def conv(width: int, size: int, stride: int, name: str) -> nn.Conv:
+def conv(width: int, size: int, stride: int, dtype: Any, name: str) -> nn.Conv:
     """SAME at stride 1; at stride 2 pads (1, 1) explicitly, as TensorFlow's model does (Flax's SAME pads (0, 1))."""
     padding = "SAME" if stride == 1 else EXPLICIT if size == 3 else "VALID"
-    return nn.Conv(width, (size, size), stride, padding=padding, use_bias=False, kernel_init=CONV_INIT, name=name)
+    options = {"use_bias": False, "kernel_init": CONV_INIT, "dtype": dtype, "name": name}
+    return nn.Conv(width, (size, size), stride, padding=padding, **options)
 
 
 def blocks(depth: int, width: int) -> list[tuple[int, int, int, int]]:

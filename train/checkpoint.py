@@ -15,6 +15,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import parallel
 
+MARGIN = 2**21  # bytes: what a checkpoint takes besides twice its arrays' size
+
 
 class Checkpoints:
     """The checkpoints in one folder, the newest ``keep`` of them."""
@@ -45,16 +47,26 @@ class Checkpoints:
             return
         tree = plain_tree(state)
         content = {**run, "sha256": digest(tree)}
+        # A write that fails halfway is survived too, but Orbax's threads then print pages before the error comes.
+        needed, free = (
+            MARGIN + 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(tree)),
+            shutil.disk_usage(self.folder).free,
+        )
+        if free < needed:
+            raise OSError(self._failure(step, f"a disk with {free:,} bytes free, where {needed:,} are wanted"))
         args = ocp.args.Composite(state=ocp.args.StandardSave(tree), run=ocp.args.JsonSave(content))
         try:
             self._manager.save(step, args=args)
         except Exception as error:  # Orbax and TensorStore raise what they please
-            last = max((s for s in self._manager.all_steps() if s != step), default=None)
-            kept = "There is no earlier one." if last is None else f"That of step {last} is intact."
-            raise OSError(
-                f"{self.folder}: expected to save a checkpoint of step {step}, got {first_line(error)}. {kept} "
-                "When the cause is removed (a full disk?), the same command continues."
-            ) from error
+            raise OSError(self._failure(step, first_line(error))) from error
+
+    def _failure(self, step: int, reason: str) -> str:
+        last = max((s for s in self._manager.all_steps() if s != step), default=None)
+        kept = "There is no earlier one." if last is None else f"That of step {last} is intact."
+        return (
+            f"{self.folder}: expected to save a checkpoint of step {step}, got {reason}. {kept} "
+            "When the cause is removed, the same command continues."
+        )
 
     def restore(self, like: Any, say: Callable[[str], None]) -> tuple[Any, dict[str, Any]] | None:
         """The newest that is sound, placed like ``like``, and what was saved with it; None if there is none at all."""

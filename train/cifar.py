@@ -71,6 +71,7 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
         return evaluate_only(config, console)
     config = options.resolve(config)
     parallel.start(config)
+    check_folder(config)
     run, state = prepare(config, datasets.load(config.dataset, config.data_dir, config.download))
     first = run.seeds.split(state.params)
     console.print(
@@ -84,8 +85,6 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
         state, position = found or (state, None)
         if position is not None:
             console.print(f"continuing from the checkpoint of step {position['step']:,} in {config.out_dir}")
-        elif config.resume == "must":
-            raise FileNotFoundError(f"{checkpoints.folder}: expected a checkpoint for --resume must, got none.")
         record = Record(config.out_dir, position, config.tensorboard)
         with contextlib.closing(record):
             state, compile_seconds = train(run, state, record, checkpoints, console)
@@ -129,15 +128,23 @@ def prepare(config: Config, data: datasets.Dataset) -> tuple[Run, loop.TrainStat
     return run, layout.place(state)
 
 
+def check_folder(config: Config) -> None:
+    """An error, before anything is done, if the run cannot go on in its folder."""
+    saved, checkpoints = config.out_dir / "config.json", config.out_dir / "checkpoints"
+    if config.resume != "never" and saved.is_file():
+        options.check_same(config, report.load_json(saved))
+    if config.resume == "must" and not (checkpoints.is_dir() and any(p.name.isdigit() for p in checkpoints.iterdir())):
+        raise FileNotFoundError(f"{checkpoints}: expected a checkpoint for --resume must, got none.")
+    parallel.wait("folder checked")
+
+
 def open_folder(config: Config) -> checkpoint.Checkpoints:
-    """The run's folder, made or checked, with its configuration saved; and its checkpoints."""
+    """The run's folder, with its configuration saved; and its checkpoints."""
     folder = config.out_dir
     if parallel.is_first():
         if config.resume == "never" and folder.is_dir():
             for name in ("checkpoints", "tensorboard"):
                 shutil.rmtree(folder / name, ignore_errors=True)
-        elif (folder / "config.json").is_file():
-            options.check_same(config, report.load_json(folder / "config.json"))
         folder.mkdir(parents=True, exist_ok=True)
         report.save_json(folder / "config.json", options.plain(config))
     parallel.wait("folder ready")

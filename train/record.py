@@ -22,9 +22,9 @@ class Record:
         self.timed: list[float] = position.get("timed", [0, 0.0])  # steps, seconds; without each process's first call
         self._file = self._board = None
         if parallel.is_first():
-            self._file = open_at(folder / "metrics.jsonl", position.get("bytes", 0))
             if tensorboard:
                 self._board = open_board(folder / "tensorboard", position.get("step", 0))
+            self._file = open_at(folder / "metrics.jsonl", position.get("bytes", 0))
 
     def add(self, steps: int, loss: Any, accuracy: Any, seconds: float, timed: bool) -> None:
         """One call's results; they may still be on their way from the device."""

@@ -3,9 +3,12 @@
 import contextlib
 import os
 
-import hypothesis
-import jax
-import pytest
+# Before jaxlib loads: two workers on few cores, and OpenBLAS's threads wait for each other even with one.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 hypothesis.settings.register_profile("ci", max_examples=40, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("thorough", max_examples=2000, deadline=None)

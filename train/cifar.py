@@ -7,201 +7,272 @@
 The first takes about half a minute on two CPU cores. The paper (Sedghi, Gupta and Long, ICLR 2019) reports that
 clipping every 100 steps takes ResNet-32's test error on CIFAR-10 from 6.2 % to 5.3 %; this trainer follows its recipe,
 and that claim has not been reproduced here yet.
+
+A run that was stopped or killed continues when the same command is given again, to the same bits. SIGTERM and Ctrl-C
+let the step under way finish, save, and exit with code 128 + signal (143, 130). It uses all local devices; for several
+hosts give each process --coordinator HOST:PORT --num-processes N --process-id I.
 """
 
-import dataclasses
-import json
+import contextlib
+import os
+import shutil
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
+# Read when NumPy and jaxlib load, hence set before. The matrices here are small: more threads only wait for each other,
+# and with another process on the cores single steps took up to 80 times as long.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import arms
+import checkpoint
+import datasets
 import jax
 import jax.numpy as jnp
+import loop
 import numpy as np
+import options
+import parallel
+import report
+import resnet
 import tyro
+from options import Config
+from record import Record
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import datasets  # noqa: E402
-import loop  # noqa: E402
-import report  # noqa: E402
-import resnet  # noqa: E402
+class Run(NamedTuple):
+    """A training run, ready to start: what its parts need to know of it."""
 
-import opnorm_jax as oj  # noqa: E402
-
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "digits": {"depth": 8, "epochs": 15, "method": "rescale", "every": 1, "batch_norm_momentum": 0.9},
-    "cifar10": {"depth": 32, "epochs": 250, "method": "none", "every": 100, "batch_norm_momentum": 0.997},
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Options; where the default is None it depends on the data set, and what was used is saved in config.json."""
-
-    dataset: Literal["digits", "cifar10"] = "digits"
-    """Bundled handwritten digits (1,797 images, 8 x 8), or CIFAR-10."""
-    data_dir: Path | None = None
-    """CIFAR-10's official binary or python folder, or either archive, or a folder that holds one of them."""
-    download: bool = False
-    """Fetch CIFAR-10 (170 MB, checksum verified) if it is not in data_dir."""
-    out_dir: Path = Path("runs/latest")
-    """Where config.json, metrics.jsonl, summary.json, spectra.png and params.safetensors go."""
-    depth: int | None = None
-    """6n + 2 layers: 8, 14, 20, 32, ... Default: 32, for digits 8."""
-    width: int = 16
-    """Channels of the first stage."""
-    batch_norm: bool = True
-    """Batch normalisation before each ReLU."""
-    batch_norm_momentum: float | None = None
-    """Decay of the running statistics. Default: 0.997, for digits, with their few steps, 0.9."""
-    epochs: int | None = None
-    """Default: 250, for digits 15. The learning rate falls tenfold at 40 %, 60 % and 80 % of them."""
-    batch_size: int = 128
-    """Images a step."""
-    learning_rate: float | None = None
-    """Initial learning rate. Default: 0.1 * batch_size / 128."""
-    weight_decay: float = 2e-4
-    """L2 penalty on all trainables."""
-    method: Literal["none", "clip", "rescale", "project"] | None = None
-    """How the norms are constrained. Default: none, for digits rescale."""
-    max_norm: float = 1.0
-    """The bound on each convolution's operator norm."""
-    every: int | None = None
-    """Constrain on one step in so many, and once more after the last. Default: 100, for digits 1."""
-    certify: Literal["padding", "circular"] = "padding"
-    """The bound is on the layer as it is (zero padding, strides), or on the paper's circular stand-in."""
-    seed: int = 0
-    """Of the initialisation, the shuffling and the augmentation."""
-    eval_batch_size: int = 1000
-    """Images a step when testing."""
+    config: Config
+    seeds: parallel.Seeds
+    layout: parallel.Layout
+    convs: Any
+    rate: Any  # the learning rate's schedule
+    per_epoch: int
+    steps: int
+    train_set: Any  # on the devices
+    test_set: Any
+    call: Any  # loop.make_run_steps's
+    evaluate: Any  # loop.make_evaluate's
 
 
 def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     """Trains, tests, reports; returns what summary.json holds."""
-    console = console or Console()
     began = time.perf_counter()
-    config = resolve(config)
-    data = datasets.load(config.dataset, config.data_dir, config.download)
-    batch_size = config.batch_size
-    per_epoch = len(data.train_images) // batch_size
-    if per_epoch < 1:
-        raise ValueError(f"expected batch_size of at most {len(data.train_images)} images, got {batch_size}.")
-    steps = per_epoch * config.epochs
-    model = resnet.ResNet(config.depth, config.width, 10, config.batch_norm, config.batch_norm_momentum)
-    image = data.train_images.shape[1:]
-    key = jax.random.key(config.seed)
-    variables = jax.jit(lambda k: model.init(k, jnp.zeros((1, *image)), train=False))(jax.random.fold_in(key, 2))
-    params = variables["params"]
-    convs = resnet.convolutions(params, config.depth, config.width, image[:2], config.certify)
-    constraint = loop.make_constraint(config.method, config.max_norm, convs, config.every)
-    rate = loop.schedule(config.learning_rate, steps)
-    tx = loop.optimizer(rate, config.weight_decay, constraint)
-
-    config.out_dir.mkdir(parents=True, exist_ok=True)
-    report.save_json(config.out_dir / "config.json", plain(config))
+    console = console or Console(quiet=config.process_id not in (None, 0))
+    if config.evaluate_only is not None:
+        return evaluate_only(config, console)
+    config = options.resolve(config)
+    parallel.start(config)
+    check_folder(config)
+    run, state = prepare(config, datasets.load(config.dataset, config.data_dir, config.download))
+    first = run.seeds.split(state.params)
     console.print(
-        f"ResNet-{config.depth} v2, {resnet.count_parameters(params):,} parameters, {config.dataset}, {steps:,} steps; "
-        f"constraint: {config.method}" + (f", max_norm {config.max_norm:g}" if constraint else "")
+        f"ResNet-{config.depth} v2, {resnet.count_parameters(first[0]):,} parameters, {config.dataset}, "
+        f"{run.steps:,} steps on {run.layout.devices} device(s); constraint: {config.method}"
+        + ("" if config.method == "none" else f", max_norm {config.max_norm:g}")
     )
-    first = jax.tree.map(np.asarray, params)
-    norms_before = report.norms(params, convs)
-    digits = config.dataset == "digits"
-    run = loop.make_run_steps(model, tx, batch_size, pad=1 if digits else 4, flip=not digits, per_epoch=per_epoch)
-    evaluate = loop.make_evaluate(model, min(config.eval_batch_size, len(data.test_images)))
-    train = jax.device_put((data.train_images, data.train_labels))
-    test = jax.device_put((data.test_images, data.test_labels))
-    state = loop.TrainState(params, variables.get("batch_stats", {}), tx.init(params), jnp.zeros((), jnp.int32), key)
-    lengths = loop.steps_per_call(per_epoch, jax.default_backend())
-    compile_began = time.perf_counter()
-    compiled = {n: run.lower(state, *train, steps=n).compile() for n in set(lengths)}
-    compile_seconds = time.perf_counter() - compile_began
-
-    busy = 0.0
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress, open(config.out_dir / "metrics.jsonl", "w") as metrics:
-        bar = progress.add_task("training", total=steps)
-        for epoch in range(1, config.epochs + 1):
-            epoch_began = time.perf_counter()
-            losses, accuracies = [], []
-            for n in lengths:
-                state, loss, accuracy = compiled[n](state, *train)
-                losses.append(n * float(loss))
-                accuracies.append(n * float(accuracy))
-                progress.update(bar, advance=n)
-            seconds = time.perf_counter() - epoch_began
-            busy += seconds
-            row = {
-                "epoch": epoch,
-                "step": epoch * per_epoch,
-                "train_loss": sum(losses) / per_epoch,
-                "train_error": 1 - sum(accuracies) / per_epoch,
-                "test_error": evaluate(state.params, state.batch_stats, *test),
-                "learning_rate": float(rate(epoch * per_epoch - 1)),
-                "seconds": seconds,
-                "images_per_second": per_epoch * batch_size / seconds,
-            }
-            metrics.write(json.dumps(row) + "\n")
-            metrics.flush()
-            error = 100 * row["test_error"]
-            progress.update(bar, description=f"loss {row['train_loss']:.3f}, test error {error:.2f} %")
-
-    params = state.params
-    share = 0.0
-    if constraint is not None:
-        # The last steps may have left the ball: the network that is delivered, and tested, is inside.
-        finish = jax.jit(lambda p: oj.constrain(p, config.max_norm, convs, method=config.method))
-        params = jax.block_until_ready(finish(params))
-        share = median_seconds(finish, state.params) / config.every / (busy / steps)
-    summary = {
-        "config": plain(config),
-        "environment": report.environment(),
-        "parameters": resnet.count_parameters(params),
-        "test_error": evaluate(params, state.batch_stats, *test),
-        "norms_before": norms_before,
-        "norms_after": report.norms(params, convs),
-        "images_per_second": steps * batch_size / busy,
-        "compile_seconds": compile_seconds,
-        # Measured: one call of the constraint on the final parameters, over `every`, against the mean step.
-        "constraint_share": share,
-    }
-    report.plot_spectra(first, params, convs, config.out_dir / "spectra.png")
-    save_params(config.out_dir / "params.safetensors", params, state.batch_stats)
-    summary["total_seconds"] = time.perf_counter() - began
-    report.save_json(config.out_dir / "summary.json", summary)
-    report.print_table(console, summary)
-    console.print(f"written to {config.out_dir}: config, metrics, summary, spectra.png, params.safetensors")
+    checkpoints = open_folder(config)
+    with contextlib.closing(checkpoints):
+        found = checkpoints.restore(state, console.print)
+        state, position = found or (state, None)
+        if position is not None:
+            console.print(f"continuing from the checkpoint of step {position['step']:,} in {config.out_dir}")
+        record = Record(config.out_dir, position, config.tensorboard)
+        with contextlib.closing(record):
+            state, compile_seconds = train(run, state, record, checkpoints, console)
+    summary = finish(run, state, first, record, console, {"compile_seconds": compile_seconds, "began": began})
+    parallel.wait("finished")
     return summary
 
 
-def resolve(config: Config) -> Config:
-    """The configuration with nothing left open, checked."""
-    if config.dataset not in DEFAULTS:
-        raise ValueError(f"expected dataset to be one of {tuple(DEFAULTS)}, got {config.dataset!r}.")
-    chosen = {k: v for k, v in DEFAULTS[config.dataset].items() if getattr(config, k) is None}
-    if config.learning_rate is None:
-        chosen["learning_rate"] = 0.1 * config.batch_size / 128
-    config = dataclasses.replace(config, **chosen)
-    resnet.blocks(config.depth, config.width)  # type: ignore[arg-type]
-    for name in ("width", "epochs", "batch_size", "eval_batch_size", "every"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"expected {name} to be at least 1, got {getattr(config, name)}.")
-    for name in ("learning_rate", "max_norm"):
-        if not getattr(config, name) > 0:
-            raise ValueError(f"expected {name} to be positive, got {getattr(config, name)}.")
-    if not 0 <= config.batch_norm_momentum < 1:
-        raise ValueError(f"expected batch_norm_momentum to be in [0, 1), got {config.batch_norm_momentum}.")
-    if config.weight_decay < 0:
-        raise ValueError(f"expected weight_decay to be 0 or more, got {config.weight_decay}.")
-    return config
+def prepare(config: Config, data: datasets.Dataset) -> tuple[Run, loop.TrainState]:
+    """The run, and its state before the first step."""
+    per_epoch = len(data.train_images) // config.batch_size
+    if per_epoch < 1:
+        raise ValueError(f"expected batch_size of at most {len(data.train_images)} images, got {config.batch_size}.")
+    steps = per_epoch * config.epochs
+    dtype = jnp.bfloat16 if config.bf16 else jnp.float32
+    model = resnet.ResNet(config.depth, config.width, 10, config.batch_norm, config.batch_norm_momentum, dtype)
+    image = data.train_images.shape[1:]
+    init = lambda key: model.init(key, jnp.zeros((1, *image)), train=False)
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    convs = resnet.convolutions(model, shapes, image, config.certify)
+    constraint = arms.make_constraint(config.method, config.max_norm, convs, config.every)
+    rate = loop.schedule(config.learning_rate, steps)
+    tx = loop.optimizer(rate, config.weight_decay, constraint)
+
+    def create(key):
+        variables = init(jax.random.fold_in(key, 2))
+        params = variables["params"]
+        return loop.TrainState(params, variables.get("batch_stats", {}), tx.init(params), jnp.zeros((), jnp.int32), key)
+
+    layout = parallel.layout(config.batch_size, config.devices)
+    seeds = parallel.Seeds(config.seed, config.seeds)
+    state, axes = seeds.create(create)
+    digits = config.dataset == "digits"
+    pad, flip = (1, False) if digits else (4, True)
+    call = loop.make_run_steps(model, tx, config.batch_size, pad, flip, per_epoch, layout, axes)
+    eval_batch_size = min(config.eval_batch_size, len(data.test_images))
+    evaluate = loop.make_evaluate(model, eval_batch_size, layout, config.seeds > 1)
+    train_set = layout.place((data.train_images, data.train_labels))
+    test_set = layout.place((data.test_images, data.test_labels))
+    run = Run(config, seeds, layout, convs, rate, per_epoch, steps, train_set, test_set, call, evaluate)
+    return run, layout.place(state)
 
 
-def plain(config: Config) -> dict[str, Any]:
-    """The configuration as JSON holds it."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
+def check_folder(config: Config) -> None:
+    """An error, before anything is done, if the run cannot go on in its folder."""
+    saved, checkpoints = config.out_dir / "config.json", config.out_dir / "checkpoints"
+    if config.resume != "never" and saved.is_file():
+        options.check_same(config, report.load_json(saved))
+    if config.resume == "must" and not (checkpoints.is_dir() and any(p.name.isdigit() for p in checkpoints.iterdir())):
+        raise FileNotFoundError(f"{checkpoints}: expected a checkpoint for --resume must, got none.")
+    parallel.wait("folder checked")
+
+
+def open_folder(config: Config) -> checkpoint.Checkpoints:
+    """The run's folder, with its configuration saved; and its checkpoints."""
+    folder = config.out_dir
+    if parallel.is_first():
+        if config.resume == "never" and folder.is_dir():
+            for name in ("checkpoints", "tensorboard"):
+                shutil.rmtree(folder / name, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        report.save_json(folder / "config.json", options.plain(config))
+    parallel.wait("folder ready")
+    return checkpoint.Checkpoints(folder / "checkpoints", config.keep)
+
+
+def train(
+    run: Run, state: loop.TrainState, record: Record, checkpoints: checkpoint.Checkpoints, console: Console
+) -> tuple[loop.TrainState, float]:
+    """Steps, tests and saves, to the end or until told to stop; returns the state and the seconds of compilation."""
+    config, step = run.config, int(state.step)
+    last = min(run.steps, config.max_steps or run.steps)
+    ends = loop.call_ends(run.per_epoch, jax.default_backend())
+    compiled: dict[int, Any] = {}
+    compile_seconds, saved_at, fresh, previous = 0.0, time.monotonic(), True, None
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress, asked_to_stop() as asked:
+        bar = progress.add_task("training", total=last, completed=step)
+        while step < last:
+            n = next(end for end in ends if end > step % run.per_epoch) - step % run.per_epoch
+            if n not in compiled:
+                began = time.perf_counter()
+                compiled[n] = run.call.lower(state, *run.train_set, steps=n).compile()
+                compile_seconds += time.perf_counter() - began
+            began = time.perf_counter()
+            state, loss, accuracy = compiled[n](state, *run.train_set)
+            step += n
+            done, ended = step >= last, step % run.per_epoch == 0
+            # One call is left under way while the next is prepared, so that the device does not wait for Python.
+            jax.block_until_ready(loss if fresh or done or ended else previous)
+            record.add(n, loss, accuracy, time.perf_counter() - began, timed=not fresh)
+            fresh, previous = False, loss
+            progress.update(bar, completed=step)
+            if ended:
+                progress.update(bar, description=end_epoch(run, state, step, record))
+            minutes = (time.monotonic() - saved_at) / 60
+            stop, due = parallel.agree(bool(asked), minutes >= config.save_minutes)
+            if stop or due or done or (ended and step // run.per_epoch % config.save_every == 0):
+                checkpoints.save(step, state, record.position(step))
+                saved_at = time.monotonic()
+            if stop and not done:
+                console.print(f"asked to stop: saved at step {step:,} of {run.steps:,}; the same command continues")
+                raise SystemExit(128 + (asked[0] if asked else signal.SIGTERM))
+    return state, compile_seconds
+
+
+def end_epoch(run: Run, state: loop.TrainState, step: int, record: Record) -> str:
+    """Tests, writes the epoch's row, and puts it in a few words."""
+    error = run.evaluate(state.params, state.batch_stats, *run.test_set)
+    row = {"epoch": step // run.per_epoch, "step": step, "learning_rate": float(run.rate(step - 1))}
+    row = record.end_epoch(row, error, run.config.batch_size)
+    return f"loss {np.mean(row['train_loss']):.3f}, test error {100 * np.mean(row['test_error']):.2f} %"
+
+
+@contextlib.contextmanager
+def asked_to_stop() -> Iterator[list[int]]:
+    """A list that receives the first SIGTERM or SIGINT; a second one acts as usual, at once."""
+    received: list[int] = []
+    before: dict[int, Any] = {}
+
+    def note(number, frame):
+        del frame
+        received.append(number)
+        signal.signal(number, before[number])
+
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def finish(
+    run: Run, state: loop.TrainState, first: list[Any], record: Record, console: Console, times: dict[str, float]
+) -> dict[str, Any]:
+    """Constrains once more, tests, and leaves the weights, the summary, the spectra and the table."""
+    config, constrained = run.config, run.config.method != "none"
+    steps, seconds = record.timed if record.timed[0] else (1, float("inf"))
+    # The last steps may have left the ball: the network that is delivered, and tested, is inside.
+    constrain = jax.jit(run.seeds.map(arms.make_finish(config.method, config.max_norm, run.convs)))
+    params = jax.block_until_ready(constrain(state.params))
+    share = median_seconds(constrain, state.params) / config.every / (seconds / steps) if constrained else 0.0
+    errors = run.evaluate(params, state.batch_stats, *run.test_set)
+    networks, statistics = run.seeds.split(params), run.seeds.split(state.batch_stats)
+    summary = {
+        "config": options.plain(config),
+        "environment": report.environment(),
+        "parameters": resnet.count_parameters(networks[0]),
+        "steps": int(state.step),
+        **report.mean_and_error(errors),
+        "norms_before": report.norms(first, run.convs),
+        "norms_after": report.norms(networks, run.convs),
+        "images_per_second": config.seeds * steps * config.batch_size / seconds,
+        "compile_seconds": times["compile_seconds"],
+        # Measured: one call of the constraint on the final parameters, over `every`, against the mean step.
+        "constraint_share": share,
+    }
+    if parallel.is_first():
+        report.plot_spectra(first[0], networks[0], run.convs, config.out_dir / "spectra.png")
+        for seed, network, stats in zip(run.seeds.numbers, networks, statistics):
+            name = "params.safetensors" if config.seeds == 1 else f"params_seed{seed}.safetensors"
+            report.save_params(config.out_dir / name, network, stats)
+        summary["total_seconds"] = time.perf_counter() - times["began"]
+        report.save_json(config.out_dir / "summary.json", summary)
+        report.print_table(console, summary)
+        if int(state.step) < run.steps:
+            console.print(f"stopped after {int(state.step):,} of {run.steps:,} steps (--max-steps)")
+        console.print(f"written to {config.out_dir}: config, metrics, summary, spectra.png, params.safetensors")
+    return summary
+
+
+def evaluate_only(config: Config, console: Console) -> dict[str, Any]:
+    """Tests saved weights on the data set of their run; the network is the one that the run's config.json describes."""
+    weights, folder = checkpoint.load_weights(config.evaluate_only)
+    saved = options.load(report.load_json(folder / "config.json"))
+    data_dir = config.data_dir or saved.data_dir
+    data = datasets.load(saved.dataset, data_dir, config.download)
+    dtype = jnp.bfloat16 if saved.bf16 else jnp.float32
+    model = resnet.ResNet(saved.depth, saved.width, 10, saved.batch_norm, saved.batch_norm_momentum, dtype)
+    stacked = weights["params"]["stem"]["kernel"].ndim > 4
+    evaluate = loop.make_evaluate(model, min(config.eval_batch_size, len(data.test_images)), None, stacked)
+    test = jax.device_put((data.test_images, data.test_labels))
+    errors = np.atleast_1d(evaluate(weights["params"], weights["batch_stats"], *test))
+    for seed, error in enumerate(errors, saved.seed):
+        console.print(f"test error{f' of seed {seed}' if stacked else ''}: {100 * error:.2f} %")
+    return report.mean_and_error(errors)
 
 
 def median_seconds(function: Any, argument: Any, repeats: int = 5) -> float:
@@ -215,17 +286,8 @@ def median_seconds(function: Any, argument: Any, repeats: int = 5) -> float:
     return float(np.median(times))
 
 
-def save_params(path: Path, params: Any, batch_stats: Any) -> None:
-    """Weights and batch statistics, flat names, without pickle."""
-    from safetensors.numpy import save_file
-
-    leaves = jax.tree_util.tree_flatten_with_path({"params": params, "batch_stats": batch_stats})[0]
-    named = {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
-    save_file({name: np.ascontiguousarray(leaf) for name, leaf in named.items()}, path)
-
-
 if __name__ == "__main__":
     try:
         main(tyro.cli(Config, description=__doc__))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None

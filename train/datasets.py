@@ -6,11 +6,13 @@ that can build NumPy arrays and nothing else.
 
 import gzip
 import hashlib
+import http.client
 import io
 import os
 import pickle
 import tarfile
 import tempfile
+import urllib.error
 import urllib.request
 import zlib
 from pathlib import Path
@@ -111,6 +113,11 @@ def fetch(folder: Path, url: str = URL) -> Path:
                 "Nothing was kept; try again, or fetch the archive by hand and point --data-dir at it."
             )
         os.replace(temporary, target)
+    except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
+        raise ConnectionError(
+            f"{url}: expected to download CIFAR-10, got {error}. Nothing was kept; try again, or fetch the archive by "
+            "hand and point --data-dir at it."
+        ) from error
     finally:
         Path(temporary).unlink(missing_ok=True)
     return target
@@ -159,6 +166,11 @@ def _assemble(files: dict[str, bytes], source: Path) -> Dataset:
         )
     decode = _decode_binary if binary else _decode_python
     batch = {name: decode(files[name + suffix], f"{source}: {name + suffix}") for name in (*TRAIN_BATCHES, TEST_BATCH)}
+    counts = {name: len(batch[name][1]) for name in batch}
+    if len(set(counts.values())) > 1:  # cut between two records, a file is still well formed
+        raise ValueError(
+            f"{source}: expected batches of equal size (10,000 images each), got {counts}: truncated? Fetch it again."
+        )
     images = np.concatenate([batch[name][0] for name in TRAIN_BATCHES])
     labels = np.concatenate([batch[name][1] for name in TRAIN_BATCHES])
     return Dataset(images, labels, *batch[TEST_BATCH])

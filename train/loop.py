@@ -4,9 +4,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-
-import opnorm_jax as oj
+import parallel
 
 
 class TrainState(NamedTuple):
@@ -53,8 +53,20 @@ def augment(key: jax.Array, images: jax.Array, pad: int, flip: bool) -> jax.Arra
     return out
 
 
-def make_run_steps(model: Any, tx: Any, batch_size: int, pad: int, flip: bool, per_epoch: int) -> Any:
-    """``run(state, images, labels, steps)`` takes ``steps`` (static) training steps; returns mean loss and accuracy."""
+def make_run_steps(
+    model: Any,
+    tx: Any,
+    batch_size: int,
+    pad: int,
+    flip: bool,
+    per_epoch: int,
+    layout: parallel.Layout | None = None,
+    axes: Any = None,
+) -> Any:
+    """``run(state, images, labels, steps)`` takes ``steps`` (static) training steps; returns mean loss and accuracy.
+
+    ``layout`` says over which devices each batch is split; ``axes`` are a stacked state's, to train several seeds.
+    """
 
     def loss_fn(params, batch_stats, images, labels):
         variables = {"params": params, "batch_stats": batch_stats}
@@ -62,12 +74,13 @@ def make_run_steps(model: Any, tx: Any, batch_size: int, pad: int, flip: bool, p
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
         return loss, (changed.get("batch_stats", {}), (logits.argmax(-1) == labels).mean())
 
-    def run(state: TrainState, images: jax.Array, labels: jax.Array, steps: int):
+    def many(state: TrainState, images: jax.Array, labels: jax.Array, steps: int):
         epoch = state.step // per_epoch  # a call never straddles two epochs
         order = jax.random.permutation(jax.random.fold_in(jax.random.fold_in(state.key, 0), epoch), len(images))
 
         def one(state, _):
             rows = jax.lax.dynamic_slice(order, ((state.step % per_epoch) * batch_size,), (batch_size,))
+            rows = rows if layout is None else jax.lax.with_sharding_constraint(rows, layout.split)
             key = jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step)
             x = standardise(augment(key, images[rows], pad, flip))
             gradient = jax.value_and_grad(loss_fn, has_aux=True)
@@ -82,39 +95,50 @@ def make_run_steps(model: Any, tx: Any, batch_size: int, pad: int, flip: bool, p
         state, (losses, accuracies) = jax.lax.scan(one, state, None, length=steps)
         return state, losses.mean(), accuracies.mean()
 
-    return jax.jit(run, static_argnames="steps", donate_argnums=0)
+    def run(state: TrainState, images: jax.Array, labels: jax.Array, steps: int):
+        if axes is None:
+            return many(state, images, labels, steps)
+        over_seeds = jax.vmap(lambda s: many(s, images, labels, steps), in_axes=(axes,), out_axes=(axes, 0, 0))
+        return over_seeds(state)
+
+    placed = {} if layout is None else {"out_shardings": layout.everywhere}
+    return jax.jit(run, static_argnames="steps", donate_argnums=0, **placed)
 
 
-def make_evaluate(model: Any, batch_size: int) -> Any:
-    """``evaluate(params, batch_stats, images, labels)``: the share of images classified wrongly."""
+def make_evaluate(model: Any, batch_size: int, layout: parallel.Layout | None = None, stacked: bool = False) -> Any:
+    """``evaluate(params, batch_stats, images, labels)``: the share of images classified wrongly, for each seed."""
+    if layout is not None:
+        batch_size = -(-batch_size // layout.devices) * layout.devices
 
-    @jax.jit
-    def wrong(params, batch_stats, images, labels, valid):
-        logits = model.apply({"params": params, "batch_stats": batch_stats}, standardise(images), train=False)
-        return ((logits.argmax(-1) != labels) & valid).sum()
+    def wrong(params, batch_stats, images, labels, start):
+        rows = start + jnp.arange(batch_size)
+        rows = rows if layout is None else jax.lax.with_sharding_constraint(rows, layout.split)
+        valid, rows = rows < len(images), jnp.minimum(rows, len(images) - 1)
 
-    def evaluate(params, batch_stats, images, labels) -> float:
-        total = 0
-        for start in range(0, len(images), batch_size):
-            rows = jnp.arange(start, start + batch_size)
-            valid, rows = rows < len(images), jnp.minimum(rows, len(images) - 1)
-            total += int(wrong(params, batch_stats, images[rows], labels[rows], valid))
-        return total / len(images)
+        def one(params, batch_stats):
+            variables = {"params": params, "batch_stats": batch_stats}
+            logits = model.apply(variables, standardise(images[rows]), train=False)
+            return ((logits.argmax(-1) != labels[rows]) & valid).sum()
+
+        return (jax.vmap(one) if stacked else one)(params, batch_stats)
+
+    wrong = jax.jit(wrong, **({} if layout is None else {"out_shardings": layout.everywhere}))
+
+    def evaluate(params, batch_stats, images, labels):
+        starts = range(0, len(images), batch_size)
+        counts = [wrong(params, batch_stats, images, labels, start) for start in starts]
+        share = sum(np.asarray(count, np.int64) for count in counts) / len(images)
+        return share if stacked else float(share)
 
     return evaluate
 
 
-def steps_per_call(per_epoch: int, platform: str) -> list[int]:
-    """How an epoch is divided into calls: short ones keep the progress bar alive.
+def call_ends(per_epoch: int, platform: str) -> list[int]:
+    """After which steps of an epoch a call to the device ends: short ones keep the progress bar alive.
 
     On a CPU one step a call: inside a loop XLA compiles convolutions to code that was measured 60 times slower.
+    Elsewhere about 50, all of one length where that divides the epoch, since each length is compiled.
     """
     length = 1 if platform == "cpu" else min(per_epoch, 50)
-    return [length] * (per_epoch // length) + ([per_epoch % length] if per_epoch % length else [])
-
-
-def make_constraint(method: str, max_norm: float, convs: Any, every: int) -> optax.GradientTransformation | None:
-    """The transformation, or None for the arm without a constraint."""
-    if method == "none":
-        return None
-    return oj.constrain_operator_norm(max_norm, convs, every=every, method=method, warm_start=method == "project")
+    length = next((n for n in range(length, length // 2, -1) if per_epoch % n == 0), length)
+    return [*range(length, per_epoch, length), per_epoch]

@@ -1,4 +1,4 @@
-"""What a run says of itself: the layers' norms, the table at the end, the picture of the spectra."""
+"""What a run says and leaves: the layers' norms, the table at the end, the picture of the spectra, the weights."""
 
 import json
 import platform
@@ -26,10 +26,24 @@ def layers(params: Any, convs: Any) -> list[tuple[str, jax.Array, oj.Conv]]:
     return sorted(found, key=lambda layer: (layer[0] != "stem", layer[0]))
 
 
-def norms(params: Any, convs: Any) -> dict[str, tuple[float, float]]:
-    """Certified (lower, upper) bounds on each convolution's operator norm; one compilation per kind of layer."""
-    bounds = jax.jit(oj.operator_norm_bounds, static_argnums=1)
-    return {name: tuple(map(float, bounds(kernel, conv))) for name, kernel, conv in layers(params, convs)}  # type: ignore[misc]
+def norms(networks: list[Any], convs: Any) -> dict[str, tuple[float, float]]:
+    """Certified (lower, upper) bounds on each convolution's operator norm, of several networks the largest of each."""
+    bounds = jax.jit(oj.operator_norm_bounds, static_argnums=1)  # one compilation per kind of layer
+    found: dict[str, tuple[float, float]] = {}
+    for params in networks:
+        for name, kernel, conv in layers(params, convs):
+            lower, upper = map(float, bounds(kernel, conv))
+            found[name] = tuple(map(max, found.get(name, (0.0, 0.0)), (lower, upper)))  # type: ignore[assignment]
+    return found
+
+
+def mean_and_error(values: Any) -> dict[str, Any]:
+    """What a summary says of one figure: of several seeds each one's, their mean, and the mean's standard error."""
+    values = np.atleast_1d(values)
+    if len(values) == 1:
+        return {"test_error": float(values[0])}
+    error = float(values.std(ddof=1) / len(values) ** 0.5)
+    return {"test_error": float(values.mean()), "test_error_standard_error": error, "test_errors": values.tolist()}
 
 
 def environment() -> dict[str, str]:
@@ -49,23 +63,31 @@ def print_table(console: Console, summary: Mapping[str, Any]) -> None:
     """The closing table: norms before and after, then the run's figures."""
     config = summary["config"]
     bound = config["max_norm"] if config["method"] != "none" else None
-    title = "operator norms (certified upper bounds)" + (f", max_norm {bound:g}" if bound else "")
-    table = Table(title=title)
-    for column in ("layer", "before", "after", "within the bound"):
-        table.add_column(column, justify="left" if column == "layer" else "right")
+    kind = "certified" if config["certify"] == "padding" else "circular stand-in, strides ignored"
+    title = f"operator norms, lower and upper bounds ({kind})" + (f", max_norm {bound:g}" if bound else "")
+    seeds = config["seeds"]
+    table = Table(title=title + (f", largest of {seeds} seeds" if seeds > 1 else ""))
+    table.add_column("layer", no_wrap=True)
+    for column in ("before ≤", "after ≥", "after ≤", "within"):
+        table.add_column(column, justify="right")
     for name, (_, before) in summary["norms_before"].items():
-        after = summary["norms_after"][name][1]
+        lower, after = summary["norms_after"][name]
         within = "" if bound is None else "yes" if after <= bound * (1 + 1e-5) else "no"
-        table.add_row(name, f"{before:.4f}", f"{after:.6f}", within)
+        table.add_row(name, f"{before:.4f}", f"{lower:.6f}", f"{after:.6f}", within)
     console.print(table)
     figures = Table(show_header=False)
-    figures.add_row("test error", f"{100 * summary['test_error']:.2f} %")
-    figures.add_row("test accuracy", f"{100 * (1 - summary['test_error']):.2f} %")
+    spread = f" ± {100 * summary['test_error_standard_error']:.2f}" if seeds > 1 else ""
+    if seeds > 1:
+        each = " ".join(f"{100 * error:.2f}" for error in summary["test_errors"])
+        figures.add_row("test error of each seed", each)
+    figures.add_row("test error", f"{100 * summary['test_error']:.2f}{spread} %")
+    figures.add_row("test accuracy", f"{100 * (1 - summary['test_error']):.2f}{spread} %")
     figures.add_row("images/s while training", f"{summary['images_per_second']:.0f}")
     figures.add_row("compilation", f"{summary['compile_seconds']:.1f} s")
     figures.add_row("in all", f"{summary['total_seconds']:.1f} s")
     if bound is not None:
-        figures.add_row("share of the step time spent constraining", f"{100 * summary['constraint_share']:.2f} %")
+        share = f"{100 * summary['constraint_share']:.2f} %"
+        figures.add_row("constraining, share of a step (timed alone, over every)", share)
     console.print(figures)
 
 
@@ -99,3 +121,20 @@ def save_json(path: Path, content: Any) -> None:
     temporary = path.with_suffix(".part")
     temporary.write_text(json.dumps(content, indent=2) + "\n")
     temporary.replace(path)
+
+
+def save_params(path: Path, params: Any, batch_stats: Any) -> None:
+    """Weights and batch statistics, flat names, without pickle."""
+    from safetensors.numpy import save_file
+
+    leaves = jax.tree_util.tree_flatten_with_path({"params": params, "batch_stats": batch_stats})[0]
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
+    save_file({name: np.ascontiguousarray(leaf) for name, leaf in named.items()}, path)
+
+
+def load_json(path: Path) -> Any:
+    """One JSON document; an error names the file."""
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: expected JSON, got {error}.") from None

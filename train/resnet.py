@@ -8,10 +8,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 import opnorm_jax as oj
 
 CONV_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+HEAD_INIT = nn.initializers.glorot_uniform()  # TensorFlow's default; Flax's is another
 EXPLICIT = ((1, 1), (1, 1))
 
 
@@ -22,45 +24,49 @@ class Block(nn.Module):
     stride: int
     projects: bool
     norm: Callable[..., Any]
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x):
         activated = nn.relu(self.norm()(x))
         shortcut = x
         if self.projects:  # fed by the activation, not by the raw input
-            shortcut = conv(self.width, 1, self.stride, name="projection")(activated)
-        y = conv(self.width, 3, self.stride, name="conv1")(activated)
-        y = conv(self.width, 3, 1, name="conv2")(nn.relu(self.norm()(y)))
+            shortcut = conv(self.width, 1, self.stride, self.dtype, "projection")(activated)
+        y = conv(self.width, 3, self.stride, self.dtype, "conv1")(activated)
+        y = conv(self.width, 3, 1, self.dtype, "conv2")(nn.relu(self.norm()(y)))
         return y + shortcut
 
 
 class ResNet(nn.Module):
-    """Images (N, H, W, C) to logits (N, classes)."""
+    """Images (N, H, W, C) to logits (N, classes), float32 whatever ``dtype`` it computes in; so are its parameters."""
 
     depth: int
     width: int = 16
     classes: int = 10
     batch_norm: bool = True
     batch_norm_momentum: float = 0.997
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x, train: bool):
         def norm():
             if not self.batch_norm:
                 return lambda y: y
-            return nn.BatchNorm(use_running_average=not train, momentum=self.batch_norm_momentum, epsilon=1e-5)
+            options = {"momentum": self.batch_norm_momentum, "epsilon": 1e-5, "dtype": self.dtype}
+            return nn.BatchNorm(use_running_average=not train, **options)  # its statistics are taken in float32
 
-        x = conv(self.width, 3, 1, name="stem")(x)
+        x = conv(self.width, 3, 1, self.dtype, "stem")(x)
         for stage, block, width, stride in blocks(self.depth, self.width):
-            x = Block(width, stride, block == 0, norm, name=f"stage{stage}_block{block}")(x)
-        x = nn.relu(norm()(x)).mean(axis=(1, 2))
-        return nn.Dense(self.classes, name="head")(x)
+            x = Block(width, stride, block == 0, norm, self.dtype, name=f"stage{stage}_block{block}")(x)
+        x = nn.relu(norm()(x)).astype(jnp.float32).mean(axis=(1, 2))
+        return nn.Dense(self.classes, kernel_init=HEAD_INIT, name="head")(x)
 
 
-def conv(width: int, size: int, stride: int, name: str) -> nn.Conv:
+def conv(width: int, size: int, stride: int, dtype: Any, name: str) -> nn.Conv:
     """SAME at stride 1; at stride 2 pads (1, 1) explicitly, as TensorFlow's model does (Flax's SAME pads (0, 1))."""
     padding = "SAME" if stride == 1 else EXPLICIT if size == 3 else "VALID"
-    return nn.Conv(width, (size, size), stride, padding=padding, use_bias=False, kernel_init=CONV_INIT, name=name)
+    options = {"use_bias": False, "kernel_init": CONV_INIT, "dtype": dtype, "name": name}
+    return nn.Conv(width, (size, size), stride, padding=padding, **options)
 
 
 def blocks(depth: int, width: int) -> list[tuple[int, int, int, int]]:
@@ -71,37 +77,19 @@ def blocks(depth: int, width: int) -> list[tuple[int, int, int, int]]:
     return [(s, b, width * 2**s, 2 if s > 0 and b == 0 else 1) for s in range(3) for b in range(per_stage)]
 
 
-def convolutions(params: Any, depth: int, width: int, image: tuple[int, int], certify: str) -> Any:
-    """A tree shaped like ``params`` with the ``Conv`` of each kernel, None elsewhere.
+def convolutions(model: ResNet, variables: Any, image: tuple[int, ...], certify: str) -> Any:
+    """A tree shaped like the parameters with the ``Conv`` of each kernel, None elsewhere; ``image`` is (H, W, C).
 
     ``certify="padding"``: strides and padding as they are, so that bounds hold for the layers really used.
     ``certify="circular"``: the paper's convention, a circular convolution at the layer's input size, stride ignored.
     """
-    convs: dict[str, Any] = {"stem": {"kernel": describe(image, 3, 1, certify)}}
-    size = image
-    for stage, block, _, stride in blocks(depth, width):
-        name = f"stage{stage}_block{block}"
-        convs[name] = {"conv1": {"kernel": describe(size, 3, stride, certify)}}
-        if block == 0:
-            convs[name]["projection"] = {"kernel": describe(size, 1, stride, certify)}
-        size = tuple(-(-n // stride) for n in size)
-        convs[name]["conv2"] = {"kernel": describe(size, 3, 1, certify)}
-    return _fill(convs, params)
 
+    def apply(params, variables, x):
+        return model.apply({**variables, "params": params}, x, train=False)
 
-def describe(size: tuple[int, ...], taps: int, stride: int, certify: str) -> oj.Conv:
-    """The ``Conv`` of one layer of :func:`conv`."""
-    if certify == "circular":
-        return oj.Conv(size)
-    padding = "SAME" if stride == 1 else EXPLICIT if taps == 3 else "VALID"
-    return oj.Conv(size, strides=stride, padding=padding)
-
-
-def _fill(convs: Any, params: Any) -> Any:
-    """None wherever ``params`` has what ``convs`` does not mention."""
-    if not isinstance(params, dict):
-        return convs
-    return {key: _fill(convs.get(key), value) if convs else None for key, value in params.items()}
+    x = jax.ShapeDtypeStruct((1, *image), jnp.float32)
+    convs = oj.find_convs(apply, variables["params"], variables, x)
+    return convs if certify == "padding" else jax.tree.map(lambda conv: oj.Conv(conv.input_shape), convs)
 
 
 def count_parameters(params: Any) -> int:

@@ -1,0 +1,335 @@
+"""A run that is stopped, killed or damaged in any way ends as one that never was."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import train_run
+from conftest import THOROUGH
+
+for package in ("flax", "orbax.checkpoint", "rich", "tyro", "sklearn", "safetensors", "matplotlib"):
+    pytest.importorskip(package, reason="the trainer needs the extra [train]")
+sys.path.insert(0, str(train_run.TRAIN))
+
+import checkpoint  # noqa: E402
+import cifar  # noqa: E402
+import datasets  # noqa: E402
+import loop  # noqa: E402
+import options  # noqa: E402
+import record  # noqa: E402
+
+LONG = ("--epochs", 120 if THOROUGH else 30)
+PER_EPOCH = 22
+
+
+def outcome(folder: Path) -> dict:
+    """What must not depend on interruptions: the last checkpoint's digest, the weights, the metrics less timings."""
+    last = max((folder / "checkpoints").iterdir(), key=lambda path: int(path.name) if path.name.isdigit() else -1)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "step": int(last.name),
+        "sha256": json.loads((last / "run" / "metadata").read_text())["sha256"],
+        "weights": (folder / "params.safetensors").read_bytes(),
+        "metrics": [{k: v for k, v in row.items() if k not in record.TIMINGS} for row in rows],
+    }
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cache, tmp_path_factory):
+    """The outcome of a run that nobody touched."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    train_run.run(cache, "--out-dir", folder, *LONG)
+    result = outcome(folder)
+    assert result["step"] == PER_EPOCH * LONG[1] and len(result["metrics"]) == LONG[1]
+    return result
+
+
+def start(cache, *options):
+    return subprocess.Popen(
+        train_run.command(*options),
+        env=train_run.environment(cache),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def until(process, folder, condition):
+    """Waits for ``condition(folder)``; False if the process has ended before."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None:
+        if condition(folder):
+            return True
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    return False
+
+
+def being_saved(folder):
+    checkpoints = folder / "checkpoints"
+    return checkpoints.is_dir() and any("tmp" in name for name in os.listdir(checkpoints))
+
+
+@pytest.mark.timeout(1800 if THOROUGH else 300)
+@pytest.mark.parametrize("moment", ["any", "saving"])
+def test_killed(moment, cache, undisturbed, tmp_path):
+    """SIGKILL at random moments after the start, or a few milliseconds into a save."""
+    rng, wanted, killed = random.Random(moment), 20 if THOROUGH else 3, 0
+    while killed < wanted:
+        process = start(cache, "--out-dir", tmp_path, *LONG)
+        assert process.stdout is not None
+        if moment == "any":
+            assert "ResNet-8" in process.stdout.readline()
+            time.sleep(rng.uniform(0, 3))
+        else:
+            for _ in range(rng.randrange(1, 4)):
+                until(process, tmp_path, lambda folder: not being_saved(folder))
+                until(process, tmp_path, being_saved)
+            time.sleep(rng.uniform(0, 0.15))
+        alive = process.poll() is None
+        process.kill()
+        output = process.communicate()[0]
+        assert alive, output  # else the run is too short for so many kills
+        assert process.returncode == -signal.SIGKILL
+        killed += 1
+    output = train_run.run(cache, "--out-dir", tmp_path, *LONG)
+    print(f"{killed} kills ({moment}); last: {re.findall('continuing.*', output)}")
+    assert outcome(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_asked_to_stop(number, code, cache, undisturbed, tmp_path):
+    process = start(cache, "--out-dir", tmp_path, *LONG, "--save-every", 1000)
+    metrics = tmp_path / "metrics.jsonl"
+    assert until(process, tmp_path, lambda _: metrics.exists() and metrics.stat().st_size > 0)
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == code, output
+    step = int(re.search(r"asked to stop: saved at step ([\d,]+)", output)[1].replace(",", ""))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [str(step)]
+    output = train_run.run(cache, "--out-dir", tmp_path, *LONG)
+    assert f"continuing from the checkpoint of step {step}" in output
+    assert outcome(tmp_path) == undisturbed
+    again = train_run.run(cache, "--out-dir", tmp_path, *LONG)
+    assert f"continuing from the checkpoint of step {undisturbed['step']}" in again
+    assert outcome(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize("size, margin", [("3m", None), ("420k", "-1000000")], ids=["foreseen", "while writing"])
+def test_full_disk(size, margin, cache, undisturbed, tmp_path):
+    """On a small tmpfs: a clear error, the last checkpoint intact; with more room the same command goes on."""
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", tmp_path]
+    if sys.platform != "linux" or os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("needs to mount a tmpfs")
+    try:
+        keep = ("--out-dir", tmp_path, *LONG, "--keep", 100)
+        output = train_run.run(cache, *keep, code=1, **({"CHECKPOINT_MARGIN": margin} if margin else {}))
+        error = next(line for line in output.splitlines() if line.startswith("error: "))
+        assert re.search(
+            r"error: .*expected to save a checkpoint of step \d+, got .*(free, where|No space left)", error
+        )
+        step = int(re.search(r"That of step (\d+) is intact", error)[1])
+        assert margin or "Traceback" not in output
+        subprocess.run(["mount", "-o", "remount,size=100m", tmp_path], check=True)
+        output = train_run.run(cache, *keep)
+        assert f"continuing from the checkpoint of step {step}" in output
+        assert outcome(tmp_path) == undisturbed
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+# --- one checkpoint -----------------------------------------------------------------------------------------------
+
+
+def small_state(step=0):
+    params = {"conv": {"kernel": jnp.arange(36.0).reshape(3, 3, 2, 2) + step}}
+    tx = loop.optimizer(0.1, 0.0, None)
+    return loop.TrainState(params, {}, tx.init(params), jnp.int32(step), jax.random.key(7))
+
+
+def equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(checkpoint.plain_tree(a)), jax.tree.leaves(checkpoint.plain_tree(b))):
+        assert x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Three checkpoints, of which two are kept."""
+    checkpoints = checkpoint.Checkpoints(tmp_path / "checkpoints", keep=2)
+    for step in (1, 2, 3):
+        checkpoints.save(step, small_state(step), {"step": step, "half": 0.1})
+    assert checkpoints.steps() == [3, 2]
+    checkpoints.close()
+    return tmp_path / "checkpoints"
+
+
+def largest_file(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def flip_a_bit(folder):
+    path = largest_file(folder / "state")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(folder):
+    path = largest_file(folder / "state")
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def empty(folder):
+    for path in (folder / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+
+
+def other_values(folder):
+    """Well formed, but not what was saved."""
+    shutil.rmtree(folder / "state")
+    shutil.copytree(folder.parent / "2" / "state", folder / "state")
+
+
+DAMAGES = {
+    "a bit": flip_a_bit,
+    "cut": cut,
+    "emptied": empty,
+    "no state": lambda folder: shutil.rmtree(folder / "state"),
+    "no position": lambda folder: shutil.rmtree(folder / "run"),
+    "position cut": lambda folder: (folder / "run" / "metadata").write_text('{"step": 3, "sha'),
+    "another's state": other_values,
+    "nothing left": lambda folder: [shutil.rmtree(path) for path in folder.iterdir() if path.is_dir()],
+}
+
+
+def test_newest_is_restored(saved):
+    checkpoints = checkpoint.Checkpoints(saved)
+    state, run = checkpoints.restore(small_state(), print)
+    equal(state, small_state(3))
+    assert run["step"] == 3 and run["half"] == 0.1
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_falls_back(damage, saved):
+    DAMAGES[damage](saved / "3")
+    said = []
+    checkpoints = checkpoint.Checkpoints(saved)
+    state, run = checkpoints.restore(small_state(), said.append)
+    equal(state, small_state(2))
+    assert run["step"] == 2
+    assert f"{saved / '3'} is damaged" in said[0] and said[1] == "falling back to the checkpoint of step 2"
+    assert (saved.parent / "damaged-checkpoint-3").is_dir()
+    checkpoints.save(3, small_state(3), {"step": 3})  # its number is free again
+    equal(checkpoints.restore(small_state(), said.append)[0], small_state(3))
+    checkpoints.close()
+
+
+def test_all_damaged(saved):
+    for step in (2, 3):
+        cut(saved / str(step))
+    checkpoints = checkpoint.Checkpoints(saved)
+    with pytest.raises(ValueError, match="a checkpoint that can be read, got none.*step 3.*step 2.*--resume never"):
+        checkpoints.restore(small_state(), print)
+    assert (saved / "3").is_dir()
+    checkpoints.close()
+
+
+def test_no_folder_can_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="expected a folder to keep checkpoints in"):
+        checkpoint.Checkpoints(tmp_path / "file" / "checkpoints")
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_the_whole_state_comes_back(seeds, tmp_path):
+    """With batch statistics and a projection's dual variables; and without this code, as nested dictionaries."""
+    import orbax.checkpoint as ocp
+
+    config = options.resolve(cifar.Config(width=2, method="project", seeds=seeds, out_dir=tmp_path))
+    _, state = cifar.prepare(config, datasets.digits())
+    checkpoints = checkpoint.Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(0, state, {})
+    found, _ = checkpoints.restore(jax.tree.map(jnp.copy, state), print)
+    equal(found, state)
+    checkpoints.close()
+    with ocp.StandardCheckpointer() as reader:
+        plain = reader.restore(tmp_path / "checkpoints" / "0" / "state")
+    assert set(plain) == {"params", "batch_stats", "opt_state", "step", "key"}
+    np.testing.assert_array_equal(plain["params"]["stem"]["kernel"], state.params["stem"]["kernel"])
+    assert plain["params"]["stem"]["kernel"].ndim == (4 if seeds == 1 else 5) and plain["step"].shape == ()
+
+
+# --- the folder ---------------------------------------------------------------------------------------------------
+
+
+def test_metrics_are_cut_back(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("one\ntwo\nthr")
+    with record.open_at(path, 4) as file:
+        file.write("zwei\n")
+    assert path.read_text() == "one\nzwei\n"
+    with pytest.raises(ValueError, match="expected the 400 bytes that the checkpoint goes with, got 9"):
+        record.open_at(path, 400)
+
+
+def test_position_survives_json(tmp_path):
+    loss = np.float32(0.1)
+    first = record.Record(tmp_path, None)
+    first.add(3, loss, np.float32(0.7), 0.5, True)
+    position = json.loads(json.dumps(first.position(3)))
+    first.close()
+    second = record.Record(tmp_path, position)
+    second.add(1, np.float32(0.3), np.float32(0.2), 0.5, True)
+    row = second.end_epoch({"epoch": 1, "step": 4}, 0.25, 10)
+    second.close()
+    assert row["train_loss"] == (3 * float(loss) + float(np.float32(0.3))) / 4
+    assert row["seconds"] == 1 and row["images_per_second"] == 40 and second.timed == [4, 1.0]
+
+
+def test_another_configuration_is_refused(tmp_path):
+    config = options.resolve(cifar.Config(width=2, out_dir=tmp_path))
+    cifar.open_folder(config).close()
+    same = options.resolve(cifar.Config(width=2, out_dir=tmp_path, keep=5, max_steps=3))
+    cifar.check_folder(same)
+    other = options.resolve(cifar.Config(width=4, seed=1, out_dir=tmp_path))
+    with pytest.raises(ValueError, match="width is 2 there and 4 here, seed is 0 there and 1 here.*--resume never"):
+        cifar.main(other)
+    with pytest.raises(FileNotFoundError, match="expected a checkpoint for --resume must, got none"):
+        cifar.main(options.resolve(cifar.Config(width=2, out_dir=tmp_path, resume="must")))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json: expected JSON"):
+        cifar.main(other)
+
+
+def test_never_discards(saved):
+    config = options.resolve(cifar.Config(width=2, out_dir=saved.parent, resume="never"))
+    checkpoints = cifar.open_folder(config)
+    assert checkpoints.steps() == []
+    checkpoints.close()
+
+
+def test_the_default_folder_is_the_runs_own():
+    names = {options.resolve(cifar.Config(**o)).out_dir for o in ({}, {"seed": 1}, {"method": "none"}, {"width": 4})}
+    assert len(names) == 4
+    assert options.resolve(cifar.Config(keep=7, max_steps=3)).out_dir == options.resolve(cifar.Config()).out_dir
+    config = options.resolve(cifar.Config(data_dir=Path("data")))
+    assert options.load(json.loads(json.dumps(options.plain(config)))) == config

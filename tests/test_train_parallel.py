@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import train_run
+from conftest import THOROUGH
 
 for package in ("flax", "orbax.checkpoint", "rich", "tyro", "sklearn", "safetensors", "matplotlib"):
     pytest.importorskip(package, reason="the trainer needs the extra [train]")
@@ -44,7 +45,8 @@ def figures(folder: Path, name="train_loss") -> np.ndarray:
 
 # --- devices and hosts --------------------------------------------------------------------------------------------
 
-SHORT = ("--epochs", 2, "--learning-rate", 0.01)  # so small a rate that rounding stays rounding
+# So small a rate, and so large a bound, that rounding stays rounding: batch norm after kernels held at 0.5 amplifies it.
+SHORT = ("--epochs", 2, "--learning-rate", 0.01, "--max-norm", 1.5)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,7 @@ def one_device(cache, tmp_path_factory):
 
 
 def same_to_rounding(folder, other):
-    np.testing.assert_allclose(figures(folder), figures(other), rtol=1e-4)
+    np.testing.assert_allclose(figures(folder), figures(other), rtol=1e-5)
     weights, others = (load_file(path / "params.safetensors") for path in (folder, other))
     assert weights.keys() == others.keys()
     for name in weights:
@@ -88,7 +90,7 @@ def test_the_batch_is_split(tmp_path):
 
 
 def test_two_processes_train_like_one(cache, one_device, tmp_path):
-    """Over loopback, stopped in between: by a step limit, then by a signal to one of them."""
+    """Over loopback; in the thorough profile stopped in between."""
 
     def both(*more):
         with socket.socket() as probe:
@@ -106,11 +108,12 @@ def test_two_processes_train_like_one(cache, one_device, tmp_path):
             for n in range(2)
         ]
 
-    for more, code in ((("--max-steps", 7), 0), ((), 0)):
+    for more in (("--max-steps", 7), ()) if THOROUGH else ((),):
         processes = both(*more)
         outputs = [process.communicate(timeout=200)[0] for process in processes]
-        assert [process.returncode for process in processes] == [code] * 2, "\n".join(outputs)
-    assert "on 2 device(s)" in outputs[0] and "continuing from the checkpoint of step 7" in outputs[0]
+        assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    assert "on 2 device(s)" in outputs[0]
+    assert ("continuing from the checkpoint of step 7" in outputs[0]) == THOROUGH
     assert "ResNet" not in outputs[1]  # only the first one speaks
     same_to_rounding(tmp_path, one_device)
 
@@ -127,16 +130,14 @@ def test_layout_errors():
 # --- seeds --------------------------------------------------------------------------------------------------------
 
 
-def test_seeds_together_are_seeds_alone(cache, tmp_path):
-    options_ = (*SHORT, "--every", 4)
-    together = tmp_path / "together"
-    output = train_run.run(cache, "--out-dir", together, *options_, "--seeds", 2, "--seed", 5)
+def test_seeds_together_are_seeds_alone(cache, one_device, tmp_path):
+    together, second = tmp_path / "together", tmp_path / "second"
+    output = train_run.run(cache, "--out-dir", together, *SHORT, "--seeds", 2)
     assert "test error of each seed" in output and "±" in output
-    for n, seed in enumerate((5, 6)):
-        alone = tmp_path / str(seed)
-        train_run.run(cache, "--out-dir", alone, *options_, "--seed", seed)
-        np.testing.assert_allclose(figures(together)[:, n], figures(alone), rtol=1e-4)
-        weights, mine = load_file(alone / "params.safetensors"), load_file(together / f"params_seed{seed}.safetensors")
+    train_run.run(cache, "--out-dir", second, *SHORT, "--seed", 1)
+    for n, alone in enumerate((one_device, second)):
+        np.testing.assert_allclose(figures(together)[:, n], figures(alone), rtol=1e-5)
+        weights, mine = load_file(alone / "params.safetensors"), load_file(together / f"params_seed{n}.safetensors")
         for name in weights:
             np.testing.assert_allclose(mine[name], weights[name], rtol=1e-3, atol=1e-4, err_msg=name)
     summary = json.loads((together / "summary.json").read_text())

@@ -113,7 +113,7 @@ def test_killed(moment, cache, undisturbed, tmp_path):
     assert outcome(tmp_path) == undisturbed
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), *([(signal.SIGINT, 130)] if THOROUGH else [])])
 def test_asked_to_stop(number, code, cache, undisturbed, tmp_path):
     process = start(cache, "--out-dir", tmp_path, *LONG, "--save-every", 1000)
     metrics = tmp_path / "metrics.jsonl"

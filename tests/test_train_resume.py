@@ -102,12 +102,13 @@ def test_killed(moment, cache, undisturbed, tmp_path):
                 until(process, tmp_path, lambda folder: not being_saved(folder))
                 until(process, tmp_path, being_saved)
             time.sleep(rng.uniform(0, 0.15))
-        alive = process.poll() is None
         process.kill()
         output = process.communicate()[0]
-        assert alive, output  # else the run is too short for so many kills
-        assert process.returncode == -signal.SIGKILL
+        if process.returncode == 0:  # a fast machine was done before
+            break
+        assert process.returncode == -signal.SIGKILL, output
         killed += 1
+    assert killed >= (wanted if THOROUGH else 1)
     output = train_run.run(cache, "--out-dir", tmp_path, *LONG)
     print(f"{killed} kills ({moment}); last: {re.findall('continuing.*', output)}")
     assert outcome(tmp_path) == undisturbed

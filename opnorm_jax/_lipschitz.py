@@ -92,7 +92,7 @@ def lipschitz_bound(fn: Callable[..., Any], params: Any, x: Any) -> jax.Array:
         raise TypeError(f"expected x to be an array of a real floating dtype, or its ShapeDtypeStruct, got {x!r}.")
     program = jax.make_jaxpr(lambda x: fn(params, x))(x)
     outs = _run(program, [_Signal(1.0)])
-    return jnp.asarray(_hypot([out for out in outs if isinstance(out, _Signal)]))
+    return jnp.asarray(_hypot([out.bound for out in outs if isinstance(out, _Signal)]))
 
 
 class _Signal:
@@ -130,10 +130,8 @@ def _upper(kernel: jax.Array, conv: Conv) -> jax.Array:
     return operator_norm_bounds(kernel, conv).upper
 
 
-def _hypot(signals: Sequence[_Signal]) -> Any:
-    if len(signals) == 1:
-        return signals[0].bound
-    return jnp.sqrt(sum(jnp.square(signal.bound) for signal in signals))
+def _hypot(bounds: Sequence[Any]) -> Any:
+    return bounds[0] if len(bounds) == 1 else jnp.sqrt(sum(jnp.square(bound) for bound in bounds))
 
 
 def _run(program: Any, values: Sequence[Any]) -> list[Any]:
@@ -191,7 +189,7 @@ def _unrolled(eqn: Any, body: Any, ins: list[Any]) -> list[Any]:
 
 def _stacked(values: list[Any]) -> Any:
     signals = [value for value in values if isinstance(value, _Signal)]
-    return _Signal(_hypot(signals)) if signals else jnp.stack(values)
+    return _Signal(_hypot([signal.bound for signal in signals])) if signals else jnp.stack(values)
 
 
 def _activation(eqn: Any, inner: Any, ins: list[Any]) -> Any:
@@ -213,19 +211,27 @@ def _operation(eqn: Any, ins: list[Any]) -> list[Any]:
         return [_convolved(eqn, ins)]
     if eqn.primitive is p.dot_general_p:
         return [_multiplied(eqn, ins)]
-    if name in ("add", "add_any", "sub"):
-        return [_shifted(signals[0]) if one else _Signal(sum(signal.bound for signal in signals))]
-    if name in ("max", "min"):
-        return [_Signal(_hypot(signals))]
+    if name in ("add", "add_any", "sub", "max", "min"):
+        # A scalar is added to, or compared with, every element.
+        size = math.prod(eqn.outvars[0].aval.shape)
+        parts = [
+            value.bound * math.sqrt(size / max(1, math.prod(v.aval.shape)))
+            for value, v in zip(ins, eqn.invars)
+            if isinstance(value, _Signal)
+        ]
+        if name in ("max", "min"):
+            return [_Signal(_hypot(parts))]
+        # A shifted layer is still one, whose scale may follow. An image's pixels would have to move with their shift.
+        return [_Signal(layer=signals[0].layer) if one and signals[0].layer else _Signal(sum(parts))]
     if name in ("mul", "div") and one and (name == "mul" or first is signals[0]):
         factor = jnp.asarray(rest[0] if first is signals[0] else first)
-        return [_scaled(eqn, signals[0], factor if name == "mul" else 1 / factor)]
+        return [_scaled(eqn, 0 if first is signals[0] else 1, signals[0], factor if name == "mul" else 1 / factor)]
     if name in _SLOPES and len(ins) == 1:
         return [_Signal(signals[0].bound * _SLOPES[name])]
     if name == "clamp" and one and ins[1] is signals[0]:
         return [_Signal(signals[0].bound)]
     if name == "select_n" and not isinstance(first, _Signal):
-        return [_Signal(_hypot(signals))]
+        return [_Signal(_hypot([signal.bound for signal in signals]))]
     shape = getattr(eqn.invars[0].aval, "shape", ())
     size, out_size = math.prod(shape), math.prod(eqn.outvars[0].aval.shape)
     if name == "reduce_sum":
@@ -238,12 +244,7 @@ def _operation(eqn: Any, ins: list[Any]) -> list[Any]:
     return [_refused(eqn) for _ in eqn.outvars]
 
 
-def _shifted(signal: _Signal) -> _Signal:
-    """A signal plus a constant. No longer an image's pixels: a shift would have to be moved with them."""
-    return _Signal(signal._bound, layer=signal.layer) if signal.layer else _Signal(signal.bound)
-
-
-def _scaled(eqn: Any, signal: _Signal, factor: jax.Array) -> _Signal:
+def _scaled(eqn: Any, position: int, signal: _Signal, factor: jax.Array) -> _Signal:
     """A signal times a constant; one per output channel of a convolution goes into its kernel."""
     if signal.layer:
         kernel, conv, before, axis = signal.layer
@@ -251,7 +252,8 @@ def _scaled(eqn: Any, signal: _Signal, factor: jax.Array) -> _Signal:
         if all(length == 1 or n == axis for n, length in enumerate(shape)):
             channels = [-1 if letter == "O" else 1 for letter in conv.kernel_layout]
             return _Signal(layer=(kernel * factor.reshape(channels).astype(kernel.dtype), conv, before, axis))
-    return _Signal(signal.bound * jnp.max(jnp.abs(factor)))
+    copies = math.prod(eqn.outvars[0].aval.shape) / max(1, math.prod(eqn.invars[position].aval.shape))  # of a scalar
+    return _Signal(signal.bound * jnp.max(jnp.abs(factor)) * math.sqrt(copies))
 
 
 def _moved(eqn: Any, ins: list[Any], signals: list[_Signal], repetition: float) -> _Signal:
@@ -267,7 +269,7 @@ def _moved(eqn: Any, ins: list[Any], signals: list[_Signal], repetition: float) 
             return _Signal(image=(origin, pixels))
     if eqn.primitive is p.broadcast_in_dim_p:
         return _Signal(signals[0].bound * max(1.0, repetition))
-    return _Signal(_hypot(signals))
+    return _Signal(_hypot([signal.bound for signal in signals]))
 
 
 def _window(eqn: Any) -> float:

@@ -27,6 +27,13 @@ def strict_promotion(request):
         yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_what_was_compiled():
+    """Hundreds of compiled programs take gigabytes; few are of use to another module."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """float64 for one test."""

@@ -173,5 +173,6 @@ def load_weights(path: Path) -> tuple[dict[str, Any], Path]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, not too long."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    """The first line of an error's message, shortened in its middle: TensorStore puts the reason last."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= 300 else f"{line[:120]} ... {line[-180:]}"

@@ -116,10 +116,12 @@ def _values_by(method):
     return values
 
 
+@jax.jit
 def _values_by_svd(stack):
     return lax.map(lambda matrix: jnp.linalg.svd(matrix, compute_uv=False), stack)
 
 
+@jax.jit
 def _values_by_eigh(stack):
     values, _ = _eigh(gram(stack))
     return jnp.sqrt(jnp.maximum(values, 0))[..., ::-1]
@@ -129,6 +131,7 @@ _JACOBI_SIDE = 4
 """Up to this side a call to LAPACK takes longer than rotations of the whole stack at once."""
 
 
+@jax.jit  # called eagerly, compiled once a shape
 def _jacobi(stack: Complex[Array, "c m n"]) -> Float[Array, "c n"]:
     """One-sided Jacobi: columns are rotated in pairs until they are orthogonal; the values are their lengths.
 

@@ -13,6 +13,7 @@ from opnorm_jax import _linalg
 
 @pytest.fixture
 def accelerator_route(monkeypatch):
+    jax.clear_caches()  # of functions traced for the CPU's own route
     monkeypatch.setattr(lax, "platform_dependent", lambda *args, default, **branches: default(*args))
 
 

@@ -10,8 +10,9 @@ import numpy as np
 from jax import lax
 
 from opnorm_jax import _linalg
+from opnorm_jax._certificate import unless_inside
 from opnorm_jax._execution import Execution
-from opnorm_jax._spectrum import rounding
+from opnorm_jax._spectrum import circular_norm, rounding
 from opnorm_jax._symbol import Plan, block_taps, kernel_from_block_taps, scan_frequencies, symbol, symbol_adjoint
 
 _HIGHEST = lax.Precision.HIGHEST
@@ -54,24 +55,36 @@ def apply_spectral(blocks, vectors, factor):
     return jnp.matmul(*pair, precision=_HIGHEST)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def clip(kernel, bound, plan: Plan, how: Execution):
-    """What one clip adds to the kernel, and the norm before."""
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+def clip(kernel, bound, plan: Plan, how: Execution, norm_wanted: bool):
+    """What one clip adds to the kernel, and the norm before (unless that is wanted, 0 will do for a kernel inside)."""
+    return _clip(plan, how, norm_wanted)(kernel, bound)
 
-    def step(carry, blocks, phase, weights, x):
-        values, vectors = gram_spectrum(blocks)
-        factor = jnp.minimum(0, bound / jnp.where(values > 0, values, 1) - 1)
-        factor = jnp.where(values > bound * (1 + inside_tolerance(kernel.dtype)), factor, 0)
-        change = weigh(weights, apply_spectral(blocks, vectors, factor))
-        return carry + symbol_adjoint(change, phase), jnp.max(values, axis=(1, 2))
 
-    taps = block_taps(kernel, plan)
-    change, norms = scan_frequencies(step, jnp.zeros_like(taps), taps, plan, how)
-    return kernel_from_block_taps(change, plan, kernel.shape[-2:]), jnp.max(norms)
+@functools.lru_cache(maxsize=512)
+def _clip(plan, how, norm_wanted):
+    norm_inside = lambda kernel: circular_norm(kernel, plan, how) if norm_wanted else jnp.zeros((), kernel.dtype)
+
+    def outside(kernel, bound):
+        def step(carry, blocks, phase, weights, x):
+            values, vectors = gram_spectrum(blocks, above=bound)
+            factor = jnp.minimum(0, bound / jnp.where(values > 0, values, 1) - 1)
+            factor = jnp.where(values > bound * (1 + inside_tolerance(kernel.dtype)), factor, 0)
+            change = weigh(weights, apply_spectral(blocks, vectors, factor))
+            return carry + symbol_adjoint(change, phase), jnp.max(values, axis=(1, 2))
+
+        taps = block_taps(kernel, plan)
+        change, norms = scan_frequencies(step, jnp.zeros_like(taps), taps, plan, how)
+        change = kernel_from_block_taps(change, plan, kernel.shape[-2:])
+        largest = jnp.max(norms)  # 0 if no block has a value above the bound
+        return change, lax.cond(largest == 0, norm_inside, lambda _: largest, kernel)
+
+    inside = lambda kernel, _: (jnp.zeros_like(kernel), norm_inside(kernel))
+    return unless_inside(inside, outside, plan, how)
 
 
 @clip.defjvp
-def _clip_jvp(plan, how, primals, tangents):
+def _clip_jvp(plan, how, norm_wanted, primals, tangents):
     r"""The derivative of F phi(FᴴF), phi(l) = min(1, c / sqrt l), by divided differences of phi (Daleckii and Krein).
 
     They are written without cancellation, and 0 / 0 at the kink (a value equal to c, twice) is taken from inside.

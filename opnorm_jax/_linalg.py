@@ -15,18 +15,48 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Complex, Float
+from jaxtyping import Array, Bool, Complex, Float
 
 _HIGHEST = lax.Precision.HIGHEST
 
 
+def _stackwise(function):
+    """A function of stacks of matrices whose ``vmap`` rule is longer stacks.
+
+    Compiled once a shape when called eagerly; and ``jit`` keeps its constants out of ``custom_vmap``'s sight, which
+    refuses those that a condition further out has made batched.
+    """
+    function = jax.custom_batching.custom_vmap(jax.jit(function))
+
+    @function.def_vmap
+    def rule(axis_size, in_batched, *stacks):
+        if not any(in_batched):
+            return function(*stacks), jax.tree.map(lambda _: False, jax.eval_shape(function, *stacks))
+        whole = [
+            stack if batched else jnp.broadcast_to(stack, (axis_size, *stack.shape))
+            for stack, batched in zip(stacks, in_batched)
+        ]
+        outs = function(*(stack.reshape(-1, *stack.shape[2:]) for stack in whole))
+        split = jax.tree.map(lambda a: a.reshape(axis_size, -1, *a.shape[1:]), outs)
+        return split, jax.tree.map(lambda _: True, split)
+
+    return function
+
+
 def gram(blocks: Complex[Array, "*c m n"]) -> Complex[Array, "*c r r"]:
-    """The Gram matrix on the smaller side: FᴴF if n <= m, else FFᴴ."""
+    """The Gram matrix on the smaller side: FᴴF if n <= m, else FFᴴ.
+
+    In real arithmetic, with three products in place of the four that a complex one takes: a fifth to a third faster.
+    """
     m, n = blocks.shape[-2:]
-    adjoint = blocks.conj().swapaxes(-1, -2)
-    pair = (adjoint, blocks) if n <= m else (blocks, adjoint)
-    return jnp.matmul(*pair, precision=_HIGHEST)
+    if n > m:
+        return gram(blocks.swapaxes(-1, -2)).conj()
+    transpose = lambda x: x.swapaxes(-1, -2)
+    stacked = jnp.concatenate([blocks.real, blocks.imag], axis=-2)
+    mixed = jnp.matmul(transpose(blocks.real), blocks.imag, precision=_HIGHEST)
+    return lax.complex(jnp.matmul(transpose(stacked), stacked, precision=_HIGHEST), mixed - transpose(mixed))
 
 
 def eigh(stack: Complex[Array, "c r r"]) -> tuple[Float[Array, "c r"], Complex[Array, "c r r"]]:
@@ -45,28 +75,54 @@ def eigh_above(
     return _eigh_above(stack, jnp.broadcast_to(limit, stack.shape[:1]))
 
 
-@jax.custom_batching.custom_vmap
+@_stackwise
 def _eigh(stack):
     if stack.shape[-1] == 1:
         return stack[..., 0].real, jnp.ones_like(stack)
     return lax.platform_dependent(stack, cpu=lambda a: lax.map(_one_eigh, a), default=_one_eigh)
 
 
-@jax.custom_batching.custom_vmap
+@_stackwise
 def _eigh_above(stack, limits):
     def lapack(stack, limits):
+        # Rayleigh quotients, of vectors at hand, that are above the limit save the Cholesky factorisation.
+        diagonal = jnp.diagonal(stack, axis1=-2, axis2=-1).real
+        quotients = jnp.sum(stack.real**2 + stack.imag**2, axis=-2) / jnp.where(diagonal > 0, diagonal, 1)
+        undecided = jnp.max(quotients, axis=-1) <= limits
+
         def one(item):
-            matrix, limit = item
-            shifted = jnp.diag(jnp.full(len(matrix), limit.astype(matrix.dtype))) - matrix
-            below = jnp.isfinite(lax.linalg.cholesky(shifted, symmetrize_input=False)).all()
-            nothing = lambda a: (jnp.zeros(len(a), limit.dtype), jnp.eye(len(a), dtype=a.dtype))
+            matrix, limit, undecided = item
+            below = lax.cond(undecided, _is_below, lambda *_: jnp.zeros((), bool), matrix, limit)
+            nothing = lambda a: (jnp.zeros(len(a), limits.dtype), jnp.eye(len(a), dtype=a.dtype))
             return lax.cond(below, nothing, _one_eigh, matrix)
 
-        return lax.map(one, (stack, limits))
+        return lax.map(one, (stack, limits, undecided))
 
     if stack.shape[-1] == 1:
         return _eigh(stack)
     return lax.platform_dependent(stack, limits, cpu=lapack, default=lambda stack, _: _one_eigh(stack))
+
+
+def all_below(stack: Complex[Array, "c r r"], limit: Float[Array, ""]) -> Bool[Array, ""]:
+    """Whether every eigenvalue of every one of these Hermitian matrices is below ``limit``: a Cholesky factorisation
+    of each ``limit - matrix``, a quarter of the cost of the eigenvalues. NaN is not below. Not differentiable."""
+    if stack.shape[-1] == 1:
+        return jnp.all(stack.real < limit)
+    return jnp.all(_below(stack, jnp.broadcast_to(limit, stack.shape[:1])))
+
+
+@_stackwise
+def _below(stack, limits):
+    one_by_one = lambda stack, limits: lax.map(lambda item: _is_below(*item), (stack, limits))
+    return lax.platform_dependent(stack, limits, cpu=one_by_one, default=_is_below)
+
+
+def _is_below(matrix, limit):
+    diagonal = jnp.broadcast_to(limit[..., None, None].astype(matrix.dtype), matrix.shape)
+    identity = jnp.broadcast_to(np.eye(matrix.shape[-1], dtype=bool), matrix.shape)
+    shifted = jnp.where(identity, diagonal, 0) - matrix
+    factor = lax.linalg.cholesky(shifted, symmetrize_input=False)
+    return jnp.isfinite(factor).all((-1, -2))
 
 
 def _one_eigh(matrix):
@@ -92,6 +148,17 @@ def _singular_values_jvp(method, primals, tangents):
     return values, jnp.where(values > 0, slopes, 0)
 
 
+def largest_singular_values(blocks: Complex[Array, "c m n"], method: str = "auto") -> Float[Array, " c"]:
+    """The largest singular value of each block, or 0 for one whose own is not the largest of all.
+
+    By elimination, a third of the cost of all values: blocks are taken in the order of a rough estimate, and one that a
+    Cholesky factorisation finds below the largest value so far (to 4 eps) is not factorised. Not differentiable.
+    """
+    if method != "auto" or min(blocks.shape[-2:]) <= _JACOBI_SIDE:
+        return singular_values(blocks, method)[:, 0]
+    return _largest(blocks[None])[0]
+
+
 def singular_vectors(
     blocks: Complex[Array, "c m n"],
 ) -> tuple[Complex[Array, "c m r"], Float[Array, "c r"], Complex[Array, "c n r"]]:
@@ -100,9 +167,9 @@ def singular_vectors(
 
 
 def _values_by(method):
-    """The function of a stack, a ``custom_vmap``, that takes one of the routes."""
+    """The function of a stack that takes one of the routes."""
 
-    @jax.custom_batching.custom_vmap
+    @_stackwise
     def values(stack):
         m, n = stack.shape[-2:]
         if min(m, n) == 1:  # a vector
@@ -116,12 +183,10 @@ def _values_by(method):
     return values
 
 
-@jax.jit
 def _values_by_svd(stack):
     return lax.map(lambda matrix: jnp.linalg.svd(matrix, compute_uv=False), stack)
 
 
-@jax.jit
 def _values_by_eigh(stack):
     values, _ = _eigh(gram(stack))
     return jnp.sqrt(jnp.maximum(values, 0))[..., ::-1]
@@ -131,7 +196,6 @@ _JACOBI_SIDE = 4
 """Up to this side a call to LAPACK takes longer than rotations of the whole stack at once."""
 
 
-@jax.jit  # called eagerly, compiled once a shape
 def _jacobi(stack: Complex[Array, "c m n"]) -> Float[Array, "c n"]:
     """One-sided Jacobi: columns are rotated in pairs until they are orthogonal; the values are their lengths.
 
@@ -168,7 +232,62 @@ def _jacobi(stack: Complex[Array, "c m n"]) -> Float[Array, "c n"]:
     return -jnp.sort(-values, axis=-1) + 0 * jnp.sum(values, axis=-1, keepdims=True)
 
 
-@jax.custom_batching.custom_vmap
+@_stackwise
+def _largest(stacks: Complex[Array, "b c m n"]) -> Float[Array, "b c"]:
+    """Each stack by itself."""
+    one_by_one = lambda stacks: lax.map(_largest_by_elimination, stacks)
+    return lax.platform_dependent(stacks, cpu=one_by_one, default=_largest_together)
+
+
+def _estimates(grams):
+    """Rough estimates from below, up to a factor common to all, of the Gram matrices' largest eigenvalues."""
+    v = jnp.asarray(np.random.default_rng(0).standard_normal((grams.shape[-1], 1)), grams.dtype)
+    v = jnp.broadcast_to(v, (*grams.shape[:-1], 1))
+    size = jnp.ones((*grams.shape[:-2], 1, 1), grams.real.dtype)
+    for _ in range(3):
+        v = jnp.matmul(grams, v / size.astype(grams.dtype), precision=_HIGHEST)
+        length = jnp.sqrt(jnp.sum(v.real**2 + v.imag**2, axis=(-1, -2), keepdims=True))
+        size = jnp.where(length > 0, length, 1)
+    return length[..., 0, 0]
+
+
+def _limit(value):
+    """What an eigenvalue is compared with, to be found no larger than this singular value's square."""
+    info = jnp.finfo(value.dtype)
+    return value**2 * (1 + 8 * float(info.eps)) + float(info.tiny)
+
+
+def _largest_by_elimination(blocks: Complex[Array, "c m n"]) -> Float[Array, " c"]:
+    grams = gram(blocks)
+
+    def one(largest, at):
+        value = lax.cond(
+            _is_below(grams[at], _limit(largest)),
+            lambda _: jnp.zeros((), largest.dtype),
+            lambda at: jnp.linalg.svd(blocks[at], compute_uv=False)[0],
+            at,
+        )
+        return jnp.maximum(largest, value), (at, value)
+
+    order = jnp.argsort(-_estimates(grams))
+    _, (at, values) = lax.scan(one, jnp.zeros((), grams.real.dtype), order)
+    return jnp.zeros_like(values).at[at].set(values)
+
+
+def _largest_together(stacks: Complex[Array, "b c m n"]) -> Float[Array, "b c"]:
+    """All at once, for accelerators: an eighth of the blocks is factorised, then all if that has not settled it."""
+    grams = gram(stacks)
+    root = lambda grams: jnp.sqrt(jnp.maximum(_one_eigh(grams)[0][..., -1], 0))
+    _, picked = lax.top_k(_estimates(grams), -(-grams.shape[1] // 8))
+    some = root(jnp.take_along_axis(grams, picked[..., None, None], axis=1))
+    settled = _is_below(grams, jnp.broadcast_to(_limit(jnp.max(some, axis=1, keepdims=True)), grams.shape[:2]))
+    # The picked ones themselves may fail the test by a rounding error.
+    settled = jnp.put_along_axis(settled, picked, True, axis=1, inplace=False)
+    values = jnp.put_along_axis(jnp.zeros(grams.shape[:2], some.dtype), picked, some, axis=1, inplace=False)
+    return lax.cond(settled.all(), lambda _: values, root, grams)
+
+
+@_stackwise
 def _svd(stack):
     def lapack(a):
         def one(matrix):
@@ -193,24 +312,4 @@ def _norm(vectors):
     return jnp.sqrt(jnp.sum(vectors.real**2 + vectors.imag**2, -1, keepdims=True))
 
 
-def _merge_batch(function):
-    """The ``vmap`` rule of a function of stacks: longer stacks."""
-
-    def rule(axis_size, in_batched, *stacks):
-        if not any(in_batched):
-            return function(*stacks), jax.tree.map(lambda _: False, jax.eval_shape(function, *stacks))
-        whole = [
-            stack if batched else jnp.broadcast_to(stack, (axis_size, *stack.shape))
-            for stack, batched in zip(stacks, in_batched)
-        ]
-        outs = function(*(stack.reshape(-1, *stack.shape[2:]) for stack in whole))
-        split = jax.tree.map(lambda a: a.reshape(axis_size, -1, *a.shape[1:]), outs)
-        return split, jax.tree.map(lambda _: True, split)
-
-    function.def_vmap(rule)
-
-
 _VALUES = {method: _values_by(method) for method in ("auto", "svd", "eigh")}
-
-for _function in (_eigh, _eigh_above, _svd, *_VALUES.values()):
-    _merge_batch(_function)

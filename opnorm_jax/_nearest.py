@@ -43,9 +43,11 @@ def dual_shape(kernel_shape: tuple[int, ...], plan: Plan) -> tuple[int, ...]:
     return (2, len(half_grid(plan.grid).frequencies), *taps.shape[1:])
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
-def nearest(kernel, bound, dual, plan: Plan, options: tuple[float, int], how: Execution):
-    """Accelerated proximal gradient on the dual; see project_operator_norm. ``dual`` is where it starts.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5, 6))
+def nearest(kernel, norm, bound, dual, plan: Plan, options: tuple[float, int], how: Execution):
+    """Accelerated proximal gradient on the dual; see project_operator_norm.
+
+    ``norm`` is the kernel's, ``dual`` where it starts.
 
     With M the map from a kernel to its blocks (scaled to an isometry) and p the dual variable, one block a frequency:
     K = kernel - Mᵀp, and p <- (q + M K) - clip(q + M K) with Nesterov's extrapolation q. Blocks are stacked per
@@ -102,18 +104,17 @@ def nearest(kernel, bound, dual, plan: Plan, options: tuple[float, int], how: Ex
         return inside, jnp.sqrt(jnp.maximum(2 * dual_value, 0))
 
     def going(state):
-        _, _, below, distance, iterations, _ = state
+        _, _, below, distance, iterations = state
         return (distance > (1 + tolerance) * below) & (iterations < max_iterations)
 
     def ten(state):
-        inner, best, below, distance, iterations, norm = state
+        inner, best, below, distance, iterations = state
         inner, _ = lax.scan(iterate, inner, None, length=10)
         inside, newly = certify(*inner[4])
         moved = jnp.sqrt(jnp.sum((inside - kernel) ** 2))
         best = jnp.where(moved < distance, inside, best)
-        return inner, best, jnp.maximum(below, newly), jnp.minimum(distance, moved), iterations + 10, norm
+        return inner, best, jnp.maximum(below, newly), jnp.minimum(distance, moved), iterations + 10
 
-    norm = circular_norm(kernel, plan, how)
     start = fit(kernel, norm, bound, plan)
     distance = jnp.sqrt(jnp.sum((start - kernel) ** 2))
     # A kernel that is inside (or not finite) takes no iteration.
@@ -121,8 +122,8 @@ def nearest(kernel, bound, dual, plan: Plan, options: tuple[float, int], how: Ex
     p = lax.complex(dual[0], dual[1])
     drawn = drawn_by(p)
     inner = (kernel - drawn, p, p, jnp.ones((), taps.dtype), (drawn, zero))
-    state = (inner, start, zero, distance, jnp.zeros((), jnp.int32), norm)
-    (_, p, *_), best, below, distance, iterations, norm = lax.while_loop(going, ten, state)
+    state = (inner, start, zero, distance, jnp.zeros((), jnp.int32))
+    (_, p, *_), best, below, distance, iterations = lax.while_loop(going, ten, state)
     return best, ProjectionInfo(
         distance, jnp.maximum(distance - below, 0), iterations, norm, jnp.stack([p.real, p.imag])
     )

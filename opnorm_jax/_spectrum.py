@@ -132,7 +132,7 @@ def _largest(taps: jax.Array, plan: Plan, how: Execution) -> tuple[jax.Array, ja
     g, m, n = taps.shape[1:]
 
     def step(carry, blocks, phase, weights, x):
-        values = _linalg.singular_values(blocks.reshape(-1, m, n), how.method)[:, 0].reshape(-1, g)
+        values = _linalg.largest_singular_values(blocks.reshape(-1, m, n), how.method).reshape(-1, g)
         return carry, (jnp.max(values, axis=1), jnp.argmax(values, axis=1))
 
     _, (values, groups) = scan_frequencies(step, (), lax.stop_gradient(taps), plan, how)

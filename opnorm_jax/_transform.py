@@ -174,12 +174,15 @@ def constrain(params: Any, max_norm: Any, convs: Any, *, method: str = "clip") -
     leaves, treedef = jax.tree.flatten(params, is_leaf=is_hole)
     layers = layers_of(params, convs, max_norm)
     kernels, bounds = [jnp.asarray(layer.kernel) for layer in layers], [layer.max_norm for layer in layers]
-    for layer, out in zip(layers, _constrain_layers(kernels, bounds, layers, method, [None] * len(layers))):
+    outs = _constrain_layers(kernels, bounds, layers, method, [None] * len(layers), norms_wanted=False)
+    for layer, out in zip(layers, outs, strict=True):
         leaves[layer.index] = out.kernel
     return treedef.unflatten(leaves)
 
 
-def _constrain_layers(kernels: list, bounds: list, layers: list[Layer], method: str, duals: list) -> list[Constrained]:
+def _constrain_layers(
+    kernels: list, bounds: list, layers: list[Layer], method: str, duals: list, norms_wanted: bool = True
+) -> list[Constrained]:
     """Every layer constrained; those alike in shape, dtype and geometry in one batched call."""
     alike: dict[Any, list[int]] = {}
     for n, layer in enumerate(layers):
@@ -187,7 +190,9 @@ def _constrain_layers(kernels: list, bounds: list, layers: list[Layer], method: 
         alike.setdefault((layer.member.shape, layer.member.dtype, geometry), []).append(n)
     outs: list[Any] = [None] * len(layers)
     for (shape, dtype, conv), members in alike.items():
-        one = lambda kernel, limit, dual, conv=conv: constrained(method, kernel, conv, limit, dual=dual)
+        one = lambda kernel, limit, dual, conv=conv: constrained(
+            method, kernel, conv, limit, dual=dual, norm_wanted=norms_wanted
+        )
         limits = {n: jnp.asarray(bounds[n]).astype(compute_dtype(dtype)) for n in members}
         if len(members) == 1 and not layers[members[0]].stack:
             outs[members[0]] = one(kernels[members[0]], limits[members[0]], duals[members[0]])

@@ -1,5 +1,7 @@
 """The route of GPU and TPU (Gram matrix and batched eigh), forced on a CPU; and the structure of the CPU's own."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,8 @@ from opnorm_jax import _linalg
 def accelerator_route(monkeypatch):
     jax.clear_caches()  # of functions traced for the CPU's own route
     monkeypatch.setattr(lax, "platform_dependent", lambda *args, default, **branches: default(*args))
+    yield
+    jax.clear_caches()
 
 
 @pytest.mark.parametrize(
@@ -44,15 +48,25 @@ def test_accelerator_route_uses_no_svd(accelerator_route):
     assert "svd" not in text and "eigh" in text
 
 
-@pytest.mark.parametrize("function", [oj.singular_values, oj.operator_norm])
+@pytest.mark.parametrize(
+    "function",
+    [
+        oj.singular_values,
+        oj.operator_norm,
+        functools.partial(oj.clip_operator_norm, max_norm=1.0),
+        functools.partial(oj.rescale_operator_norm, max_norm=1.0),
+    ],
+    ids=["singular_values", "operator_norm", "clip", "rescale"],
+)
 def test_one_matrix_a_call_on_a_cpu_even_under_vmap(function):
     """Batched LAPACK calls are what can deadlock: every CPU call in the compiled program takes a single matrix."""
-    batched = jax.vmap(jax.vmap(lambda k: function(k, (5, 5))))
+    batched = jax.vmap(jax.vmap(lambda k: function(k, (9, 9))))
     compiled = jax.jit(batched).lower(jnp.ones((2, 3, 3, 3, 5, 6))).compile().as_text()
+    assert compiled
     calls = [line for line in compiled.splitlines() if "custom-call" in line and "lapack" in line]
     assert calls
     for line in calls:
-        assert any(f"c64[{shape}]" in line for shape in ("1,5,6", "5,6", "1,6,5")), line
+        assert any(f"c64[{shape}]" in line for shape in ("1,5,6", "5,6", "1,6,5", "5,5", "1,5,5")), line
 
 
 @pytest.mark.parametrize("shape", [(2, 2), (5, 2), (3, 3), (3, 7), (4, 4), (4, 9)], ids=str)
@@ -95,3 +109,46 @@ def test_eigh_above_leaves_out_only_what_is_below():
         np.testing.assert_allclose(some[above], values[above], rtol=1e-5)
         np.testing.assert_allclose(their[above], vectors[above], atol=1e-4)
         assert not np.asarray(some[~above]).any()
+
+
+def _blocks(kind):
+    rng = np.random.default_rng(0)
+    blocks = rng.standard_normal((60, 6, 8)) + 1j * rng.standard_normal((60, 6, 8))
+    if kind == "all tied":
+        blocks = np.linalg.svd(blocks, full_matrices=False)[2]
+    elif kind == "ties of the largest":
+        blocks[40] = blocks[20] = blocks[3] = 3 * blocks[7]
+    elif kind == "rank one":
+        blocks = blocks[:, :, :1] * blocks[:, :1, :]
+    elif kind == "zero":
+        blocks[:] = 0
+    elif kind == "one not zero":
+        blocks[np.arange(60) != 33] = 0
+    elif kind == "rising":
+        blocks = blocks[:1] * (1 + 1e-5 * np.arange(60))[:, None, None]
+    return blocks
+
+
+_KINDS = ["random", "all tied", "ties of the largest", "rank one", "zero", "one not zero", "rising"]
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+@pytest.mark.parametrize("dtype", [np.complex64, np.complex128])
+def test_elimination_finds_the_largest(x64, kind, dtype):
+    """By itself, for a batch, and as accelerators do it; NumPy's in float64 is the truth."""
+    blocks = _blocks(kind).astype(dtype)
+    truth = np.linalg.svd(blocks.astype(np.complex128), compute_uv=False)[:, 0].max()
+    tolerance = 20 * np.finfo(dtype).eps * truth
+    alone = np.asarray(_linalg.largest_singular_values(jnp.asarray(blocks)))
+    assert abs(alone.max() - truth) <= tolerance
+    batch = jax.vmap(_linalg.largest_singular_values)(jnp.stack([blocks, np.roll(blocks, 5, 0) / 4]))
+    np.testing.assert_allclose(np.max(batch, axis=1), [truth, truth / 4], atol=tolerance)
+    together = _linalg._largest_together(jnp.stack([blocks, np.roll(blocks, 5, 0) / 4]))
+    np.testing.assert_allclose(np.max(together, axis=1), [truth, truth / 4], atol=2 * tolerance)
+
+
+@pytest.mark.parametrize("route", [_linalg._largest_by_elimination, lambda x: _linalg._largest_together(x[None])[0]])
+def test_elimination_keeps_what_is_not_finite(route):
+    blocks = _blocks("random").astype(np.complex64)
+    blocks[50, 0, 0] = np.nan
+    assert np.isnan(route(jnp.asarray(blocks))).any()

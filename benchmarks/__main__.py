@@ -1,0 +1,45 @@
+"""Every figure in the README and the docs, measured on this machine.
+
+    python -m benchmarks [NAME ...] [--quick] [--repeats 7] [--out benchmarks/results]
+
+NAME: spectrum (the paper's section 4.1), claims (one kernel), training (shares of a step), scaling (map, channels,
+layers, devices, memory), gpu (all that is claimed of accelerators, in one run of under 9 minutes); without one, all
+that suit this machine. Each writes NAME.jsonl, with versions and hardware on every line. ``--table`` prints the
+README's tables from the files that are there, and measures nothing.
+"""
+
+import argparse
+import importlib
+from pathlib import Path
+
+from benchmarks.measure import CORES, RESULTS, write
+
+import jax  # isort: skip  (after benchmarks.measure, which sets what is read when the libraries load)
+
+NAMES = ("spectrum", "claims", "training", "scaling", "gpu")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", choices=[[], *NAMES], metavar="NAME")
+    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs; writes nothing")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="print the README's tables from the results")
+    options = parser.parse_args()
+    if options.table:
+        from benchmarks.tables import tables
+
+        print(tables(options.out))
+        return
+    jax.config.update("jax_num_cpu_devices", CORES)
+    accelerated = jax.default_backend() != "cpu"
+    for name in options.names or [name for name in NAMES if (name == "gpu") == accelerated]:
+        print(f"== {name}", flush=True)
+        rows = importlib.import_module(f"benchmarks.{name}").run(options)
+        if not options.quick:
+            write(rows, name, options.out)
+
+
+if __name__ == "__main__":
+    main()

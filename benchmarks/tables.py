@@ -1,0 +1,75 @@
+"""The README's tables, in Markdown, from the JSON lines in results/."""
+
+import json
+
+from benchmarks.claims import summary
+
+VERSIONS = ("device", "cores", "python", "jax", "numpy", "flax", "optax", "torch")
+
+
+def read(folder, name):
+    path = folder / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def tables(folder):
+    """All of them, each with the versions and hardware it was measured with."""
+    makers = {"claims": claims, "training": training, "scaling": scaling, "gpu": gpu}
+    parts = []
+    for name, maker in makers.items():
+        if rows := read(folder, name):
+            where = ", ".join(f"{key} {rows[0][key]}" for key in VERSIONS if key in rows[0])
+            parts.append(f"## {name} ({where})\n\n{maker(rows)}")
+    return "\n\n".join(parts)
+
+
+def markdown(header, rows):
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def claims(rows):
+    """Times faster than each rival: geometric mean (least)."""
+    found = summary(rows)
+    rivals = list(dict.fromkeys(rival for _, _, rival, *_ in found))
+    lines = []
+    for claim, ours in dict.fromkeys((claim, ours) for claim, ours, *_ in found):
+        cells = {r: f"{mean:.3g} ({least:.3g})" for c, o, r, mean, least, _ in found if (c, o) == (claim, ours)}
+        lines.append([f"{claim}; {ours}", *(cells.get(rival, "") for rival in rivals)])
+    return markdown(["times faster than", *rivals], lines)
+
+
+def training(rows):
+    """Shares of a step."""
+    lines = []
+    for row in (row for row in rows if row["claim"] == "training"):
+        for method, share in row["share"].items():
+            step = f"{row['seconds']['step']:.3g}"
+            shares = [f"{100 * share[every]:.2g} %" for every in ("every=100", "every=1")]
+            lines.append([f"{row['network']}, batch {row['batch']}", step, method, *shares])
+    return markdown(["network", "step, s", "method", "every=100", "every=1"], lines)
+
+
+def scaling(rows):
+    """Milliseconds, and peaks of memory."""
+    names = {"map": "map", "channels": "channels", "layers": "layers", "devices": "used"}
+    parts = []
+    for claim, key in names.items():
+        chosen = [row for row in rows if row["claim"] == claim]
+        header = [claim, *chosen[0]["seconds"]]
+        lines = [[row[key], *(f"{1e3 * seconds:.3g}" for seconds in row["seconds"].values())] for row in chosen]
+        parts.append("milliseconds\n\n" + markdown(header, lines))
+    chosen = [row for row in rows if row["claim"] == "memory"]
+    keys = ["channels", "map", "GiB of all blocks", "GiB before", "GiB at most"]
+    lines = [[row[key] if isinstance(row[key], int) else f"{row[key]:.2f}" for key in keys] for row in chosen]
+    return "\n\n".join([*parts, markdown(keys, lines)])
+
+
+def gpu(rows):
+    """Times faster than the plain two-liner, and shares of a step."""
+    lines = [
+        [row["claim"], f"{row['channels']}@{row['map']}", f"{row['times faster']:.3g}"]
+        for row in rows
+        if row["claim"] != "training"
+    ]
+    return markdown(["claim", "channels@map", "times faster"], lines) + "\n\n" + training(rows)

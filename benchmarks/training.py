@@ -1,0 +1,53 @@
+"""What the constraint costs a training step, as a share of the step.
+
+    python -m benchmarks training [--quick]
+
+For each network, three medians of interleaved runs: the step without a constraint, the constraint alone on a step it
+acts on (kernels just moved out of the ball by that step), and alone on a step in between. The shares are sums of these:
+differences of whole steps drown in their noise. ``act / step`` is what ``every=1`` adds; ``every=100`` adds the same
+once and the other 99 times.
+"""
+
+import jax
+
+from benchmarks.measure import compile_seconds, interleaved, show
+from benchmarks.networks import Training
+
+CASES = [  # network, batch, methods
+    ("ResNet-32", 128, ("clip", "rescale", "project")),
+    ("ResNet-18", 32, ("clip", "rescale")),
+    ("ResNet-14, 8 times as wide", 32, ("clip", "rescale")),
+]
+QUICK = [("ResNet-8", 8, ("clip", "rescale"))]
+
+
+def measure(name, batch, methods, repeats):
+    training = Training(name, batch)
+    step, state = training.step(None)
+    functions = {"step": lambda: step(training.params, state)}
+    compiling = {"step": compile_seconds(step, training.params, state)}
+    for method in methods:
+        for every, when in ((1, "acting"), (1000, "in between")):
+            act, start = training.alone(training.constraint(method, every))
+            compiling[f"{method}, {when}"] = compile_seconds(act, start)
+            _, later = jax.block_until_ready(act(start))  # count 1: not due if every > 1; dual variables warm
+            functions[f"{method}, {when}"] = lambda act=act, later=later: act(later)
+    seconds = interleaved(functions, repeats)
+    shares = {
+        method: {
+            "every=1": seconds[f"{method}, acting"] / seconds["step"],
+            "every=100": (seconds[f"{method}, acting"] + 99 * seconds[f"{method}, in between"])
+            / (100 * seconds["step"]),
+        }
+        for method in methods
+    }
+    row = {"claim": "training", "network": name, "batch": batch, "share": shares, "seconds": seconds}
+    row["compile_seconds"] = compiling
+    show(row)
+    return row
+
+
+def run(options):
+    """All rows."""
+    cases = QUICK if options.quick else CASES
+    return [measure(*case, repeats=min(options.repeats, 5)) for case in cases]

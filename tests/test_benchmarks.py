@@ -1,0 +1,24 @@
+"""The benchmarks run, at sizes that take seconds; their figures are not judged here."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("name", ["claims", "spectrum", "training", "scaling", "gpu"])
+def test_benchmark_runs(name):
+    command = [sys.executable, "-m", "benchmarks", name, "--quick", "--repeats", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "ms:" in done.stdout
+
+
+def test_tables_are_made_from_the_results():
+    done = subprocess.run([sys.executable, "-m", "benchmarks", "--table"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "| spectrum; ours |" in done.stdout

@@ -52,8 +52,10 @@ def gram(blocks: Complex[Array, "*c m n"]) -> Complex[Array, "*c r r"]:
     """
     m, n = blocks.shape[-2:]
     if n > m:
-        return gram(blocks.swapaxes(-1, -2)).conj()
+        return jnp.conj(gram(blocks.swapaxes(-1, -2)))
     transpose = lambda x: x.swapaxes(-1, -2)
+    if not jnp.iscomplexobj(blocks):
+        return jnp.matmul(transpose(blocks), blocks, precision=_HIGHEST)
     stacked = jnp.concatenate([blocks.real, blocks.imag], axis=-2)
     mixed = jnp.matmul(transpose(blocks.real), blocks.imag, precision=_HIGHEST)
     return lax.complex(jnp.matmul(transpose(stacked), stacked, precision=_HIGHEST), mixed - transpose(mixed))

@@ -1,7 +1,10 @@
 """Settings shared by all tests: strict promotion for the library's own, and a float64 switch."""
 
+import collections
 import contextlib
+import json
 import os
+import pathlib
 
 # Before jaxlib loads: two workers on few cores, and OpenBLAS's threads wait for each other even with one.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -15,6 +18,26 @@ hypothesis.settings.register_profile("thorough", max_examples=2000, deadline=Non
 hypothesis.settings.load_profile(os.environ.get("OPNORM_TEST_PROFILE", "ci"))
 
 THOROUGH = os.environ.get("OPNORM_TEST_PROFILE") == "thorough"
+
+_cases = collections.Counter()
+
+
+def count_case(promise, kind):
+    """One case of a promise has been checked; see OPNORM_CASES in test_adversarial.py."""
+    _cases[promise, kind] += 1
+
+
+def pytest_sessionfinish():
+    if _cases and "OPNORM_CASES" in os.environ:
+        report = {
+            "profile": "thorough" if THOROUGH else "ci",
+            "jax": jax.__version__,
+            "hypothesis": hypothesis.__version__,
+        }
+        report["cases"] = sum(_cases.values())
+        for (promise, kind), count in sorted(_cases.items()):
+            report.setdefault(promise, {})[kind] = count
+        pathlib.Path(os.environ["OPNORM_CASES"]).write_text(json.dumps(report, indent=2) + "\n")
 
 
 @pytest.fixture(autouse=True)

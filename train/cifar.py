@@ -36,6 +36,7 @@ import jax
 import jax.numpy as jnp
 import loop
 import numpy as np
+import optax
 import options
 import parallel
 import report
@@ -93,8 +94,13 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     return summary
 
 
-def prepare(config: Config, data: datasets.Dataset) -> tuple[Run, loop.TrainState]:
-    """The run, and its state before the first step."""
+def prepare(
+    config: Config, data: datasets.Dataset, hyper: dict[str, np.ndarray] | None = None
+) -> tuple[Run, loop.TrainState]:
+    """The run, and its state before the first step.
+
+    ``hyper``, from a sweep, holds each network's own learning_rate and max_norm, in place of the configuration's.
+    """
     per_epoch = len(data.train_images) // config.batch_size
     if per_epoch < 1:
         raise ValueError(f"expected batch_size of at most {len(data.train_images)} images, got {config.batch_size}.")
@@ -105,17 +111,24 @@ def prepare(config: Config, data: datasets.Dataset) -> tuple[Run, loop.TrainStat
     init = lambda key: model.init(key, jnp.zeros((1, *image)), train=False)
     shapes = jax.eval_shape(init, jax.random.key(0))
     convs = resnet.convolutions(model, shapes, image, config.certify)
-    constraint = arms.make_constraint(config.method, config.max_norm, convs, config.every)
-    rate = loop.schedule(config.learning_rate, steps)
-    tx = loop.optimizer(rate, config.weight_decay, constraint)
+    decay_steps = None if config.epochs_per_decay is None else config.epochs_per_decay * per_epoch
 
-    def create(key):
+    def make_tx(learning_rate, max_norm):
+        constraint = arms.make_constraint(config.method, max_norm, convs, config.every)
+        return loop.optimizer(loop.schedule(learning_rate, steps, decay_steps), config.weight_decay, constraint)
+
+    make = make_tx if hyper is None else optax.inject_hyperparams(make_tx)
+    tx = make(config.learning_rate, config.max_norm)
+    rate = loop.schedule(config.learning_rate if hyper is None else hyper["learning_rate"], steps, decay_steps)
+
+    def create(key, hyper):
         variables = init(jax.random.fold_in(key, 2))
         params = variables["params"]
-        return loop.TrainState(params, variables.get("batch_stats", {}), tx.init(params), jnp.zeros((), jnp.int32), key)
+        opt_state = (tx if hyper is None else make(**hyper)).init(params)
+        return loop.TrainState(params, variables.get("batch_stats", {}), opt_state, jnp.zeros((), jnp.int32), key)
 
     layout = parallel.layout(config.batch_size, config.devices)
-    seeds = parallel.Seeds(config.seed, config.seeds)
+    seeds = parallel.Seeds(config.seed, config.seeds, hyper)
     state, axes = seeds.create(create)
     digits = config.dataset == "digits"
     pad, flip = (1, False) if digits else (4, True)
@@ -194,7 +207,7 @@ def train(
 def end_epoch(run: Run, state: loop.TrainState, step: int, record: Record) -> str:
     """Tests, writes the epoch's row, and puts it in a few words."""
     error = run.evaluate(state.params, state.batch_stats, *run.test_set)
-    row = {"epoch": step // run.per_epoch, "step": step, "learning_rate": float(run.rate(step - 1))}
+    row = {"epoch": step // run.per_epoch, "step": step, "learning_rate": np.asarray(run.rate(step - 1)).tolist()}
     row = record.end_epoch(row, error, run.config.batch_size)
     return f"loss {np.mean(row['train_loss']):.3f}, test error {100 * np.mean(row['test_error']):.2f} %"
 

@@ -19,8 +19,10 @@ class TrainState(NamedTuple):
     key: jax.Array  # the run's key; step and epoch are folded in, so a resumed run draws what it would have drawn
 
 
-def schedule(learning_rate: float, steps: int) -> optax.Schedule:
-    """Divided by 10 at 40 %, 60 % and 80 % of the steps (epochs 100, 150 and 200 of 250)."""
+def schedule(learning_rate: Any, steps: int, decay_steps: int | None = None) -> optax.Schedule:
+    """Divided by 10 at 40 %, 60 % and 80 % of the steps (epochs 100, 150 and 200 of 250), or every ``decay_steps``."""
+    if decay_steps is not None:
+        return optax.exponential_decay(learning_rate, decay_steps, 0.1, staircase=True)
     return optax.piecewise_constant_schedule(learning_rate, {int(steps * share): 0.1 for share in (0.4, 0.6, 0.8)})
 
 

@@ -41,6 +41,8 @@ class Config:
     """Images a step, on all devices together."""
     learning_rate: float | None = None
     """Initial learning rate. Default: 0.1 * batch_size / 128."""
+    epochs_per_decay: int | None = None
+    """The learning rate falls tenfold every so many epochs, rather than at 40 %, 60 % and 80 %."""
     weight_decay: float = 2e-4
     """L2 penalty on all trainables."""
     method: Literal["none", "clip", "rescale", "project", "reshape"] | None = None
@@ -108,7 +110,7 @@ def resolve(config: Config) -> Config:
     for name in ("width", "epochs", "batch_size", "eval_batch_size", "every", "seeds", "save_every", "keep"):
         if getattr(config, name) < 1:
             raise ValueError(f"expected {name} to be at least 1, got {getattr(config, name)}.")
-    for name in ("max_steps", "devices"):
+    for name in ("max_steps", "devices", "epochs_per_decay"):
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise ValueError(f"expected {name} to be at least 1, got {getattr(config, name)}.")
     for name in ("learning_rate", "max_norm", "save_minutes"):

@@ -95,25 +95,31 @@ def stack_axes(state: Any) -> Any:
 
 
 class Seeds(NamedTuple):
-    """How many networks are trained at once. One is not stacked; several are, on a leading axis."""
+    """How many networks are trained at once. One is not stacked; several are, on a leading axis.
+
+    They differ in their seeds, or, where ``hyper`` holds an array of one value each by name, in those and not in them.
+    """
 
     first: int
     count: int
+    hyper: dict[str, np.ndarray] | None = None
 
     @property
     def numbers(self) -> list[int]:
         """The seeds."""
-        return list(range(self.first, self.first + self.count))
+        return [self.first + (n if self.hyper is None else 0) for n in range(self.count)]
 
-    def create(self, make: Callable[[jax.Array], Any]) -> tuple[Any, Any]:
-        """``make(key)`` for each seed, compiled; and the axes to map over, None for a single seed."""
+    def create(self, make: Callable[[jax.Array, Any], Any]) -> tuple[Any, Any]:
+        """``make(key, hyper)`` for each, compiled; and the axes to map over, None for a single one."""
         # Run once: on a CPU its compilation took 7 s with optimisations, 1 s without.
         quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-        if self.count == 1:
-            return jax.jit(make, compiler_options=quick)(jax.random.key(self.first)), None
         keys = jnp.stack([jax.random.key(seed) for seed in self.numbers])
-        axes = stack_axes(jax.eval_shape(make, keys[0]))
-        return jax.jit(jax.vmap(make, out_axes=axes), compiler_options=quick)(keys), axes
+        one = keys[0], jax.tree.map(lambda values: jnp.float32(values[0]), self.hyper)
+        if self.count == 1:
+            return jax.jit(make, compiler_options=quick)(*one), None
+        axes = stack_axes(jax.eval_shape(make, *one))
+        hyper = jax.tree.map(jnp.float32, self.hyper)
+        return jax.jit(jax.vmap(make, out_axes=axes), compiler_options=quick)(keys, hyper), axes
 
     def map(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """``function`` of one argument, over the seeds."""

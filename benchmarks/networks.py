@@ -76,8 +76,8 @@ class Training:
         return step, tx.init(self.params)
 
     def alone(self, tx):
-        """The constraint by itself, after a step of plain SGD: a jitted function of its state, and that state."""
+        """The constraint by itself, after a step of plain SGD: a jitted function, and its arguments."""
         step, state = self.step(None)
         moved = jax.block_until_ready(step(self.params, state)[0])
         updates = jax.tree.map(jnp.subtract, moved, self.params)
-        return jax.jit(lambda state: tx.update(updates, state, self.params)), tx.init(self.params)
+        return jax.jit(tx.update), (updates, tx.init(self.params), self.params)

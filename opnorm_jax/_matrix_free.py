@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from opnorm_jax._conv import Conv
 
 MAX_ITERATIONS = 500
-_PATIENCE = 8
+_PATIENCE = 50
 
 
 def explicit_padding(conv: Conv, taps: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
@@ -139,7 +139,7 @@ def _top_vector(kernel: jax.Array, conv: Conv) -> tuple[jax.Array, jax.Array]:
     x = x / length(x)
     state = (x, jnp.zeros_like(x), jnp.zeros((), dtype), x, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
     _, _, value, x, _, _ = lax.while_loop(going, step, state)
-    return value, x
+    return jnp.where(jnp.isfinite(value), value, jnp.nan), x  # an infinity in the kernel is NaN here as elsewhere
 
 
 def _top_of_three(matrix: Float[Array, "3 3"]) -> Float[Array, 3]:

@@ -43,7 +43,7 @@ def pytest_sessionfinish():
 @pytest.fixture(autouse=True)
 def strict_promotion(request):
     """The library must never promote dtypes or ranks silently; the frameworks in the trainer's tests may."""
-    if any(name in request.module.__name__ for name in ("test_train", "readme", "docs")):
+    if any(name in request.module.__name__ for name in ("test_train", "sweep", "readme", "docs")):
         yield
         return
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):

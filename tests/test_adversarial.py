@@ -83,6 +83,8 @@ kinds, seeds, scales = st.sampled_from(KINDS), st.integers(0, 2**32 - 1), st.int
 
 
 def truth(kernel, conv):
+    if not conv.input_shape:
+        return np.linalg.svd(np.asarray(kernel, np.float64), compute_uv=False)
     return oracle.dense_singular_values(
         kernel,
         conv.input_shape,
@@ -120,16 +122,16 @@ def test_bounds(case, kind, seed, scale):
 
 @given(case=st.integers(0, len(POOL) - 1), kind=kinds, seed=seeds, size=st.floats(1e-45, 1e-37))
 def test_denormals(case, kind, seed, size):
-    """Around the smallest normal number: never NaN, and right but for the entries that count as zero."""
+    """Around the smallest normal number: never NaN, and right for the kernel without the entries below it, which count
+    as zero on a CPU, or with them. Results below it may be zero too."""
     shape, conv = POOL[case]
     kernel = draw_kernel(kind, seed, shape)
     kernel = (kernel / max(np.abs(kernel).max(), 1e-300) * size).astype(np.float32)
     tiny = float(np.finfo(np.float32).tiny)
-    true, most = truth(kernel, conv)[0], truth(np.full(shape, 2 * tiny), conv)[0]
+    truths = truth(kernel, conv)[0], truth(np.where(np.abs(kernel) < tiny, 0, kernel), conv)[0]
     (lower, upper), norm = jax.device_get(compiled(bounds_and_norm, case)(kernel))
-    for value in (lower, upper, norm):
-        assert abs(value - true) <= most + 0.2 * true
-    assert lower <= true + 1e-44
+    assert any(lower <= true <= upper + tiny for true in truths), (lower, truths, upper)
+    assert any(abs(norm - true) <= 1e-5 * true + tiny for true in truths)
     count_case("denormals", kind)
 
 
@@ -252,13 +254,18 @@ def _constrain(params):
 
 
 def test_empty_trees():
-    """Nothing to constrain is not an error."""
+    """A tree without a single Conv is a mistake, named as such; empty subtrees beside one are not."""
     for params, convs in (({}, {}), ({"a": {}}, {"a": {}}), ({"bias": jnp.ones(3)}, {"bias": None})):
-        assert jax.tree.structure(oj.constrain(params, 1.0, convs)) == jax.tree.structure(params)
-        tx = oj.constrain_operator_norm(1.0, convs, every=2)
-        updates, state = tx.update(params, tx.init(params), params)
-        assert jax.tree.structure(updates) == jax.tree.structure(params) and state.count == 1
-        assert len(oj.spectral_report(params, convs)) == 0
+        with pytest.raises(ValueError, match="no Conv at all"):
+            oj.constrain(params, 1.0, convs)
+        with pytest.raises(ValueError, match="no Conv at all"):
+            oj.constrain_operator_norm(1.0, convs)
+    params = {"a": {}, "k": jnp.ones((3, 3, 1, 1)), "b": []}
+    convs = {"a": {}, "k": oj.Conv((4, 4)), "b": []}
+    assert jax.tree.structure(oj.constrain(params, 1.0, convs)) == jax.tree.structure(params)
+    tx = oj.constrain_operator_norm(1.0, convs, every=2)
+    updates, state = tx.update(params, tx.init(params), params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params) and state.count == 1
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.uint64, np.int8, np.int64])
@@ -267,7 +274,9 @@ def test_unsigned_input_shapes(dtype):
     sizes = dtype(5), dtype(6)
     kernel = np.random.default_rng(0).standard_normal((3, 3, 2, 2)).astype(np.float32)
     for options in ({}, {"padding": "SAME", "strides": dtype(2)}, {"padding": ((dtype(1), dtype(0)), (0, 1))}):
-        plain = {"padding": options.get("padding", "CIRCULAR"), "strides": int(options.get("strides", 1))}
+        padding = options.get("padding", "CIRCULAR")
+        padding = padding if isinstance(padding, str) else ((1, 0), (0, 1))
+        plain = {"padding": padding, "strides": int(options.get("strides", 1))}
         conv = oj.Conv(sizes, **options)
         assert conv == oj.Conv((5, 6), **plain)
         true = oracle.dense_singular_values(kernel, (5, 6), **plain)[0]

@@ -104,6 +104,7 @@ def test_show_needs_results(tiny):
         sweep.main(dataclasses.replace(tiny, show=True), QUIET)
 
 
+@pytest.mark.filterwarnings("ignore")  # Ray's own sockets
 def test_ray(tiny):
     """On this machine as its own cluster."""
     ray = pytest.importorskip("ray", reason="ray is not installed: the extra [sweep]")

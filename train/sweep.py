@@ -11,6 +11,7 @@ The same command given again goes on where it was stopped or killed; finished ru
 group leaves OUT_DIR/results/NAME.jsonl, one line a run: several machines' results are merged by copying those files.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -147,13 +148,14 @@ def run_on_ray(sweep: Sweep, todo: list[list[Member]], console: Console) -> None
         import ray
     except ImportError:
         raise ValueError("expected ray for --ray: pip install 'opnorm-jax[sweep]'.") from None
-    ray.init(ignore_reinit_error=True, log_to_driver=False)
+    paths = [str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH", "")]  # tasks import this module
+    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, paths))}}
+    ray.init(ignore_reinit_error=True, log_to_driver=False, runtime_env=environment)
     gpus = 1 if ray.cluster_resources().get("GPU") else 0
     sweep = dataclasses.replace(sweep, out_dir=sweep.out_dir.absolute())
 
     @ray.remote(num_gpus=gpus, num_cpus=1, max_retries=2)
     def task(members):
-        sys.path.insert(0, str(Path(__file__).resolve().parent))
         run_group(sweep, members, Console(quiet=True))
 
     pending = {task.remote(members): members for members in todo}
@@ -196,14 +198,10 @@ def run_group(sweep: Sweep, members: list[Member], console: Console) -> None:
     }
     run, state = cifar.prepare(config, datasets.load(config.dataset, config.data_dir, config.download), hyper)
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoints = checkpoint.Checkpoints(folder / "checkpoints", keep=1)
-    try:
+    with contextlib.closing(checkpoint.Checkpoints(folder / "checkpoints", keep=1)) as checkpoints:
         state, position = checkpoints.restore(state, console.print) or (state, None)
-        record = Record(folder, position)
-        cifar.train(run, state, record, checkpoints, console)
-        record.close()
-    finally:
-        checkpoints.close()
+        with contextlib.closing(Record(folder, position)) as record:
+            cifar.train(run, state, record, checkpoints, console)
     epochs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     names = ("test_error", "train_error", "train_loss")
     last = {name: np.atleast_1d(epochs[-1][name]).tolist() for name in names}

@@ -21,9 +21,7 @@ def accelerator_route(monkeypatch):
     jax.clear_caches()
 
 
-@pytest.mark.parametrize(
-    "kernel_shape", [(3, 3, 5, 7), (3, 3, 7, 5), (3, 3, 6, 6), (3, 3, 2, 4), (3, 3, 1, 4)], ids=str
-)
+@pytest.mark.parametrize("kernel_shape", [(3, 3, 5, 7), (3, 3, 7, 5), (3, 3, 2, 4)], ids=str)
 def test_accelerator_route_agrees(accelerator_route, kernel_shape):
     kernel = np.random.default_rng(0).standard_normal(kernel_shape).astype(np.float32)
     true = oracle.dense_singular_values(kernel, (6, 6))
@@ -145,6 +143,18 @@ def test_elimination_finds_the_largest(x64, kind, dtype):
     np.testing.assert_allclose(np.max(batch, axis=1), [truth, truth / 4], atol=tolerance)
     together = _linalg._largest_together(jnp.stack([blocks, np.roll(blocks, 5, 0) / 4]))
     np.testing.assert_allclose(np.max(together, axis=1), [truth, truth / 4], atol=2 * tolerance)
+
+
+@pytest.mark.parametrize("method", ["auto", "svd", "eigh"])
+@pytest.mark.parametrize("spread", [1e-6, 1e-5, 1e-4])
+def test_norm_at_near_ties(spread, method):
+    """What projections make. LAPACK's values-only SVD is up to 35 eps off here, more than a certificate allows for."""
+    rng = np.random.default_rng(0)
+    left, values, right = np.linalg.svd(rng.standard_normal((100, 5, 6)) + 1j * rng.standard_normal((100, 5, 6)), False)
+    blocks = ((left * (1 - spread * rng.random((100, 1, 5)))) @ right).astype(np.complex64)
+    truth = np.linalg.svd(blocks.astype(np.complex128), compute_uv=False)[:, 0]
+    each = jax.vmap(lambda block: _linalg.largest_singular_values(block[None], method)[0])(jnp.asarray(blocks))
+    np.testing.assert_allclose(each, truth, rtol=10 * float(jnp.finfo(jnp.float32).eps))
 
 
 @pytest.mark.parametrize("route", [_linalg._largest_by_elimination, lambda x: _linalg._largest_together(x[None])[0]])

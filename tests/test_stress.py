@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import THOROUGH
 
-STEPS = 500 if THOROUGH else 200
+STEPS = 500 if THOROUGH else 60
 
 TRANSFORMATION = """
 import jax, jax.numpy as jnp, optax, opnorm_jax as oj

@@ -44,7 +44,9 @@ def operator_norm(
     Args:
       kernel: any real floating dtype, in ``conv.kernel_layout``; computed in float32, or float64 if it is float64.
       conv: the convolution, or the input's spatial shape in pixels (circular).
-      chunk_bytes, mesh, method: see :func:`singular_values`.
+      chunk_bytes, mesh: see :func:`singular_values`.
+      method: as there, or ``"products"``: Gram iteration, by matrix products alone (see ``_products.py``), for
+        accelerators that factorise slowly.
 
     Returns:
       A scalar of the computing dtype. NaN if the kernel holds a NaN or an infinity.
@@ -95,7 +97,7 @@ def operator_norm_bounds(
     Args:
       kernel: any real floating dtype, in ``conv.kernel_layout``; computed in float32, or float64 if it is float64.
       conv: the convolution, or the input's spatial shape in pixels (circular).
-      chunk_bytes, mesh, method: see :func:`singular_values`.
+      chunk_bytes, mesh, method: see :func:`operator_norm`.
 
     Returns:
       ``Bounds(lower, upper)``, widened by the rounding errors of their own computation.
@@ -186,7 +188,7 @@ def operator_norm_upper_bound(
       strides, input_dilation, kernel_dilation, feature_group_count, kernel_layout: as in :class:`Conv`. Spacing
         taps apart leaves S as it is; strides and input dilation change it.
       slack: the bound is at most S (1 + slack), besides rounding. 0.01 takes N = 32 for 3 x 3, 0.001 takes N = 100.
-      chunk_bytes, mesh, method: see :func:`singular_values`.
+      chunk_bytes, mesh, method: see :func:`operator_norm`.
 
     Returns:
       A scalar of the computing dtype.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from opnorm_jax import _linalg
+from opnorm_jax import _linalg, _products
 from opnorm_jax._execution import Execution
 from opnorm_jax._spectrum import circular_norm, rounding
 from opnorm_jax._symbol import Axis, Plan, block_taps, couplings, half_grid, scan_frequencies
@@ -52,8 +52,11 @@ def certified_inside(
     limit = bound / (factor * (1 + 2 * rounding(kernel.shape, coarse, kernel.dtype)))
 
     def step(carry, blocks, phase, weights, x):
-        stack = _linalg.gram(blocks.reshape(-1, *blocks.shape[2:]))
-        below = _linalg.all_below(stack, limit**2)
+        stack = blocks.reshape(-1, *blocks.shape[2:])
+        if how.method == "products":
+            below = jnp.all(_products.norms(stack, squarings=6) < limit)  # at most 5 % above, of 512 values
+        else:
+            below = _linalg.all_below(_linalg.gram(stack), limit**2)
         return carry, jnp.broadcast_to(below, blocks.shape[:1])
 
     _, below = scan_frequencies(step, (), block_taps(kernel, coarse), coarse, how)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from opnorm_jax import _linalg
+from opnorm_jax import _linalg, _products
 from opnorm_jax._certificate import unless_inside
 from opnorm_jax._execution import Execution
 from opnorm_jax._spectrum import circular_norm, rounding
@@ -36,18 +36,23 @@ def weigh(weights, blocks):
     return weights[:, None, None, None].astype(blocks.dtype) * blocks
 
 
-def gram_spectrum(blocks, above=None):
-    """Singular values (ascending) of the blocks (c, g, m, n) and the vectors on their smaller side.
-
-    Blocks without any value greater than ``above`` may get zeros instead.
-    """
+def excess(blocks, bound, method):
+    """What a clip at ``bound`` takes off the blocks (c, g, m, n); and for each frequency the sum of the singular values
+    of that, and the largest value of a block (or 0 if none is above the bound)."""
     c, g, m, n = blocks.shape
-    stack = _linalg.gram(blocks).reshape(c * g, min(m, n), min(m, n))
-    values, vectors = _linalg.eigh(stack) if above is None else _linalg.eigh_above(stack, above**2)
-    return jnp.sqrt(jnp.maximum(values, 0)).reshape(c, g, -1), vectors.reshape(c, g, *vectors.shape[1:])
+    if method == "products":
+        part, nuclear, largest = _products.excess(blocks.reshape(c * g, m, n), bound)
+    else:
+        stack = _linalg.gram(blocks).reshape(c * g, min(m, n), min(m, n))
+        values, vectors = _linalg.eigh_above(stack, bound**2)
+        values = jnp.sqrt(jnp.maximum(values, 0))
+        over = jnp.maximum(values - bound, 0)
+        part = _apply_spectral(blocks.reshape(c * g, m, n), vectors, over / jnp.where(values > 0, values, 1))
+        nuclear, largest = jnp.sum(over, axis=1), jnp.max(values, axis=1)
+    return part.reshape(blocks.shape), jnp.sum(nuclear.reshape(c, g), 1), jnp.max(largest.reshape(c, g), 1)
 
 
-def apply_spectral(blocks, vectors, factor):
+def _apply_spectral(blocks, vectors, factor):
     """F V diag(factor) Vᴴ, or V diag(factor) Vᴴ F where the vectors are the left ones."""
     weighted = vectors * factor[..., None, :].astype(vectors.dtype)
     scaled = jnp.matmul(weighted, vectors.conj().swapaxes(-1, -2), precision=_HIGHEST)
@@ -67,11 +72,8 @@ def _clip(plan, how, norm_wanted):
 
     def outside(kernel, bound):
         def step(carry, blocks, phase, weights, x):
-            values, vectors = gram_spectrum(blocks, above=bound)
-            factor = jnp.minimum(0, bound / jnp.where(values > 0, values, 1) - 1)
-            factor = jnp.where(values > bound * (1 + inside_tolerance(kernel.dtype)), factor, 0)
-            change = weigh(weights, apply_spectral(blocks, vectors, factor))
-            return carry + symbol_adjoint(change, phase), jnp.max(values, axis=(1, 2))
+            part, _, largest = excess(blocks, bound, how.method)
+            return carry - symbol_adjoint(weigh(weights, part), phase), largest
 
         taps = block_taps(kernel, plan)
         change, norms = scan_frequencies(step, jnp.zeros_like(taps), taps, plan, how)
@@ -91,10 +93,13 @@ def _clip_jvp(plan, how, norm_wanted, primals, tangents):
     """
     (kernel, bound), (kernel_dot, bound_dot) = primals, tangents
     taps, taps_dot = block_taps(kernel, plan), block_taps(kernel_dot, plan)
+    r = min(taps.shape[-2:])
 
     def step(carry, f, phase, weights, x):
         f_dot = symbol(taps_dot, phase)
-        values, vectors = gram_spectrum(f)
+        values, vectors = _linalg.eigh(_linalg.gram(f).reshape(-1, r, r))
+        values = jnp.sqrt(jnp.maximum(values, 0)).reshape(*f.shape[:2], r)
+        vectors = vectors.reshape(*f.shape[:2], r, r)
         outside = values > bound * (1 + inside_tolerance(kernel.dtype))
         safe = jnp.where(values > 0, values, 1)
         phi = jnp.where(outside, bound / safe, 1)
@@ -115,7 +120,7 @@ def _clip_jvp(plan, how, norm_wanted, primals, tangents):
         change = mul(h_dot, vectors * (phi - 1)[..., None, :].astype(f.dtype), adjoint(vectors))
         change = change + mul(h, vectors, phi_dot, adjoint(vectors))
         change = adjoint(change) if left else change
-        value = apply_spectral(f, vectors, phi - 1)
+        value = _apply_spectral(f, vectors, phi - 1)
         add, add_dot = carry
         add = add + symbol_adjoint(weigh(weights, value), phase)
         add_dot = add_dot + symbol_adjoint(weigh(weights, change), phase)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from opnorm_jax._clip import apply_spectral, fit, gram_spectrum, inside_tolerance, weigh
+from opnorm_jax._clip import excess, fit, inside_tolerance, weigh
 from opnorm_jax._execution import Execution
 from opnorm_jax._spectrum import circular_norm
 from opnorm_jax._symbol import (
@@ -66,11 +66,9 @@ def nearest(kernel, norm, bound, dual, plan: Plan, options: tuple[float, int], h
             p, q = item
             back, nuclear, uphill = carry
             z = q + jnp.asarray(rate, blocks.dtype) * blocks
-            values, vectors = gram_spectrum(z, above=rate * bound)
-            excess = jnp.maximum(values - rate * bound, 0)
-            new = apply_spectral(z, vectors, excess / jnp.where(values > 0, values, 1))
+            new, over, _ = excess(z, rate * bound, how.method)
             back = back + symbol_adjoint(weigh(weights, new), phase)
-            nuclear = nuclear + jnp.sum(weights[:, None, None] * excess)
+            nuclear = nuclear + jnp.sum(weights * over)
             uphill = uphill + jnp.sum(weights[:, None, None, None] * ((q - new).conj() * (new - p)).real)
             return (back, nuclear, uphill), new
 

@@ -34,6 +34,7 @@ def rescale_operator_norm(
     *,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
     mesh: jax.sharding.Mesh | None = None,
+    method: str = "auto",
 ) -> Float[Array, ...]:
     """kernel * min(1, max_norm / upper bound): the cheapest way inside the ball, and a certified one.
 
@@ -46,6 +47,8 @@ def rescale_operator_norm(
       conv: the convolution, or the input's spatial shape in pixels (circular).
       max_norm: positive; may be traced.
       chunk_bytes, mesh: see :func:`singular_values`.
+      method: ``"eigh"`` of Gram matrices, batched but on a CPU; ``"products"``, matrix products alone (see
+        ``_products.py``), for accelerators that factorise slowly; or ``"auto"``, the former.
 
     Returns:
       A kernel of the same shape and dtype. NaN throughout if ``kernel`` holds a NaN or an infinity.
@@ -64,7 +67,8 @@ def rescale_operator_norm(
       >>> bool(abs(oj.operator_norm(kernel, (8, 8)) - 1) < 1e-5)
       True
     """
-    return constrained("rescale", kernel, conv, max_norm, how=execution(chunk_bytes, mesh), norm_wanted=False).kernel
+    how = execution(chunk_bytes, mesh, method, "constraint")
+    return constrained("rescale", kernel, conv, max_norm, how=how, norm_wanted=False).kernel
 
 
 def clip_operator_norm(
@@ -74,6 +78,7 @@ def clip_operator_norm(
     *,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
     mesh: jax.sharding.Mesh | None = None,
+    method: str = "auto",
 ) -> Float[Array, ...]:
     r"""The paper's clip (Appendix A), one shot: it does **not** bring the norm under ``max_norm``.
 
@@ -88,6 +93,7 @@ def clip_operator_norm(
       conv: the convolution, or the input's spatial shape in pixels (circular).
       max_norm: positive; may be traced.
       chunk_bytes, mesh: see :func:`singular_values`.
+      method: see :func:`rescale_operator_norm`; ``"products"`` costs some 50 to 100 products a block.
 
     Returns:
       A kernel of the same shape and dtype; one whose norm is at most ``max_norm`` (to 32 eps) comes back bit for bit.
@@ -112,7 +118,8 @@ def clip_operator_norm(
     References:
       Sedghi, Gupta and Long, `The Singular Values of Convolutional Layers <https://arxiv.org/abs/1805.10408>`_, 2019.
     """
-    return constrained("clip", kernel, conv, max_norm, how=execution(chunk_bytes, mesh), norm_wanted=False).kernel
+    how = execution(chunk_bytes, mesh, method, "constraint")
+    return constrained("clip", kernel, conv, max_norm, how=how, norm_wanted=False).kernel
 
 
 def project_operator_norm(
@@ -124,6 +131,7 @@ def project_operator_norm(
     max_iterations: int = 200,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
     mesh: jax.sharding.Mesh | None = None,
+    method: str = "auto",
 ) -> Float[Array, ...]:
     r"""The nearest kernel (Frobenius distance) whose operator norm is at most ``max_norm``.
 
@@ -145,6 +153,7 @@ def project_operator_norm(
       max_iterations: and after this many iterations at the latest, rounded up to a multiple of 10.
       chunk_bytes: bounds the blocks of one chunk; the dual variable (half the grid's blocks) is held whole, thrice.
       mesh: see :func:`singular_values`.
+      method: see :func:`rescale_operator_norm`.
 
     Returns:
       A kernel of the same shape and dtype; one inside already (to 32 eps) comes back bit for bit.
@@ -169,7 +178,7 @@ def project_operator_norm(
       O'Donoghue and Candes, Adaptive restart for accelerated gradient schemes, 2015.
     """
     options = _checked_options(tolerance, max_iterations)
-    how = execution(chunk_bytes, mesh)
+    how = execution(chunk_bytes, mesh, method, "constraint")
     return constrained("project", kernel, conv, max_norm, options, how=how, norm_wanted=False).kernel
 
 
@@ -183,6 +192,7 @@ def project_operator_norm_info(
     dual: Float[Array, "2 nf g m n"] | None = None,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
     mesh: jax.sharding.Mesh | None = None,
+    method: str = "auto",
 ) -> tuple[Float[Array, ...], ProjectionInfo]:
     """:func:`project_operator_norm`, with its certificate.
 
@@ -205,7 +215,8 @@ def project_operator_norm_info(
       True
     """
     options = _checked_options(tolerance, max_iterations)
-    out = constrained("project", kernel, conv, max_norm, options, dual, execution(chunk_bytes, mesh))
+    how = execution(chunk_bytes, mesh, method, "constraint")
+    out = constrained("project", kernel, conv, max_norm, options, dual, how)
     assert out.info is not None  # the method is "project"
     return out.kernel, out.info
 

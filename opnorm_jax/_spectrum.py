@@ -74,7 +74,7 @@ def singular_values(
     References:
       Sedghi, Gupta and Long, `The Singular Values of Convolutional Layers <https://arxiv.org/abs/1805.10408>`_, 2019.
     """
-    conv, how = as_conv(conv), execution(chunk_bytes, mesh, method)
+    conv, how = as_conv(conv), execution(chunk_bytes, mesh, method, "values")
     kernel = canonical_kernel(kernel, conv)
     plan = exact_plan(conv, kernel.shape[:-2])
     kernel, scale = normalise(kernel)

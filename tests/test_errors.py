@@ -129,7 +129,21 @@ OPTIONS = {
         TypeError,
         "a jax.sharding.Mesh or None, got 8",
     ),
-    "unknown way to factorise": (lambda: oj.operator_norm(K, (8, 8), method="qr"), ValueError, "'auto', 'svd', 'eigh'"),
+    "unknown way to factorise": (
+        lambda: oj.operator_norm(K, (8, 8), method="qr"),
+        ValueError,
+        "'auto', 'svd', 'eigh', 'products'",
+    ),
+    "values by products": (
+        lambda: oj.singular_values(K, (8, 8), method="products"),
+        ValueError,
+        r"one of \('auto', 'svd', 'eigh'\), got",
+    ),
+    "clip by svd": (
+        lambda: oj.clip_operator_norm(K, (8, 8), 1.0, method="svd"),
+        ValueError,
+        r"one of \('auto', 'eigh', 'products'\), got",
+    ),
     "float chunk": (lambda: oj.operator_norm(K, (8, 8), chunk_bytes=1e6), TypeError, "chunk_bytes to be an int"),
     "zero slack": (lambda: oj.operator_norm_upper_bound(K, slack=0.0), ValueError, "slack to be positive, got 0.0"),
     "string slack": (lambda: oj.operator_norm_upper_bound(K, slack="1%"), TypeError, "slack to be a number"),

@@ -3,9 +3,11 @@
     python -m benchmarks gpu [--quick]
 
 spectrum, norm, clip, inside (clip of a kernel with half the norm) against the plain two-liner in jitted jax.numpy on
-the same device, 3x3 kernels; every answer compared with NumPy's in float64 first. training: what ``every=1`` and
-``every=100`` add to a step of ResNet-18 and ResNet-32. Rows are printed as they come; what no time is left for is
-named.
+the same device, 3x3 kernels; norm and clip by batched ``eigh`` and by matrix products alone, which decides what
+``method="auto"`` should take there; every answer compared with NumPy's in float64 first. product: one batched complex
+product of the blocks, the unit in which a roofline counts (the norm by products takes 25, a clip some 90). training:
+what ``every=1`` and ``every=100`` add to a step of ResNet-18 and ResNet-32. Rows are printed as they come; what no time
+is left for is named.
 On a CPU it runs too, which shows that it works and nothing else.
 """
 
@@ -13,6 +15,7 @@ import functools
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import opnorm_jax as oj
@@ -32,32 +35,35 @@ def measure(channels, n, repeats):
     norm = float(truth[-1])
     spectrum = jax.jit(functools.partial(oj.singular_values, conv=size))
     found = np.sort(np.ravel(jax.device_get(spectrum(k))))
-    errors = {
-        "values, of the largest": float(np.abs(found - truth).max() / norm),
-        "norm": abs(float(oj.operator_norm(k, size)) / norm - 1),
-        "clip": float(
-            np.abs(oj.clip_operator_norm(k, size, norm / 2) - rivals.paper_clip(kernel, size, norm / 2)).max()
-        ),
-    }
     jit = lambda function, **options: functools.partial(jax.jit(functools.partial(function, conv=size, **options)), k)
+    both = lambda function, **options: {
+        f"ours, {method}": jit(function, method=method, **options) for method in ("eigh", "products")
+    }
+    norms, clips = both(oj.operator_norm), both(oj.clip_operator_norm, max_norm=norm / 2)
+    clipped = rivals.paper_clip(kernel, size, norm / 2)
+    errors = {"values, of the largest": float(np.abs(found - truth).max() / norm)}
+    errors |= {f"norm, {name}": abs(float(function()) / norm - 1) for name, function in norms.items()}
+    errors |= {f"clip, {name}": float(np.abs(function() - clipped).max()) for name, function in clips.items()}
     cases = {
         "spectrum": {"jax.numpy": lambda: rivals.plain_spectrum(k, size), "ours": lambda: spectrum(k)},
-        "norm": {"jax.numpy": lambda: rivals.plain_spectrum(k, size), "ours": jit(oj.operator_norm)},
-        "clip": {
-            "jax.numpy": lambda: rivals.plain_clip(k, size, norm / 2),
-            "ours": jit(oj.clip_operator_norm, max_norm=norm / 2),
-        },
+        "norm": {"jax.numpy": lambda: rivals.plain_spectrum(k, size), "ours": jit(oj.operator_norm), **norms},
+        "clip": {"jax.numpy": lambda: rivals.plain_clip(k, size, norm / 2), **clips},
         "inside": {
             "jax.numpy": lambda: rivals.plain_clip(k, size, 2 * norm),
-            "ours": jit(oj.clip_operator_norm, max_norm=2 * norm),
+            **both(oj.clip_operator_norm, max_norm=2 * norm),
             "ours, rescale": jit(oj.rescale_operator_norm, max_norm=2 * norm),
         },
     }
     for claim, functions in cases.items():
         seconds = interleaved(functions, repeats)
-        times = seconds["jax.numpy"] / seconds["ours"]
+        times = {name: seconds["jax.numpy"] / seconds[name] for name in functions if name != "jax.numpy"}
         row = {"claim": claim, "channels": channels, "map": n, "times faster": times, "errors": errors}
         yield {**row, "seconds": seconds}
+    blocks = jax.lax.complex(*jax.random.normal(jax.random.key(0), (2, n * (n // 2 + 1), channels, channels)))
+    product = jax.jit(functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST))
+    seconds = interleaved({"product": lambda: product(blocks, blocks)}, repeats)
+    rate = 8 * blocks.shape[0] * channels**3 / seconds["product"]
+    yield {"claim": "product", "channels": channels, "map": n, "flops per second": rate, "seconds": seconds}
 
 
 def run(options):

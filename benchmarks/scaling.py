@@ -5,6 +5,7 @@
 map        64 channels: spectrum and norm grow with the number of pixels; the bound for every size does not
 channels   16x16 maps
 layers     1 to 16 layers alike under one optax transformation: one batched call, so compilation does not grow
+methods    16x16 maps: the norm, and a clip at half of it, by each method
 devices    256 channels on 16x16 maps, ``mesh=`` of 1, 2, ... devices: of cores on a CPU
 memory     512 channels, all values reduced to the norm and a histogram inside one ``jit``: the peak of a new process
 """
@@ -56,6 +57,18 @@ def devices(count, channels, repeats):
     return interleaved({"spectrum": lambda: spectrum(kernel)}, repeats)
 
 
+def methods(channels, repeats):
+    kernel, size = normal(channels), (16, 16)
+    bound = oj.operator_norm(kernel, size) / 2
+    functions = {}
+    for method in ("auto", "svd", "eigh", "products"):
+        functions[f"norm, {method}"] = jax.jit(functools.partial(oj.operator_norm, conv=size, method=method))
+    for method in ("eigh", "products"):
+        clip = functools.partial(oj.clip_operator_norm, conv=size, max_norm=bound, method=method)
+        functions[f"clip, {method}"] = jax.jit(clip)
+    return interleaved({name: functools.partial(function, kernel) for name, function in functions.items()}, repeats)
+
+
 def peak_memory(channels, n):
     """In a new process, as peaks do not go down."""
     command = [sys.executable, "-m", "benchmarks.scaling", str(channels), str(n)]
@@ -101,6 +114,8 @@ def run(options):
         )
     for channels in (4, 8) if quick else (8, 16, 32, 64, 128, 256):
         add({"claim": "channels", "channels": channels, "map": 16, "seconds": times(channels, 16, repeats)})
+    for channels in (8,) if quick else (16, 64, 128):
+        add({"claim": "methods", "channels": channels, "map": 16, "seconds": methods(channels, repeats)})
     for count in (1, 2) if quick else (1, 2, 4, 8, 16):
         add({"claim": "layers", "layers": count, **layers(count, repeats)})
     for count in [2**n for n in range(10) if 2**n <= jax.device_count()]:

@@ -279,7 +279,7 @@ BAD_DATA = {
         ValueError,
         "as many labels as images, got 1 and 6",
     ),
-    "altered official archive": (official_name, ValueError, "official archive, MD5 c32a.*corrupted or altered"),
+    "altered official archive": (official_name, ValueError, "official archive, SHA-256 c4a3.*corrupted or altered"),
     "truncated archive": (cut_archive, ValueError, "readable tar archive"),
 }
 
@@ -301,10 +301,10 @@ def test_oversized_member_is_refused(tmp_path, monkeypatch):
 def test_download_is_checked_and_atomic(tmp_path, monkeypatch):
     source = write_archive(tmp_path / "source.tar.gz", binary_files())
     folder = tmp_path / "data"
-    with pytest.raises(ValueError, match="(?s)archive of MD5 c32a.*Nothing was kept"):
+    with pytest.raises(ValueError, match="(?s)archive of SHA-256 c4a3.*Nothing was kept"):
         datasets.cifar10(folder, download=True, url=source.as_uri())
     assert list(folder.iterdir()) == []
-    monkeypatch.setitem(datasets.MD5, "cifar-10-binary.tar.gz", hashlib.md5(source.read_bytes()).hexdigest())
+    monkeypatch.setitem(datasets.SHA256, "cifar-10-binary.tar.gz", hashlib.sha256(source.read_bytes()).hexdigest())
     data = datasets.cifar10(folder, download=True, url=source.as_uri())
     assert len(data.train_images) == 5 * COUNT
     assert [path.name for path in folder.iterdir()] == ["cifar-10-binary.tar.gz"]

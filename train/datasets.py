@@ -21,9 +21,9 @@ from typing import NamedTuple
 import numpy as np
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-MD5 = {
-    "cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530",
-    "cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a",
+SHA256 = {
+    "cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+    "cifar-10-python.tar.gz": "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
 }
 TRAIN_BATCHES = [f"data_batch_{n}" for n in range(1, 6)]
 TEST_BATCH = "test_batch"
@@ -72,7 +72,7 @@ def cifar10(data_dir: Path | None, download: bool = False, url: str = URL) -> Da
             where = f"none of them in {data_dir}" if data_dir is not None else "no --data-dir"
             raise FileNotFoundError(
                 "expected CIFAR-10 as a folder cifar-10-batches-bin or cifar-10-batches-py, or as an archive "
-                f"{' or '.join(MD5)}; got {where}. Point --data-dir at one, or add --download to fetch {URL}."
+                f"{' or '.join(SHA256)}; got {where}. Point --data-dir at one, or add --download to fetch {URL}."
             )
         folder = Path(data_dir) if data_dir is not None else Path.home() / ".cache" / "opnorm_jax"
         found = fetch(folder, url)
@@ -90,14 +90,14 @@ def find(path: Path) -> Path | None:
     for folder in (path, path / "cifar-10-batches-bin", path / "cifar-10-batches-py"):
         if folder.is_dir() and any(_is_batch(child.name) for child in folder.iterdir()):
             return folder
-    return next((path / name for name in MD5 if (path / name).is_file()), None)
+    return next((path / name for name in SHA256 if (path / name).is_file()), None)
 
 
 def fetch(folder: Path, url: str = URL) -> Path:
     """Downloads the binary archive, checks it, and only then gives it its name."""
     target = folder / "cifar-10-binary.tar.gz"
     folder.mkdir(parents=True, exist_ok=True)
-    digest, size = hashlib.md5(usedforsecurity=False), 0
+    digest, size = hashlib.sha256(), 0
     handle, temporary = tempfile.mkstemp(dir=folder, prefix=target.name, suffix=".part")
     try:
         with os.fdopen(handle, "wb") as out, urllib.request.urlopen(url, timeout=60) as response:
@@ -107,10 +107,10 @@ def fetch(folder: Path, url: str = URL) -> Path:
                     raise ValueError(f"{url}: expected at most {LARGEST_ARCHIVE} bytes, got more. Nothing was kept.")
                 digest.update(piece)
                 out.write(piece)
-        if digest.hexdigest() != MD5[target.name]:
+        if digest.hexdigest() != SHA256[target.name]:
             raise ValueError(
-                f"{url}: expected an archive of MD5 {MD5[target.name]}, got {digest.hexdigest()} ({size} bytes). "
-                "Nothing was kept; try again, or fetch the archive by hand and point --data-dir at it."
+                f"{url}: expected an archive of SHA-256 {SHA256[target.name]}, got {digest.hexdigest()} "
+                f"({size} bytes). Nothing was kept; try again, or fetch the archive by hand and point --data-dir at it."
             )
         os.replace(temporary, target)
     except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
@@ -124,12 +124,12 @@ def fetch(folder: Path, url: str = URL) -> Path:
 
 
 def read_archive(path: Path) -> dict[str, bytes]:
-    """The batches of an official archive, by name. Checked by MD5 where the name is an official one."""
-    expected = MD5.get(path.name)
-    if expected and (got := hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()) != expected:
+    """The batches of an official archive, by name. Checked by SHA-256 where the name is an official one."""
+    expected = SHA256.get(path.name)
+    if expected and (got := hashlib.sha256(path.read_bytes()).hexdigest()) != expected:
         raise ValueError(
-            f"{path}: expected the official archive, MD5 {expected}, got {got}: corrupted or altered. Fetch it again; "
-            "to use data of your own, unpack them and point --data-dir at the folder."
+            f"{path}: expected the official archive, SHA-256 {expected}, got {got}: corrupted or altered. Fetch it "
+            "again; to use data of your own, unpack them and point --data-dir at the folder."
         )
     files: dict[str, bytes] = {}
     try:

@@ -5,7 +5,7 @@
 NAME: spectrum (the paper's section 4.1), claims (one kernel), training (shares of a step), scaling (map, channels,
 layers, devices, memory), gpu (all that is claimed of accelerators, in one run of under 9 minutes); without one, all
 that suit this machine. Each writes NAME.jsonl, with versions and hardware on every line. ``--table`` prints the
-README's tables from the files that are there, and measures nothing.
+README's tables from the files that are there, draws its pictures beside them, and measures nothing.
 """
 
 import argparse
@@ -25,12 +25,13 @@ def main():
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs; writes nothing")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="print the README's tables from the results")
+    parser.add_argument("--table", action="store_true", help="tables and pictures from the results there are")
     options = parser.parse_args()
     if options.table:
+        from benchmarks.figures import draw
         from benchmarks.tables import tables
 
-        print(tables(options.out))
+        print(tables(options.out), *(f"drawn: {path}" for path in draw(options.out)), sep="\n\n")
         return
     jax.config.update("jax_num_cpu_devices", CORES)
     accelerated = jax.default_backend() != "cpu"

@@ -4,7 +4,7 @@
 
 3x3 kernels on 16x16 maps and 11x11 kernels on 64x64 maps, four ways: the full matrix, the paper's NumPy algorithm
 (rendered independently), the same in plain jitted jax.numpy, and opnorm_jax. One process; runs interleaved; medians;
-compilation apart; every answer checked against the paper's before it is timed. Draws results/spectrum.png.
+compilation apart; every answer checked against the paper's before it is timed.
 """
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 
 import opnorm_jax as oj
 from benchmarks import rivals
-from benchmarks.measure import RESULTS, compile_seconds, geometric_mean, interleaved, show
+from benchmarks.measure import compile_seconds, geometric_mean, interleaved, show
 
 CASES = [((3, 3), (16, 16), c) for c in (2, 4, 8, 16, 32, 64, 128)] + [
     ((11, 11), (64, 64), c) for c in (1, 2, 4, 8, 16, 32)
@@ -54,36 +54,10 @@ def measure(taps, size, channels, repeats):
     return row
 
 
-def plot(rows, path):
-    """Seconds against channels, one panel per kernel size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    panels = sorted({(tuple(row["taps"]), tuple(row["map"])) for row in rows})
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), layout="constrained", squeeze=False)
-    for axis, (taps, size) in zip(axes[0], panels):
-        for color, name in enumerate(METHODS):
-            points = [
-                (row["channels"], row["seconds"][name])
-                for row in rows
-                if (tuple(row["taps"]), tuple(row["map"])) == (taps, size) and name in row["seconds"]
-            ]
-            if points:
-                axis.loglog(*zip(*points), marker="o", label=name, color=f"C{color}")
-        axis.set(title=f"{taps[0]}x{taps[1]} kernels, {size[0]}x{size[1]} maps", xlabel="channels", ylabel="seconds")
-        axis.grid(alpha=0.3)
-    axes[0, 0].legend()
-    figure.savefig(path, dpi=120)
-
-
 def run(options):
     """All rows."""
     rows = [measure(*case, options.repeats) for case in (QUICK if options.quick else CASES)]
     for rival in ("full matrix", "paper, NumPy", "plain jax.numpy"):
         ratios = [row["seconds"][rival] / row["seconds"]["opnorm_jax"] for row in rows if rival in row["seconds"]]
         print(f"times faster than {rival}: geometric mean {geometric_mean(ratios):.2f}, least {min(ratios):.2f}")
-    if not options.quick:
-        plot(rows, RESULTS / "spectrum.png")
     return rows

@@ -3,7 +3,7 @@
     python -m benchmarks training [--quick]
 
 For each network, three medians of interleaved runs: the step without a constraint, the constraint alone on a step it
-acts on (kernels just moved out of the ball by that step), and alone on a step in between. The shares are sums of these:
+acts on (kernels just moved out of the ball by that step), and alone, in place, on a step in between. The shares are sums of these:
 differences of whole steps drown in their noise. ``act / step`` is what ``every=1`` adds; ``every=100`` adds the same
 once and the other 99 times.
 """
@@ -13,7 +13,7 @@ import functools
 import jax
 
 from benchmarks.measure import compile_seconds, interleaved, show
-from benchmarks.networks import Training
+from benchmarks.networks import Training, chained
 
 CASES = [  # network, batch, methods
     ("ResNet-32", 128, ("clip", "rescale")),
@@ -34,7 +34,8 @@ def measure(name, batch, methods, repeats):
             compiling[f"{method}, {when}"] = compile_seconds(act, updates, start, params)
             # Its count is then 1: not due if every > 1; the dual variables are warm.
             _, state_1 = jax.block_until_ready(act(updates, start, params))
-            functions[f"{method}, {when}"] = functools.partial(act, updates, state_1, params)
+            call = functools.partial(act, updates, state_1, params)
+            functions[f"{method}, {when}"] = call if every == 1 else chained(act, updates, state_1, params)
     seconds = interleaved(functions, repeats)
     shares = {
         method: {

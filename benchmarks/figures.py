@@ -1,0 +1,60 @@
+"""The README's pictures, from the JSON lines in results/."""
+
+from benchmarks.spectrum import METHODS
+from benchmarks.tables import read
+
+
+def draw(folder):
+    """Those whose results are there, beside them; returns their paths."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    drawn = []
+    for name, maker in {"spectrum": spectrum, "scaling": scaling}.items():
+        if rows := read(folder, name):
+            drawn.append(folder / f"{name}.png")
+            figure = maker(rows, plt)
+            figure.savefig(drawn[-1], dpi=120)
+            plt.close(figure)
+    return drawn
+
+
+def spectrum(rows, plt):
+    """Seconds against channels, one panel per kernel size."""
+    panels = sorted({(tuple(row["taps"]), tuple(row["map"])) for row in rows})
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), layout="constrained", squeeze=False)
+    for axis, (taps, size) in zip(axes[0], panels):
+        here = [row for row in rows if (tuple(row["taps"]), tuple(row["map"])) == (taps, size)]
+        lines(axis, here, "channels", METHODS)
+        axis.set(title=f"{taps[0]}x{taps[1]} kernels, {size[0]}x{size[1]} maps")
+    axes[0, 0].legend()
+    return figure
+
+
+def scaling(rows, plt):
+    """Seconds against the map's side, the channels, and the layers."""
+    panels = {
+        "map": ("map", "pixels along the map (64 channels)"),
+        "channels": ("channels", "channels (16x16 maps)"),
+        "methods": ("channels", "channels, by method (16x16 maps)"),
+        "layers": ("layers", "layers alike under one transformation"),
+    }
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 4), layout="constrained")
+    for axis, (claim, (key, label)) in zip(axes, panels.items()):
+        here = [row for row in rows if row["claim"] == claim]
+        lines(axis, here, key, here[0]["seconds"])
+        axis.set(xlabel=label)
+        axis.legend(fontsize="small")
+    return figure
+
+
+def lines(axis, rows, key, names):
+    """One line for each of ``names``, with the colours in their order."""
+    for color, name in enumerate(names):
+        points = [(row[key], row["seconds"][name]) for row in rows if name in row["seconds"]]
+        if points:
+            axis.loglog(*zip(*points), marker="o", label=name, color=f"C{color}")
+    axis.set(xlabel=key, ylabel="seconds")
+    axis.grid(alpha=0.3)

@@ -3,9 +3,9 @@
     python -m benchmarks training [--quick]
 
 For each network, three medians of interleaved runs: the step without a constraint, the constraint alone on a step it
-acts on (kernels just moved out of the ball by that step), and alone, in place, on a step in between. The shares are sums of these:
-differences of whole steps drown in their noise. ``act / step`` is what ``every=1`` adds; ``every=100`` adds the same
-once and the other 99 times.
+acts on (kernels just moved out of the ball by that step), and alone, in place, on a step in between. The shares are
+sums of these: differences of whole steps drown in their noise. ``act / step`` is what ``every=1`` adds; ``every=100``
+adds the same once and the other 99 times.
 """
 
 import functools

@@ -54,7 +54,7 @@ def certified_inside(
     def step(carry, blocks, phase, weights, x):
         stack = blocks.reshape(-1, *blocks.shape[2:])
         if how.method == "products":
-            below = jnp.all(_products.norms(stack, squarings=6) < limit)  # at most 5 % above, of 512 values
+            below = jnp.all(_products.norms(stack, _products.ROUGH) < limit)
         else:
             below = _linalg.all_below(_linalg.gram(stack), limit**2)
         return carry, jnp.broadcast_to(below, blocks.shape[:1])

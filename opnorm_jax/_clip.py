@@ -36,12 +36,13 @@ def weigh(weights, blocks):
     return weights[:, None, None, None].astype(blocks.dtype) * blocks
 
 
-def excess(blocks, bound, method):
+def excess(blocks, bound, method, norm_wanted=True):
     """What a clip at ``bound`` takes off the blocks (c, g, m, n); and for each frequency the sum of the singular values
-    of that, and the largest value of a block (or 0 if none is above the bound)."""
+    of that, and the largest value of a block (or 0 if none is above the bound; a rough bound on it if not wanted)."""
     c, g, m, n = blocks.shape
     if method == "products":
-        part, nuclear, largest = _products.excess(blocks.reshape(c * g, m, n), bound)
+        squarings = None if norm_wanted else _products.ROUGH
+        part, nuclear, largest = _products.excess(blocks.reshape(c * g, m, n), bound, squarings)
     else:
         stack = _linalg.gram(blocks).reshape(c * g, min(m, n), min(m, n))
         values, vectors = _linalg.eigh_above(stack, bound**2)

@@ -66,7 +66,7 @@ def nearest(kernel, norm, bound, dual, plan: Plan, options: tuple[float, int], h
             p, q = item
             back, nuclear, uphill = carry
             z = q + jnp.asarray(rate, blocks.dtype) * blocks
-            new, over, _ = excess(z, rate * bound, how.method)
+            new, over, _ = excess(z, rate * bound, how.method, norm_wanted=False)
             back = back + symbol_adjoint(weigh(weights, new), phase)
             nuclear = nuclear + jnp.sum(weights * over)
             uphill = uphill + jnp.sum(weights[:, None, None, None] * ((q - new).conj() * (new - p)).real)

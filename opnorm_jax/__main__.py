@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import json
 import math
 import os
@@ -87,10 +86,10 @@ def _constrain(options: argparse.Namespace) -> None:
     with _wide_enough(kernels.values()):
         before = oj.spectral_report(kernels, found.convs, progress=_progress())
         items = list(kernels.items())
-        after = {
-            name: np.asarray(_constrained(kernel, found.convs[name], options.max_norm, options.method))
-            for name, kernel in (tracked(items, options.method) if _progress() else items)
-        }
+        after = {}
+        for name, kernel in tracked(items, options.method) if _progress() else items:
+            alone = oj.constrain({name: kernel}, options.max_norm, {name: found.convs[name]}, method=options.method)
+            after[name] = np.asarray(alone[name])
         report = oj.spectral_report(after, found.convs, progress=_progress())
     moved = {name: kernel for name, kernel in after.items() if kernel.tobytes() != kernels[name].tobytes()}
     try:
@@ -111,11 +110,6 @@ def _constrain(options: argparse.Namespace) -> None:
         why = "one clip, as the paper's, does not bring the norm under the bound" if options.method == "clip" else ""
         why = why or "kernels of a narrow dtype are rounded after they are constrained"
         print(f"{over} still above {options.max_norm:g}: {why}")
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _constrained(kernel: Any, conv: oj.Conv, max_norm: float, method: str) -> Any:
-    return oj.constrain({"kernel": kernel}, max_norm, {"kernel": conv}, method=method)["kernel"]
 
 
 def _parser() -> argparse.ArgumentParser:

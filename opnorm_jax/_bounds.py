@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from jaxtyping import Array, Float
 
 from opnorm_jax import _matrix_free
 from opnorm_jax._certificate import overshoot, span
-from opnorm_jax._conv import SPATIAL_LETTERS, Conv, as_conv, canonical_kernel, layout
+from opnorm_jax._conv import SPATIAL_LETTERS, Conv, as_conv, canonical_kernel, canonical_shape, layout
 from opnorm_jax._execution import DEFAULT_CHUNK_BYTES, Execution, execution
 from opnorm_jax._spectrum import circular_extremes, circular_norm, normalise, rounding
 from opnorm_jax._symbol import Axis, Plan, circular_plan
@@ -71,8 +72,14 @@ def operator_norm(
     """
     conv = as_conv(conv)
     how = execution(chunk_bytes, mesh, method)
+    check_output(conv, canonical_shape(kernel, conv))
+    return _operator_norm(jnp.asarray(kernel), conv, how)
+
+
+# This and the others like it are compiled whole; see _spectrum.py.
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _operator_norm(kernel, conv, how):
     kernel, scale = normalise(canonical_kernel(kernel, conv))
-    check_output(conv, kernel.shape)
     if exact_plan := _exact(conv, kernel.shape[:-2]):
         return scale * circular_norm(kernel, exact_plan, how)
     return scale * _matrix_free.norm(kernel, conv)
@@ -117,8 +124,13 @@ def operator_norm_bounds(
     """
     conv = as_conv(conv)
     how = execution(chunk_bytes, mesh, method)
+    check_output(conv, canonical_shape(kernel, conv))
+    return _operator_norm_bounds(jnp.asarray(kernel), conv, how)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _operator_norm_bounds(kernel, conv, how):
     kernel, scale = normalise(canonical_kernel(kernel, conv))
-    check_output(conv, kernel.shape)
     plan = certifying_plan(conv, kernel.shape[:-2])
     above = circular_norm(kernel, plan, how)
     below = above if _exact(conv, kernel.shape[:-2]) else _matrix_free.norm(kernel, conv)
@@ -135,6 +147,7 @@ class Figures(NamedTuple):
     resolution: jax.Array  # absolute error of the smallest
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def figures(kernel: Float[Array, ...], conv: Conv, how: Execution = Execution()) -> Figures:  # noqa: B008
     """:func:`operator_norm_bounds`, :func:`operator_norm` and the certifying circle's extreme values in one pass."""
     kernel, scale = normalise(canonical_kernel(kernel, conv))
@@ -224,7 +237,14 @@ def operator_norm_upper_bound(
         feature_group_count=feature_group_count,
         kernel_layout=layout(kernel_layout, rank),
     )
+    canonical_shape(kernel, conv)
+    return _operator_norm_upper_bound(jnp.asarray(kernel), conv, float(slack), how)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _operator_norm_upper_bound(kernel, conv, slack, how):
     kernel, scale = normalise(canonical_kernel(kernel, conv))
+    rank = len(conv.input_shape)
     choices = [
         _torus_axes(*axis, (1 + slack) ** (1 / rank))
         for axis in zip(kernel.shape[:rank], conv.strides, conv.input_dilation, conv.kernel_dilation, strict=True)

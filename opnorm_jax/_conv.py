@@ -130,10 +130,15 @@ def canonical_kernel(kernel: Float[Array, ...], conv: Conv) -> Float[Array, "*ta
 
     The computing dtype is float32, or float64 for a float64 kernel.
     """
-    check_kernel(kernel, conv)
+    canonical_shape(kernel, conv)
     kernel = jnp.asarray(kernel)
-    order = [conv.kernel_layout.index(letter) for letter in _canonical_layout(len(conv.input_shape))]
-    return kernel.transpose(order).astype(compute_dtype(kernel.dtype))
+    return kernel.transpose(_canonical_order(conv)).astype(compute_dtype(kernel.dtype))
+
+
+def canonical_shape(kernel: Any, conv: Conv) -> tuple[int, ...]:
+    """The kernel's shape, spatial axes first, after the same checks."""
+    check_kernel(kernel, conv)
+    return tuple(kernel.shape[axis] for axis in _canonical_order(conv))
 
 
 def restore_kernel(canonical: Float[Array, "*taps i o"], conv: Conv, dtype: Any) -> Float[Array, ...]:
@@ -220,6 +225,10 @@ def prod(values: Sequence[int]) -> int:
 
 def _canonical_layout(rank: int) -> str:
     return SPATIAL_LETTERS[rank] + "IO"
+
+
+def _canonical_order(conv: Conv) -> list[int]:
+    return [conv.kernel_layout.index(letter) for letter in _canonical_layout(len(conv.input_shape))]
 
 
 def _int(value: Any, name: str) -> int:

@@ -125,7 +125,7 @@ class _Signal:
         return self._bound
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@functools.partial(jax.jit, static_argnums=1)  # which leaves the lower bound uncomputed
 def _upper(kernel: jax.Array, conv: Conv) -> jax.Array:
     return operator_norm_bounds(kernel, conv).upper
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 
 from opnorm_jax._conv import Conv, Unknown, canonical_kernel
@@ -111,13 +110,8 @@ def plot_spectra(
     return figure
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _values(kernel, conv, chunk_bytes):
-    return singular_values(kernel, conv, chunk_bytes=chunk_bytes)
-
-
 def _spectrum(path: str, kernel: np.ndarray, conv: Conv, chunk_bytes: int) -> _Spectrum:
-    values = np.sort(np.asarray(_values(kernel, conv, chunk_bytes)), axis=None)[::-1]
+    values = np.sort(np.asarray(singular_values(jnp.asarray(kernel), conv, chunk_bytes=chunk_bytes)), axis=None)[::-1]
     kept = np.unique(np.linspace(0, len(values) - 1, min(_POINTS, len(values))).round().astype(int))
     counts, _ = np.histogram(values / (values[0] or 1), bins=_BINS, range=(0, 1))
     return _Spectrum(path, kept / max(1, len(values) - 1), values[kept], counts / len(values))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,7 +13,15 @@ from jaxtyping import Array, Float
 from opnorm_jax._bounds import certifying_plan, check_output
 from opnorm_jax._certificate import norm_unless_inside
 from opnorm_jax._clip import clip, fit, inside_tolerance
-from opnorm_jax._conv import Conv, as_conv, canonical_kernel, check_max_norm, compute_dtype, restore_kernel
+from opnorm_jax._conv import (
+    Conv,
+    as_conv,
+    canonical_kernel,
+    canonical_shape,
+    check_max_norm,
+    compute_dtype,
+    restore_kernel,
+)
 from opnorm_jax._execution import DEFAULT_CHUNK_BYTES, Execution, execution
 from opnorm_jax._nearest import ProjectionInfo, dual_shape, nearest
 from opnorm_jax._spectrum import circular_norm, normalise
@@ -232,7 +241,7 @@ def _checked_options(tolerance: float, max_iterations: int) -> tuple[float, int]
 
 def initial_dual(kernel, conv: Conv) -> jax.Array:
     """Zeros in the shape of a projection's dual variable, for a kernel or its ``ShapeDtypeStruct``."""
-    shape = jax.eval_shape(lambda k: canonical_kernel(k, conv), kernel).shape
+    shape = canonical_shape(kernel, conv)
     return jnp.zeros(dual_shape(shape, certifying_plan(conv, shape[:-2])), compute_dtype(kernel.dtype))
 
 
@@ -253,11 +262,21 @@ def constrained(
     """
     conv = as_conv(conv)
     check_max_norm(max_norm)
-    canonical = canonical_kernel(kernel, conv)
-    check_output(conv, canonical.shape)
-    plan = certifying_plan(conv, canonical.shape[:-2])
-    small, scale = normalise(canonical)
-    bound = jnp.asarray(max_norm).astype(small.dtype) / scale
+    shape = canonical_shape(kernel, conv)
+    check_output(conv, shape)
+    if dual is not None and dual.shape != (expected := dual_shape(shape, certifying_plan(conv, shape[:-2]))):
+        raise ValueError(
+            f"expected dual of shape {expected}, got {dual.shape}: pass info.dual of a call for the same kernel shape "
+            "and Conv, or None."
+        )
+    return _constrained(jnp.asarray(kernel), jnp.asarray(max_norm), dual, method, conv, options, how, norm_wanted)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7))
+def _constrained(kernel, max_norm, dual, method, conv, options, how, norm_wanted):
+    small, scale = normalise(canonical_kernel(kernel, conv))
+    plan = certifying_plan(conv, small.shape[:-2])
+    bound = max_norm.astype(small.dtype) / scale
     info = None
     before = lambda: circular_norm(small, plan, how) if norm_wanted else norm_unless_inside(small, bound, plan, how)
     if method == "rescale":
@@ -267,12 +286,7 @@ def constrained(
         correction, norm = clip(small, bound, plan, how, norm_wanted)
         moved = small + correction
     else:
-        shape = dual_shape(canonical.shape, plan)
-        if dual is not None and dual.shape != shape:
-            raise ValueError(
-                f"expected dual of shape {shape}, got {dual.shape}: pass info.dual of a call for the same kernel shape "
-                "and Conv, or None."
-            )
+        shape = dual_shape(small.shape, plan)
         start = jnp.zeros(shape, small.dtype) if dual is None else dual.astype(small.dtype) / scale
         norm = before()
         moved, info = nearest(small, norm, bound, start, plan, options, how)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -153,11 +152,6 @@ def frobenius_norm(kernel: np.ndarray, conv: Conv) -> float:
     return scale * math.sqrt(power)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _figures(kernel, conv, how):
-    return figures(kernel, conv, how)
-
-
 def _layer(path: str, kernel: Any, conv: Conv | Unknown, how: Execution) -> LayerReport:
     shape = tuple(map(int, getattr(kernel, "shape", ())))
     if isinstance(conv, Unknown):
@@ -167,7 +161,7 @@ def _layer(path: str, kernel: Any, conv: Conv | Unknown, how: Execution) -> Laye
     host = np.asarray(wide)
     if not np.isfinite(host).all():
         return LayerReport(path, shape, conv, reason=_NOT_FINITE)
-    found = jax.tree.map(float, _figures(wide, plain, how))
+    found = jax.tree.map(float, figures(wide, plain, how))
     frobenius = frobenius_norm(host, plain)
     return LayerReport(
         path,

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from opnorm_jax import _linalg
-from opnorm_jax._conv import Conv, as_conv, canonical_kernel, prod
+from opnorm_jax._conv import Conv, as_conv, canonical_kernel, canonical_shape, prod
 from opnorm_jax._execution import DEFAULT_CHUNK_BYTES, Execution, execution
 from opnorm_jax._symbol import (
     Plan,
@@ -75,9 +75,14 @@ def singular_values(
       Sedghi, Gupta and Long, `The Singular Values of Convolutional Layers <https://arxiv.org/abs/1805.10408>`_, 2019.
     """
     conv, how = as_conv(conv), execution(chunk_bytes, mesh, method, "values")
-    kernel = canonical_kernel(kernel, conv)
-    plan = exact_plan(conv, kernel.shape[:-2])
-    kernel, scale = normalise(kernel)
+    plan = exact_plan(conv, canonical_shape(kernel, conv)[:-2])
+    return _singular_values(jnp.asarray(kernel), conv, plan, how)
+
+
+# Compiled whole: called eagerly, its operations would be compiled one by one, which takes five times as long.
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _singular_values(kernel, conv, plan, how):
+    kernel, scale = normalise(canonical_kernel(kernel, conv))
     taps = block_taps(kernel, plan)
     g, m, n = taps.shape[1:]
 

@@ -15,7 +15,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 import opnorm_jax as oj
-from opnorm_jax import _report
+from opnorm_jax import _bounds, _report
 from opnorm_jax._execution import Execution
 
 RNG = np.random.default_rng(0)
@@ -131,9 +131,9 @@ def test_equal_layers_share_a_compilation():
     layers["pytorch"] = layers["0"].transpose(3, 2, 0, 1)
     convs = {name: oj.Conv((6, 5), padding="SAME") for name in "012"}
     convs["pytorch"] = oj.Conv((6, 5), padding="SAME", kernel_layout="OIHW")
-    before = _report._figures._cache_size()
+    before = _bounds.figures._cache_size()
     rows = oj.spectral_report(layers, convs).layers
-    assert _report._figures._cache_size() == before + 1
+    assert _bounds.figures._cache_size() == before + 1
     assert rows[0].upper == rows[3].upper
 
 
@@ -147,7 +147,7 @@ def test_the_spectrum_is_not_kept():
         )
 
     kernel, conv = jnp.ones((3, 3, 8, 8)), oj.Conv((64, 64))
-    program = jax.make_jaxpr(lambda k: _report._figures(k, conv, Execution(chunk_bytes=2**14)))(kernel).jaxpr
+    program = jax.make_jaxpr(lambda k: _bounds.figures(k, conv, Execution(chunk_bytes=2**14)))(kernel).jaxpr
     full = jax.make_jaxpr(lambda k: oj.singular_values(k, conv, chunk_bytes=2**14))(kernel).jaxpr
     assert largest(program) < 64 * 64 * 8 <= largest(full)
 

@@ -28,11 +28,10 @@ def layers(params: Any, convs: Any) -> list[tuple[str, jax.Array, oj.Conv]]:
 
 def norms(networks: list[Any], convs: Any) -> dict[str, tuple[float, float]]:
     """Certified (lower, upper) bounds on each convolution's operator norm, of several networks the largest of each."""
-    bounds = jax.jit(oj.operator_norm_bounds, static_argnums=1)  # one compilation per kind of layer
     found: dict[str, tuple[float, float]] = {}
     for params in networks:
         for name, kernel, conv in layers(params, convs):
-            lower, upper = map(float, bounds(kernel, conv))
+            lower, upper = map(float, oj.operator_norm_bounds(kernel, conv))
             found[name] = tuple(map(max, found.get(name, (0.0, 0.0)), (lower, upper)))  # type: ignore[assignment]
     return found
 
@@ -98,13 +97,12 @@ def plot_spectra(before: Any, after: Any, convs: Any, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    spectrum = jax.jit(oj.singular_values, static_argnums=1)
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
     for axis, params, title in ((axes[0], before, "before training"), (axes[1], after, "after")):
         # As in the paper, 1x1 layers are left out and the convolution is taken as circular, its stride ignored.
         chosen = [layer for layer in layers(params, convs) if layer[1].shape[0] > 1]
         for depth, (name, kernel, conv) in enumerate(chosen):
-            values = np.sort(np.asarray(spectrum(kernel, conv.input_shape)).ravel())[::-1]
+            values = np.sort(np.asarray(oj.singular_values(kernel, conv.input_shape)).ravel())[::-1]
             color = plt.get_cmap("viridis")(depth / max(1, len(chosen) - 1))
             label = name if depth in (0, len(chosen) - 1) else None
             axis.plot(np.linspace(0, 1, len(values)), values, color=color, label=label, linewidth=1.2)

@@ -94,6 +94,39 @@ def test_upper_bound_is_within_its_slack_and_independent_of_dilation():
         np.testing.assert_allclose(dilated, oj.operator_norm_upper_bound(kernel), rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "strides, input_dilation, kernel_dilation", [(2, 1, 1), (3, 1, 1), (4, 1, 2), (6, 1, 4), (1, 2, 1), (1, 4, 4)]
+)
+def test_upper_bound_is_within_its_slack_for_strides(strides, input_dilation, kernel_dilation, x64):
+    """Against the dense matrix on a large circle of N runs, whose norm is within 1 / cos(pi (k - 1) / 2N)."""
+    kernel = np.random.default_rng(0).standard_normal((5, 2, 3))
+    geometry = {"strides": strides, "input_dilation": input_dilation, "kernel_dilation": kernel_dilation}
+    fine = oracle.dense_singular_values(kernel, (120 // input_dilation,), **geometry)[0]
+    bound = oj.operator_norm_upper_bound(kernel, slack=0.003, **geometry)
+    grid = 120 // max(strides, input_dilation)
+    assert fine <= bound <= fine * 1.003 * (1 + 1e-12) / np.cos(np.pi * 4 / (2 * grid))
+
+
+@pytest.mark.parametrize(
+    "shape, strides, padding, circle",
+    [
+        ((5, 6), 1, "SAME", (6, 7)),
+        ((5, 6), 2, "SAME", (6, 8)),
+        ((5, 6), 1, "VALID", (5, 6)),
+        ((5, 4), 1, ((2, 1), (0, 3)), (7, 7)),
+        ((7, 6), 1, ((-1, -1), (0, -2)), (5, 4)),
+        ((7, 6), 1, ((-2, 1), (2, -1)), (6, 7)),
+    ],
+    ids=str,
+)
+def test_upper_is_the_norm_on_the_next_larger_circle(shape, strides, padding, circle, x64):
+    """On n + max(low, high) pixels of what is not cropped, or the next multiple of the stride: no larger one."""
+    kernel = np.random.default_rng(0).standard_normal((3, 3, 2, 2))
+    conv = oj.Conv(shape, strides=strides, padding=padding)
+    true = oracle.dense_singular_values(kernel, circle, strides=strides)[0]
+    np.testing.assert_allclose(oj.operator_norm_bounds(kernel, conv).upper, true, rtol=1e-13)
+
+
 def test_upper_bound_holds_for_growing_images():
     kernel = np.random.default_rng(0).standard_normal((3, 3, 2, 2)).astype(np.float32)
     for strides in (1, 2):

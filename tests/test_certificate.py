@@ -1,8 +1,11 @@
 """Cheap certificates that a kernel is inside: never given to one that is not, and no factorisation where given."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 from conftest import THOROUGH
 from geometries import generate
@@ -23,6 +26,7 @@ LARGE = [
     ((3, 3, 3, 6), oj.Conv((8, 8), padding=((2, 2), (2, 2)), input_dilation=2)),
     ((3, 3, 2, 8), oj.Conv((12, 12), feature_group_count=2)),
     ((9, 6, 7), oj.Conv((64,), padding="SAME")),
+    ((5, 5, 5, 5), oj.Conv((12, 12), padding=((4, 4), (4, 4)), input_dilation=2, strides=2)),  # offsets from -2 to 0
 ]
 
 
@@ -121,3 +125,34 @@ def test_the_norm_a_transformation_reports_is_exact_inside(method):
     params = {"k": kernel}
     _, state = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     np.testing.assert_allclose(state.norms["k"], norm, rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["clip", "rescale"])
+@pytest.mark.parametrize("channels", [(2, 3), (3, 2)], ids=str)
+def test_the_norm_a_transformation_reports_has_its_derivative(method, channels, x64):
+    """Outside the ball and inside, where u dA v of the dense matrix is the truth; and zero at zero."""
+    rng = np.random.default_rng(0)
+    kernel, direction = rng.standard_normal((2, 3, 3, *channels))
+    left, values, right = np.linalg.svd(oracle.dense_matrix(kernel, (5, 5)))
+    slope = left[:, 0] @ oracle.dense_matrix(direction, (5, 5)) @ right[0]
+
+    def norm(kernel, bound):
+        tx = oj.constrain_operator_norm(bound, {"k": oj.Conv((5, 5))}, method=method)
+        params = {"k": kernel}
+        return tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)[1].norms["k"]
+
+    for bound in (0.5 * float(values[0]), 2 * float(values[0])):
+        found, moved = jax.jvp(functools.partial(norm, bound=bound), (kernel,), (direction,))
+        np.testing.assert_allclose((found, moved), (values[0], slope), rtol=1e-6)  # reported in float32
+    assert jax.jvp(functools.partial(norm, bound=1.0), (0 * kernel,), (direction,)) == (0, 0)
+
+
+@pytest.mark.parametrize("method", ["auto", "products"])
+def test_every_chunk_counts(method):
+    """One frequency is above the bound, the others far below; taken one by one."""
+    kernel = np.ones((3, 3, 5, 5), np.float32)  # norm 45 at frequency 0
+    options = {"chunk_bytes": 1, "method": method}
+    rescaled = oj.rescale_operator_norm(kernel, (10, 10), 40.0, **options)
+    assert oracle.dense_singular_values(rescaled, (10, 10))[0] <= 40 * (1 + 1e-6)
+    clipped = oj.clip_operator_norm(kernel, (10, 10), 40.0, **options)
+    np.testing.assert_allclose(clipped, oracle.paper_clip(kernel, (10, 10), 40.0), atol=1e-5)

@@ -119,7 +119,7 @@ def test_nothing_is_factorised():
         lambda k: oj.operator_norm_upper_bound(k, method="products"),
     ):
         for program in (jax.make_jaxpr(function)(KERNEL), jax.make_jaxpr(jax.vmap(function))(KERNEL[None])):
-            assert not re.search(r"\b(eigh|svd|cholesky|geqrf|qr)\[", str(program))
+            assert not re.search(r"= (eigh|svd|cholesky|geqrf|qr)\b", str(program))
 
 
 def test_vmap_is_a_loop():

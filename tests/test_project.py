@@ -137,6 +137,28 @@ def test_nearest_agrees_with_dykstra_closely_in_float64(x64):
     assert info.gap <= 1e-9 * info.distance
 
 
+@pytest.mark.parametrize("channels", [(2, 3), (3, 2)], ids=str)
+def test_nearest_where_taps_fold(channels, x64):
+    """Four taps on two pixels an axis: nearest is to move each of a pixel's four by a quarter of what a clip moves it."""
+    kernel = np.random.default_rng(0).standard_normal((4, 4, *channels))
+    folded = kernel.reshape(2, 2, 2, 2, *channels).sum((0, 2))
+    bound = 0.3 * oracle.dense_singular_values(kernel, (2, 2))[0]
+    want = kernel + np.tile((oracle.paper_clip(folded, (2, 2), bound) - folded) / 4, (2, 2, 1, 1))
+    got, info = oj.project_operator_norm_info(kernel, (2, 2), bound, tolerance=1e-6)
+    distance = np.linalg.norm(want - kernel)
+    assert distance * (1 - 1e-12) <= info.distance <= distance * (1 + 1e-6) and 0 <= info.gap <= 1e-6 * distance
+    assert np.linalg.norm(got - want) <= 1.5e-3 * distance  # sqrt(2e-6): what is that near is no further from it
+
+
+def test_warm_start_where_taps_fold(x64):
+    """Three taps on two pixels: the dual is mapped back by the transpose, not by the inverse."""
+    kernel = np.random.default_rng(0).standard_normal((3, 3, 3, 4))
+    bound = 0.4 * oracle.dense_singular_values(kernel, (2, 2))[0]
+    project = lambda dual: oj.project_operator_norm_info(kernel, (2, 2), bound, tolerance=1e-6, dual=dual)[1]
+    cold = project(None)
+    assert project(cold.dual).iterations == 10 < cold.iterations
+
+
 def test_nearer_than_every_other_route_with_a_certificate():
     """16 to 16 channels, 3x3 on 16x16, from norm 2.01 to 1: scaling, clipping once or 30 times, Dykstra's 100 steps."""
     kernel = np.random.default_rng(0).standard_normal((3, 3, 16, 16)).astype(np.float32)

@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import ml_dtypes
@@ -200,6 +201,12 @@ def test_constrain_orbax_writes_every_array(run, tmp_path, capsys):
     assert made["params/conv1/bias"].tolist() == [1] * 4 and made["batch_stats/mean"].tolist() == [0, 1, 2]
     np.testing.assert_array_equal(made["opt_state/0/trace/conv1/kernel"], FIRST)  # not a parameter
     assert made["step"] == 7 and made["step"].dtype == np.int32
+    again = tmp_path / "out.npz"
+    assert (
+        main(["constrain", str(run), str(again), "--max-norm", "1", "--input-shape", "8", "8", "--padding", "1"]) == 0
+    )
+    with np.load(again) as same:
+        assert set(same) == set(made) and all(same[name].tobytes() == made[name].tobytes() for name in made)
     line = fails(capsys, "constrain", run, tmp_path / "folder", "--max-norm", 1, "--input-shape", 8, 8)
     assert "ends in .safetensors or .npz" in line
 
@@ -310,6 +317,9 @@ def test_broken_files(npz, tensors, run, tmp_path, capsys):
     broken = tmp_path / "flipped.npz"
     broken.write_bytes(data)
     assert "CRC" in fails(capsys, "report", broken, *shape)
+    with zipfile.ZipFile(tmp_path / "version.npz", "w") as archive:
+        archive.writestr("kernel.npy", b"\x93NUMPY\x09\x00")
+    assert "not a readable .npz" in fails(capsys, "report", tmp_path / "version.npz", *shape)
     np.save(tmp_path / "one.npy", FIRST)
     (tmp_path / "one.npy").rename(tmp_path / "one.npz")
     assert "single array" in fails(capsys, "report", tmp_path / "one.npz", *shape)
@@ -320,6 +330,62 @@ def test_broken_files(npz, tensors, run, tmp_path, capsys):
     assert "not a readable orbax checkpoint" in fails(capsys, "report", folder, *shape)
     (tmp_path / "shapes.json").write_text('{"*": {"input_shape": [8, 8], "stride": 2}}')
     assert "unknown ['stride']" in fails(capsys, "report", npz, "--input-shapes", tmp_path / "shapes.json")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("[8, 8]", r'expected \{"PATTERN": \{"input_shape"'),
+        ('{"*": 8}', r'expected \{"PATTERN": \{"input_shape"'),
+        ('{"*": {"input_shape": 8}}', "input_shape to be a list of ints.*8"),
+        ('{"*": {"input_shape": [8, 8], "stacked": "1"}}', "stacked an int.*'1'"),
+    ],
+)
+def test_odd_files_of_shapes(npz, tmp_path, capsys, content, message):
+    (tmp_path / "shapes.json").write_text(content)
+    assert re.search(message, fails(capsys, "report", npz, "--input-shapes", tmp_path / "shapes.json"))
+
+
+def test_layouts_given_one_by_one_are_not_assumed(npz, tmp_path, capsys):
+    (tmp_path / "shapes.json").write_text('{"conv*": {"input_shape": [8, 8], "kernel_layout": "OIHW"}}')
+    facts, _ = report(capsys, npz, "--input-shapes", tmp_path / "shapes.json", "--include", "conv1")
+    assert facts["layers"][0]["conv"]["kernel_layout"] == "OIHW" and not facts["notes"]
+
+
+def test_a_layout_goes_to_kernels_of_other_ranks(tmp_path, capsys):
+    np.savez(tmp_path / "net.npz", kernel=FIRST[0])
+    facts, _ = report(capsys, tmp_path / "net.npz", "--input-shape", 8, "--layout", "HWIO")
+    assert facts["layers"][0]["conv"]["kernel_layout"] == "WIO"
+
+
+def test_a_picture_that_cannot_be_written(npz, tmp_path, capsys):
+    (tmp_path / "taken.png").mkdir()
+    line = fails(capsys, "report", npz, *LAYERS, "--plot", tmp_path / "taken.png")
+    assert "taken.png: cannot be written" in line
+
+
+def test_on_a_terminal(npz, capsys, monkeypatch):
+    """By rich, with the same figures."""
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["report", npz, *LAYERS]) == 0
+    plain, _ = capsys.readouterr()
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    assert main(["report", npz, *LAYERS]) == 0
+    rich, _ = capsys.readouterr()
+    figures = re.findall(r"\d+\.\d+", plain)
+    assert figures and figures == re.findall(r"\d+\.\d+", re.sub(r"\x1b\[[0-9;]*m", "", rich))
+    assert rich != plain
+
+
+def test_a_reader_that_has_had_enough(npz):
+    """No error, as of any command before head."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "opnorm_jax", "report", npz, *LAYERS]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=300)
+    os.close(writing)
+    assert done.returncode == 0 and "Error" not in done.stderr
 
 
 def test_what_constrain_refuses(npz, tmp_path, capsys, monkeypatch):
@@ -348,12 +414,17 @@ def test_what_constrain_refuses(npz, tmp_path, capsys, monkeypatch):
     assert taken.read_text() == "precious" and sorted(p.name for p in tmp_path.iterdir()) == names
 
 
-def test_missing_packages_are_named(tensors, run, npz, capsys, monkeypatch):
+def test_missing_packages_are_named(tensors, run, npz, tmp_path, capsys, monkeypatch):
     for name in ("safetensors", "orbax.checkpoint", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
     for arguments in ([tensors], [run], [npz, "--plot", "out.png"]):
         line = fails(capsys, "report", *arguments, "--input-shape", 8, 8)
         assert "pip install 'opnorm-jax[cli]'" in line
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+    out = tmp_path / "out.safetensors"
+    line = fails(capsys, "constrain", run, out, "--max-norm", 1, "--input-shape", 8, 8)
+    assert "pip install 'opnorm-jax[cli]'" in line and not out.exists()
 
 
 @pytest.mark.parametrize(

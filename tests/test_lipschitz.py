@@ -87,6 +87,7 @@ NETWORKS = {
     "turned": (lambda p, x: conv(x[:, ::-1].transpose(0, 2, 1, 3), p[0]), lambda: norm(PAIR[0])),
     "the larger of two": (lambda p, x: jnp.maximum(x, 2 * x), lambda: np.sqrt(5)),
     "clamped": (lambda p, x: jnp.clip(3 * x, -1, 1), lambda: 3),
+    "clamped by lax": (lambda p, x: lax.clamp(-1.0, conv(x, p[0]), 1.0), lambda: norm(PAIR[0])),
     "chosen by a mask": (lambda p, x: jnp.where(jnp.arange(3) > 0, x, 5.0), lambda: 1),
     "in a scan": (
         lambda p, x: lax.scan(lambda y, k: (jnp.tanh(conv(y, k)), y.sum()), x, jnp.stack([jnp.eye(3)[None, None]] * 3)),
@@ -138,6 +139,17 @@ REFUSED = {
     "a loop on the input": (lambda p, x: lax.while_loop(lambda y: y.sum() > 1, lambda y: y / 2, x), "while"),
     "an index from the input": (lambda p, x: x[:, jnp.argmax(x[0, :, 0, 0])], "argmax"),
     "a kernel from the input": (lambda p, x: conv(x, p[0] * x.mean()), "kernel"),
+    "groups of the batch": (
+        lambda p, x: lax.conv_general_dilated(
+            jnp.concatenate([x, x]),
+            p[0],
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            batch_group_count=2,
+        ),
+        "batch_group_count",
+    ),
     "one that calls itself silu": (jax.jit(lambda p, x: x * x * x), "mul"),
 }
 

@@ -204,6 +204,11 @@ def test_warm_start_saves_iterations_and_changes_nothing_else():
         oj.project_operator_norm_info(kernel, (8, 8), 1.0, dual=jnp.zeros((2, 3)))
 
 
+def test_info_is_printed_without_its_dual():
+    _, info = oj.project_operator_norm_info(jnp.ones((3, 3, 1, 1)), (8, 8), 1.0)
+    assert "dual=<(2, 34, 1, 1, 1)>" in repr(info) and len(repr(info)) < 300  # 34 of 64 frequencies
+
+
 def test_gap_is_a_true_certificate():
     """distance - gap never exceeds the distance of the (independently found) nearest kernel."""
     for seed in range(5):

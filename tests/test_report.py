@@ -211,6 +211,29 @@ def test_long_spectra_are_thinned_and_strides_that_do_not_divide_are_told():
     assert len(oj.plot_spectra({"k": K}, {"k": (8, 8)}, kind="histogram").axes) == 2  # panel and colour bar
 
 
+def test_many_layers_have_a_colour_bar_in_place_of_a_legend():
+    names = [f"layer{n}" for n in range(9)]
+    figure = oj.plot_spectra(dict.fromkeys(names, K), dict.fromkeys(names, (4, 4)), kind="spectra")
+    assert not any(axis.get_legend() for axis in figure.axes)
+    assert any(axis.get_ylabel() == "layer: layer0 to layer8" for axis in figure.axes)
+
+
+SPELLED = {
+    "dense": oj.Conv(()),
+    "8x9 CIRCULAR": oj.Conv((8, 9)),
+    "8x9 /2 dilated 1x3 groups 2 SAME": oj.Conv(
+        (8, 9), strides=2, kernel_dilation=(1, 3), feature_group_count=2, padding="SAME"
+    ),
+    "8x9 upsampled 2 pad 1": oj.Conv((8, 9), input_dilation=2, padding=1),
+    "8x9 pad 0:1x2": oj.Conv((8, 9), padding=((0, 1), (2, 2))),
+}
+
+
+@pytest.mark.parametrize("words", SPELLED)
+def test_a_conv_in_words(words):
+    assert _report.spelled(SPELLED[words]) == words
+
+
 def test_plot_needs_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'opnorm-jax\[plot\]'"):

@@ -245,6 +245,10 @@ UNKNOWN = {
         lambda p, x: lax.fori_loop(0, 3, lambda _, c: (c[0] * 0.5, conv(c[1], c[0])), (p["a"], x))[1],
         {"a": "a loop"},
     ),
+    "rounded": (
+        lambda p, x: conv(x, p["a"].astype(jnp.int32).astype(jnp.float32)),
+        {"a": "through convert_element_type"},
+    ),
     "reflected": (lambda p, x: conv(reflect(x), p["a"], "VALID"), {"a": "copies of itself"}),
     "circular along one axis only": (
         lambda p, x: conv(wrapped(x, (1, 0), (1, 0)), p["a"], ((0, 0), (1, 1))),
@@ -290,6 +294,60 @@ def test_a_stack_along_another_axis_is_named():
     fn = lambda p, x: lax.scan(lambda y, k: (conv(y, k), None), x, jnp.moveaxis(p, 2, 0))[0]
     with pytest.raises(ValueError, match=r"params \(3, 3, 5, 4, 4\): stacked along axes \[2\]"):
         oj.find_convs(fn, stack, X)
+
+
+def test_a_stack_of_matrices_along_another_axis_is_named():
+    stack = jax.ShapeDtypeStruct((4, 5, 4), jnp.float32)
+    fn = lambda p, x: lax.scan(lambda y, k: (y @ k, None), x, jnp.moveaxis(p, 1, 0))[0]
+    with pytest.raises(ValueError, match=r"params \(4, 5, 4\): stacked along axes \[1\]"):
+        oj.find_convs(fn, stack, X, dense=True)
+
+
+def test_an_inserted_axis_is_named():
+    kernel = jax.ShapeDtypeStruct((3, 4, 4), jnp.float32)
+    with pytest.raises(ValueError, match="an axis is inserted"):
+        oj.find_convs(lambda p, x: conv(x, p[None]), kernel, X)
+
+
+def test_a_vector_in_a_product_is_no_layer():
+    params = {"kernel": K, "vector": jax.ShapeDtypeStruct((4,), jnp.float32)}
+    found = oj.find_convs(lambda p, x: conv(x, p["kernel"]) @ p["vector"], params, X, dense=True)
+    assert found == {"kernel": SAME, "vector": None}
+
+
+def test_a_kernel_read_by_another_language_is_named():
+    from jax.experimental import pallas
+
+    def copy(source, target):
+        target[...] = source[...]
+
+    copied = pallas.pallas_call(copy, out_shape=jax.ShapeDtypeStruct(K.shape, K.dtype), interpret=True)
+    with pytest.raises(ValueError, match="enters pallas_call, whose inside cannot be read"):
+        oj.find_convs(lambda p, x: conv(x, copied(p)), K, X)
+
+
+def test_the_same_kernel_in_both_branches_is_that_kernel():
+    fn = lambda p, x: conv(x, lax.cond(x.sum() > 0, lambda: p.swapaxes(2, 3), lambda: p.swapaxes(2, 3)))
+    assert oj.find_convs(fn, K, X) == oj.Conv((8, 6), padding=ONES, kernel_layout="HWOI")
+
+
+def test_images_that_a_scan_takes_one_by_one():
+    fn = lambda p, x: lax.scan(lambda carry, image: (carry, conv(image[None], p)), 0.0, x)[1]
+    assert oj.find_convs(fn, K, X) == SAME
+
+
+PICTURES = {
+    "spread out": (lambda x: lax.pad(x, 0.0, ((0, 0, 0), (0, 0, 1), (0, 0, 1), (0, 0, 0))), (15, 11)),
+    "beside its mirror image": (lambda x: jnp.concatenate([x, x[:, :, ::-1]], 1), (16, 6)),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_made_of_the_image_otherwise_are_pictures_of_their_own(name):
+    made, shape = PICTURES[name]
+    fn = lambda p, x: conv(made(x), p, "VALID")
+    assert made(jnp.ones(X.shape)).shape[1:3] == shape
+    assert oj.find_convs(fn, K, X) == oj.Conv(shape, padding=0)
 
 
 def test_captured_kernels_are_reported():

@@ -4,6 +4,7 @@ import contextlib
 import logging
 
 import chex
+import flax.linen as linen
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -310,6 +311,15 @@ def test_empty_trees_and_scalar_parameters():
     assert out["s"] == 2 and oj.operator_norm(out["k"], (4, 4)) <= 1 + 1e-5
     single, _ = run(oj.constrain_operator_norm(1.0, oj.Conv((4, 4))), jnp.ones((3, 3, 1, 1)))
     assert single.shape == (3, 3, 1, 1)
+
+
+def test_a_box_around_a_subtree():
+    """Its convs are given without the box."""
+    box = lambda tree: linen.Partitioned(tree, names=(None,))
+    params = {"m": box({"k": jnp.ones((3, 3, 1, 1)), "b": jnp.ones(1)})}
+    out = oj.constrain(params, 1.0, {"m": {"k": (4, 4), "b": None}}, method="rescale")
+    assert jax.tree.structure(out) == jax.tree.structure(params)
+    assert oracle.dense_singular_values(out["m"].value["k"], (4, 4))[0] <= 1 + 1e-6
 
 
 def test_sharding_on_eight_devices_is_preserved(tmp_path):

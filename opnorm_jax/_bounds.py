@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from opnorm_jax import _matrix_free
 from opnorm_jax._certificate import overshoot, span
-from opnorm_jax._conv import SPATIAL_LETTERS, Conv, as_conv, canonical_kernel, canonical_shape, layout
+from opnorm_jax._conv import SPATIAL_LETTERS, Conv, as_conv, canonical_kernel, canonical_shape, check_kernel, layout
 from opnorm_jax._execution import DEFAULT_CHUNK_BYTES, Execution, execution
 from opnorm_jax._spectrum import circular_extremes, circular_norm, normalise, rounding
 from opnorm_jax._symbol import Axis, Plan, circular_plan
@@ -237,7 +237,7 @@ def operator_norm_upper_bound(
         feature_group_count=feature_group_count,
         kernel_layout=layout(kernel_layout, rank),
     )
-    canonical_shape(kernel, conv)
+    check_kernel(kernel, conv)
     return _operator_norm_upper_bound(jnp.asarray(kernel), conv, float(slack), how)
 
 

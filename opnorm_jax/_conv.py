@@ -130,7 +130,7 @@ def canonical_kernel(kernel: Float[Array, ...], conv: Conv) -> Float[Array, "*ta
 
     The computing dtype is float32, or float64 for a float64 kernel.
     """
-    canonical_shape(kernel, conv)
+    check_kernel(kernel, conv)
     kernel = jnp.asarray(kernel)
     return kernel.transpose(_canonical_order(conv)).astype(compute_dtype(kernel.dtype))
 

@@ -19,8 +19,6 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Complex, Float
 
-from opnorm_jax import _products
-
 _HIGHEST = lax.Precision.HIGHEST
 
 
@@ -163,8 +161,6 @@ def largest_singular_values(blocks: Complex[Array, "c m n"], method: str = "auto
 
     To a few eps, near ties included, since projections make those: from a Gram matrix, or from an SVD with vectors.
     """
-    if method == "products":
-        return _products.norms(blocks)
     if min(blocks.shape[-2:]) <= _JACOBI_SIDE or method == "eigh":
         return singular_values(blocks, method)[:, 0]
     return _svd_norms(blocks) if method == "svd" else _largest(blocks[None])[0]

@@ -29,6 +29,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Complex, Float
 
+from opnorm_jax._linalg import gram
+
 _HIGHEST = lax.Precision.HIGHEST
 _LARGEST_STRETCH = 1.4
 ROUGH = 6
@@ -37,7 +39,7 @@ ROUGH = 6
 
 def norms(blocks: Complex[Array, "*c m n"], squarings: int | None = None) -> Float[Array, "*c"]:
     """The largest singular value of each block, from above: to a rounding error, unless ``squarings`` are fewer."""
-    power = _gram(blocks)
+    power = gram(blocks)
     if squarings is None:
         squarings = _exact_squarings(power.shape[-1], power.real.dtype)
 
@@ -65,7 +67,7 @@ def excess(
     bounds = jnp.broadcast_to(bound, largest.shape)
     top = jnp.maximum(largest, bounds)
     column = lambda x: x.astype(blocks.dtype)[:, None, None]
-    polar = _sign(blocks / column(top), bound / jnp.max(top), _gram)
+    polar = _sign(blocks / column(top), bound / jnp.max(top), gram)
     identity = jnp.broadcast_to(np.eye(blocks.shape[-1]).astype(blocks.dtype), (len(blocks), *2 * blocks.shape[-1:]))
     # Values of H - c lie between -c and top - c.
     shifted = _hermitian(_matmul(_adjoint(polar), blocks)) - column(bounds) * identity
@@ -100,12 +102,6 @@ def _sign(x, lowest, square):
 
 def _exact_squarings(side, dtype):
     return math.ceil(math.log2(math.log(max(side, 3)) / float(jnp.finfo(dtype).eps))) - 1
-
-
-def _gram(blocks):
-    if blocks.shape[-1] > blocks.shape[-2]:
-        blocks = blocks.swapaxes(-1, -2)
-    return _matmul(_adjoint(blocks), blocks)
 
 
 def _matmul(a, b):

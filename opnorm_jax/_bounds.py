@@ -13,11 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from opnorm_jax import _matrix_free
-from opnorm_jax._certificate import overshoot, span
 from opnorm_jax._conv import SPATIAL_LETTERS, Conv, as_conv, canonical_kernel, canonical_shape, check_kernel, layout
 from opnorm_jax._execution import DEFAULT_CHUNK_BYTES, Execution, execution
 from opnorm_jax._spectrum import circular_extremes, circular_norm, normalise, rounding
-from opnorm_jax._symbol import Axis, Plan, circular_plan
+from opnorm_jax._symbol import Axis, Plan, circular_plan, distinct, overshoot, span
 
 
 class Bounds(NamedTuple):
@@ -37,7 +36,8 @@ def operator_norm(
 ) -> Float[Array, ""]:
     """The operator norm (largest singular value, 2-norm to 2-norm) of a convolution.
 
-    Circular padding whose strides divide the grid: exact, from the spectrum. Otherwise: converged matrix-free, through
+    Circular padding whose strides divide the grid: exact, from the spectrum. Layers without padding whose outputs each
+    see a patch of their own (1x1 kernels, patch embeddings): exact as well. Otherwise: converged matrix-free, through
     the layer and its transpose. It then approaches the norm from below and stops once fifty steps in a row have gained
     less than two units of rounding each, or after 500 steps. In the tests its relative error is below 1e-5 in float32;
     where a guarantee is wanted, use :func:`operator_norm_bounds`, whose upper bound it never exceeds.
@@ -56,8 +56,9 @@ def operator_norm(
       ValueError, TypeError: the kernel does not fit ``conv``, or is not an array of a real floating dtype.
 
     Cost: circular, on a CPU about a third of :func:`singular_values`, elsewhere an eighth and up (blocks that cannot
-    hold the largest value are found out by Cholesky factorisations); otherwise some 50 to 500 applications of the layer
-    and its transpose.
+    hold the largest value are found out by Cholesky factorisations); on large grids a CPU leaves most frequencies
+    out, as nearby ones show that they cannot hold it (see ``_search.py``). Otherwise some 50 to 500 applications of the
+    layer and its transpose.
 
     Differentiable: once, both modes. At ties the gradient of one of the tied values; zero at the zero kernel.
 
@@ -80,8 +81,8 @@ def operator_norm(
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _operator_norm(kernel, conv, how):
     kernel, scale = normalise(canonical_kernel(kernel, conv))
-    if exact_plan := _exact(conv, kernel.shape[:-2]):
-        return scale * circular_norm(kernel, exact_plan, how)
+    if plan := _attained(conv, kernel.shape[:-2]):
+        return scale * circular_norm(kernel, plan, how)
     return scale * _matrix_free.norm(kernel, conv)
 
 
@@ -95,8 +96,8 @@ def operator_norm_bounds(
 ) -> Bounds:
     r"""Bounds on the operator norm, for every padding: lower <= true <= upper.
 
-    Circular padding whose strides divide the grid: the exact norm, apart by its rounding (about 4e-6 in float32 at 16
-    channels). Zero padding (SAME, VALID, explicit): the layer is a compression of a circular convolution on a circle of
+    Where :func:`operator_norm` is exact: that norm, apart by its rounding (about 4e-6 in float32 at 16 channels).
+    Otherwise, zero padding (SAME, VALID, explicit): the layer is a compression of a circular convolution on a circle of
     :math:`m \ge n + \max(lo, hi)` pixels, so that circle's exact norm is the upper bound; *the circular norm at the
     layer's own size is not*. The lower bound is |Ax| / |x| at the best x found. Circular with a stride that does not
     divide the grid: its outputs are some of the stride-1 layer's, whose exact norm is the upper bound.
@@ -133,7 +134,7 @@ def _operator_norm_bounds(kernel, conv, how):
     kernel, scale = normalise(canonical_kernel(kernel, conv))
     plan = certifying_plan(conv, kernel.shape[:-2])
     above = circular_norm(kernel, plan, how)
-    below = above if _exact(conv, kernel.shape[:-2]) else _matrix_free.norm(kernel, conv)
+    below = above if _attained(conv, kernel.shape[:-2]) else _matrix_free.norm(kernel, conv)
     return _widened(below, above, rounding(kernel.shape, plan, kernel.dtype), scale)
 
 
@@ -153,7 +154,7 @@ def figures(kernel: Float[Array, ...], conv: Conv, how: Execution = Execution())
     kernel, scale = normalise(canonical_kernel(kernel, conv))
     plan = certifying_plan(conv, kernel.shape[:-2])
     largest, smallest = circular_extremes(kernel, plan, how)
-    below = largest if _exact(conv, kernel.shape[:-2]) else _matrix_free.norm(kernel, conv)
+    below = largest if _attained(conv, kernel.shape[:-2]) else _matrix_free.norm(kernel, conv)
     slack = rounding(kernel.shape, plan, kernel.dtype)
     # Off the CPU the values are roots of a Gram matrix's, whose errors are relative to the largest of those.
     constant = lambda value: jnp.full((), value, kernel.dtype)
@@ -286,11 +287,22 @@ def certifying_plan(conv: Conv, taps: tuple[int, ...]) -> Plan:
         circle = max(reach, s * (m - 1) + 1)
         run = math.lcm(s, e)
         axes.append(Axis(-(-circle // run) * run, k, s, e, d, low))
-    return Plan(tuple(axes), conv.feature_group_count)
+    return distinct(Plan(tuple(axes), conv.feature_group_count))
 
 
 def _exact(conv: Conv, taps: tuple[int, ...]) -> Plan | None:
-    return circular_plan(conv, taps) if conv.padding == "CIRCULAR" else None
+    plan = circular_plan(conv, taps) if conv.padding == "CIRCULAR" else None
+    return plan and distinct(plan)
+
+
+def _attained(conv: Conv, taps: tuple[int, ...]) -> Plan | None:
+    """The plan whose norm is the layer's own, if there is one: on a circle; and where each output has a patch of the
+    image to itself (1x1 kernels; patches no larger than the stride), all of it within the image."""
+    if conv.padding != "CIRCULAR" and not any(map(any, _matrix_free.explicit_padding(conv, taps))):
+        plan = certifying_plan(conv, taps)
+        if max(*plan.grid, *conv.input_dilation, 1) == 1:
+            return plan
+    return _exact(conv, taps)
 
 
 def _unstrided(conv: Conv, taps: tuple[int, ...]) -> Plan:
@@ -302,7 +314,7 @@ def _unstrided(conv: Conv, taps: tuple[int, ...]) -> Plan:
     )
     plan = circular_plan(whole, taps)
     assert plan is not None  # a stride of 1 divides everything
-    return plan
+    return distinct(plan)
 
 
 def _torus_axes(k: int, stride: int, input_dilation: int, dilation: int, factor: float) -> list[tuple[Axis, float]]:

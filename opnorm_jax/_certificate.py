@@ -15,19 +15,7 @@ from jaxtyping import Array, Bool, Float
 from opnorm_jax import _linalg, _products
 from opnorm_jax._execution import Execution
 from opnorm_jax._spectrum import circular_norm, rounding
-from opnorm_jax._symbol import Axis, Plan, block_taps, couplings, half_grid, scan_frequencies
-
-
-def span(axis: Axis) -> int:
-    """Largest less smallest offset of the block taps (read off a circle too large for any of them to fold)."""
-    large = axis._replace(period=axis.run * 10**6)
-    signed = [tau - 10**6 if tau > 10**6 // 2 else tau for tau in couplings(large).offsets]
-    return max(signed) - min(signed)
-
-
-def overshoot(span: int, grid: int) -> float:
-    """How far the supremum over all frequencies can be above the largest norm on a grid (M. Riesz): a factor."""
-    return 1 / math.cos(math.pi * span / (2 * grid))
+from opnorm_jax._symbol import Plan, block_taps, half_grid, overshoot, scan_frequencies, span
 
 
 @functools.lru_cache(maxsize=512)

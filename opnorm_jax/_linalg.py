@@ -166,6 +166,36 @@ def largest_singular_values(blocks: Complex[Array, "c m n"], method: str = "auto
     return _svd_norms(blocks) if method == "svd" else _largest(blocks[None])[0]
 
 
+def largest_above(
+    blocks: Complex[Array, "c m n"],
+    valid: Bool[Array, " c"],
+    best: Float[Array, ""],
+    share: Float[Array, ""],
+) -> tuple[Float[Array, " c"], Bool[Array, " c"]]:
+    """The largest singular value of each block, or 0 for one whose own is not above ``best`` and all others'; and
+    whether it may be as large as that ``share`` of the largest of those. Only ``valid`` blocks count.
+
+    For a CPU, and not under ``vmap``: the same elimination as in :func:`largest_singular_values`.
+    """
+    if min(blocks.shape[-2:]) <= _JACOBI_SIDE:
+        norms = jnp.where(valid, singular_values(blocks)[:, 0], 0)
+        return norms, valid & ~(norms < share * jnp.maximum(best, jnp.max(norms)))
+    grams = gram(blocks)
+
+    def one(best, at):
+        def look(_):
+            low = _is_below(grams[at], (share * best) ** 2 + float(jnp.finfo(best.dtype).tiny))
+            value = lax.cond(low, lambda *_: jnp.zeros((), best.dtype), _root_unless_below, grams[at], best)
+            return value, ~low
+
+        value, possible = lax.cond(valid[at], look, lambda _: (jnp.zeros((), best.dtype), False), None)
+        return jnp.maximum(best, value), (at, value, possible)
+
+    order = jnp.argsort(jnp.where(valid, -_estimates(grams), 0))
+    _, (at, values, possible) = lax.scan(one, best, order)
+    return jnp.zeros_like(values).at[at].set(values), jnp.zeros_like(valid).at[at].set(possible)
+
+
 def singular_vectors(
     blocks: Complex[Array, "c m n"],
 ) -> tuple[Complex[Array, "c m r"], Float[Array, "c r"], Complex[Array, "c n r"]]:
@@ -269,16 +299,18 @@ def _limit(value):
     return value**2 * (1 + 8 * float(info.eps)) + float(info.tiny)
 
 
+def _root_unless_below(gram, value):
+    """The root of the largest eigenvalue, or 0 if a Cholesky factorisation finds it no larger than ``value``."""
+    nothing = lambda _: jnp.zeros((), value.dtype)
+    root = lambda gram: jnp.sqrt(jnp.maximum(_one_eigh(gram)[0][-1], 0))
+    return lax.cond(_is_below(gram, _limit(value)), nothing, root, gram)
+
+
 def _largest_by_elimination(blocks: Complex[Array, "c m n"]) -> Float[Array, " c"]:
     grams = gram(blocks)
 
     def one(largest, at):
-        value = lax.cond(
-            _is_below(grams[at], _limit(largest)),
-            lambda _: jnp.zeros((), largest.dtype),
-            lambda at: jnp.sqrt(jnp.maximum(_one_eigh(grams[at])[0][-1], 0)),
-            at,
-        )
+        value = _root_unless_below(grams[at], largest)
         return jnp.maximum(largest, value), (at, value)
 
     order = jnp.argsort(-_estimates(grams))

@@ -87,6 +87,45 @@ def circular_plan(conv: Conv, taps: tuple[int, ...]) -> Plan | None:
     return Plan(tuple(axes), conv.feature_group_count)
 
 
+def span(axis: Axis) -> int:
+    """Largest less smallest offset of the block taps (read off a circle too large for any of them to fold)."""
+    large = axis._replace(period=axis.run * 10**6)
+    signed = [tau - 10**6 if tau > 10**6 // 2 else tau for tau in couplings(large).offsets]
+    return max(signed) - min(signed)
+
+
+def overshoot(span: int, grid: int) -> float:
+    """How far the supremum over all frequencies can be above the largest norm on a grid (M. Riesz): a factor."""
+    return 1 / math.cos(math.pi * span / (2 * grid))
+
+
+def distinct(plan: Plan) -> Plan:
+    """The plan with each different block once, but for phases: norms, clips and projections need no more.
+
+    A single tap has the same block at every frequency. Taps d pixels apart, on a circle of N pixels, have the blocks of
+    adjacent taps on N / gcd(d, N) pixels, in another order.
+    """
+    axes = []
+    for axis in plan.axes:
+        if len(couplings(axis).offsets) == 1:
+            axis = axis._replace(period=axis.run)
+        elif axis.run == 1:
+            axis = axis._replace(period=axis.period // math.gcd(axis.kernel_dilation, axis.period), kernel_dilation=1)
+        axes.append(axis)
+    return Plan(tuple(axes), plan.groups)
+
+
+@functools.lru_cache(maxsize=128)
+def positions(plan: Plan) -> np.ndarray:
+    """Where the block of each of the plan's grid points stands in the half grid of :func:`distinct`."""
+    once = distinct(plan).grid
+    flat = np.zeros((), np.int32)
+    for axis, own, size in zip(plan.axes, plan.grid, once, strict=True):
+        step = axis.kernel_dilation // (own // size) if axis.run == 1 else 1
+        flat = flat[..., None] * size + np.arange(own) * step % size
+    return half_grid(once).expand[flat]
+
+
 @functools.lru_cache(maxsize=512)
 def couplings(axis: Axis) -> _Couplings:
     """Offsets on the coarse grid, and the 0/1 array that places each tap there."""

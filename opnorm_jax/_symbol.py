@@ -131,7 +131,10 @@ def couplings(axis: Axis) -> _Couplings:
     """Offsets on the coarse grid, and the 0/1 array that places each tap there."""
     run, grid = axis.run, axis.period // axis.run
     ins, outs = run // axis.input_dilation, run // axis.stride
-    low = axis.low if min(axis.stride, axis.input_dilation) > 1 else 0  # else a shift: unitary, left out
+    if min(axis.stride, axis.input_dilation) > 1:
+        low = axis.low
+    else:  # a shift, which is unitary: chosen so that the taps meet at as few offsets as they can
+        low = axis.kernel_dilation * (axis.taps - 1) if axis.input_dilation > 1 else 0
     entries: list[tuple[int, int, int, int]] = []
     for j in range(axis.taps):
         for u in range(outs):

@@ -127,6 +127,35 @@ def test_upper_is_the_norm_on_the_next_larger_circle(shape, strides, padding, ci
     np.testing.assert_allclose(oj.operator_norm_bounds(kernel, conv).upper, true, rtol=1e-13)
 
 
+@pytest.mark.parametrize(
+    "shape, conv, exact",
+    [
+        ((1, 1, 6, 5), oj.Conv((4, 5), padding="SAME"), True),
+        ((1, 1, 6, 5), oj.Conv((5, 5), padding="SAME", strides=2), True),
+        ((2, 2, 3, 5), oj.Conv((5, 4), padding="VALID", strides=2), True),  # a patch embedding
+        ((2, 3, 3, 5), oj.Conv((6, 7), padding="VALID", strides=(4, 3)), True),
+        ((2, 3, 4), oj.Conv((7,), padding="VALID", strides=4, kernel_dilation=3), True),
+        ((1, 1, 2, 6), oj.Conv((3, 3), padding="SAME", feature_group_count=3), True),
+        ((2, 2, 3, 5), oj.Conv((5, 5), padding="SAME", strides=2), False),  # the last patches are cut
+        ((2, 2, 3, 5), oj.Conv((4, 4), padding="VALID"), False),
+        ((1, 1, 3, 5), oj.Conv((3, 3), padding=((1, 1), (1, 1))), False),
+        ((2, 2, 3, 5), oj.Conv((3, 3), padding=((0, 0), (0, 0)), input_dilation=2), False),
+    ],
+    ids=str,
+)
+def test_layers_of_disjoint_patches_are_exact(shape, conv, exact, x64):
+    """They take no iteration, and bounds meet but for rounding; the others' norms are iterated as ever."""
+    kernel = np.random.default_rng(0).standard_normal(shape)
+    names = ("padding", "strides", "input_dilation", "kernel_dilation", "feature_group_count")
+    true = oracle.dense_singular_values(kernel, conv.input_shape, **{name: getattr(conv, name) for name in names})[0]
+    norm, (lower, upper) = oj.operator_norm(kernel, conv), oj.operator_norm_bounds(kernel, conv)
+    assert lower <= true <= upper
+    np.testing.assert_allclose(norm, true, rtol=1e-13 if exact else 1e-5)
+    iterated = "conv_general_dilated" in str(jax.make_jaxpr(lambda k: oj.operator_norm(k, conv))(kernel))
+    assert iterated is not exact
+    assert (upper <= lower * (1 + 1e-13)) or not exact
+
+
 def test_upper_bound_holds_for_growing_images():
     kernel = np.random.default_rng(0).standard_normal((3, 3, 2, 2)).astype(np.float32)
     for strides in (1, 2):

@@ -1,6 +1,7 @@
 """singular_values and operator_norm of circular convolutions, against the dense float64 matrix."""
 
 import functools
+import re
 
 import chex
 import jax
@@ -225,3 +226,37 @@ def test_depthwise_and_vectors_need_no_factorisation():
 def test_no_fft_anywhere():
     text = str(jax.make_jaxpr(lambda k: oj.clip_operator_norm(k, (8, 8), 1.0))(jnp.ones((3, 3, 2, 2))))
     assert "fft" not in text
+
+
+@pytest.mark.parametrize(
+    "shape, conv, distinct",
+    [
+        ((1, 1, 6, 5), oj.Conv((9, 8)), 1),
+        ((1, 3, 6, 5), oj.Conv((9, 8)), 5),  # half of 1 x 8
+        ((3, 3, 6, 5), oj.Conv((8, 8), kernel_dilation=2), 10),  # half of 4 x 4
+        ((3, 3, 6, 5), oj.Conv((9, 12), kernel_dilation=(2, 8)), 14),  # half of 9 x 3
+        ((2, 2, 6, 5), oj.Conv((8, 8), strides=2), 1),
+        ((3, 6, 5), oj.Conv((12,), kernel_dilation=4), 2),  # three taps on three points
+        ((4, 6, 5), oj.Conv((12,), kernel_dilation=4), 2),  # folded
+        ((2, 2, 6, 5), oj.Conv((4, 5), input_dilation=2), 1),
+        ((4, 4, 6, 5), oj.Conv((4, 5), input_dilation=2), 11),  # half of 4 x 5: nothing repeats itself
+    ],
+    ids=str,
+)
+def test_frequencies_that_repeat_one_another_are_taken_once(shape, conv, distinct, x64):
+    """Where each stands is right too: at each grid point, the values of that point's block."""
+    kernel = np.random.default_rng(0).standard_normal(shape)
+    values = oj.singular_values(kernel, conv)
+    options = {name: getattr(conv, name) for name in ("strides", "input_dilation", "kernel_dilation")}
+    dense = oracle.dense_singular_values(kernel, conv.input_shape, **options)
+    found = np.sort(np.ravel(values))[::-1]
+    np.testing.assert_allclose(found[: len(dense)], dense, atol=1e-12 * dense[0])
+    if set(conv.strides + conv.input_dilation) == {1}:
+        for at in np.ndindex(conv.input_shape):
+            taps = np.indices(shape[:-2]).reshape(len(at), -1).T * conv.kernel_dilation
+            phase = np.exp(2j * np.pi * taps @ (np.array(at) / conv.input_shape)).reshape(*shape[:-2], 1, 1)
+            block = np.sum(phase * kernel, axis=tuple(range(len(at))))
+            np.testing.assert_allclose(values[at], np.linalg.svd(block, compute_uv=False), atol=1e-12 * dense[0])
+    for function in (oj.singular_values, functools.partial(oj.clip_operator_norm, max_norm=0.5 * float(dense[0]))):
+        program = str(jax.make_jaxpr(functools.partial(function, conv=conv))(kernel))
+        assert max(map(int, re.findall(r"c128\[(\d+),\d+,\d+\]", program))) == distinct

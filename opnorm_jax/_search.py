@@ -69,12 +69,15 @@ def levels(plan: Plan) -> Levels | None:
 
 
 def pays(plan: Plan, devices: int) -> bool:
-    """Whether a search is likely to be faster than all frequencies divided among so many devices."""
+    """Whether a search is likely to be faster than all frequencies divided among so many devices.
+
+    They would search all alike, and on a CPU in one another's way.
+    """
     found = levels(plan)
     if found is None:
         return False
     first = math.prod(-(-n // side) for n, side in zip(plan.grid, found.sides[0].tolist(), strict=True))
-    return 2 * devices * first < math.prod(plan.grid)
+    return (2 if devices == 1 else 32 * devices) * first < math.prod(plan.grid)
 
 
 def largest(taps: Float[Array, "tau g m n"], plan: Plan, chunk_bytes: int) -> Found:

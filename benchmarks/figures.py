@@ -56,5 +56,8 @@ def lines(axis, rows, key, names):
         points = [(row[key], row["seconds"][name]) for row in rows if name in row["seconds"]]
         if points:
             axis.loglog(*zip(*points), marker="o", label=name, color=f"C{color}")
+    measured = sorted({row[key] for row in rows})
+    axis.set_xticks(measured, map(str, measured))
+    axis.minorticks_off()
     axis.set(xlabel=key, ylabel="seconds")
     axis.grid(alpha=0.3)

@@ -36,11 +36,17 @@ def environment():
 
 
 def interleaved(functions, repeats):
-    """Median seconds of each of several functions of nothing, in turns; each is called once before (compilation)."""
-    for function in functions.values():
-        jax.block_until_ready(function())
+    """Median seconds of each of several functions of nothing, in turns; each is called twice before (compilation).
+
+    Quick ones take more than ``repeats`` turns, for two seconds: where the system puts their threads varies.
+    """
+    for _ in range(2):
+        began = time.perf_counter()
+        for function in functions.values():
+            jax.block_until_ready(function())
+        turn = time.perf_counter() - began
     times = {name: [] for name in functions}
-    for _ in range(repeats):
+    for _ in range(max(repeats, min(int(2 / turn), 50))):
         for name, function in functions.items():
             began = time.perf_counter()
             jax.block_until_ready(function())

@@ -15,8 +15,8 @@ from jaxtyping import Array, Float
 from opnorm_jax import _matrix_free
 from opnorm_jax._conv import SPATIAL_LETTERS, Conv, as_conv, canonical_kernel, canonical_shape, check_kernel, layout
 from opnorm_jax._execution import DEFAULT_CHUNK_BYTES, Execution, execution
-from opnorm_jax._spectrum import circular_extremes, circular_norm, normalise, rounding
-from opnorm_jax._symbol import Axis, Plan, circular_plan, distinct, overshoot, span
+from opnorm_jax._spectrum import circular_extremes, circular_norm, normalise
+from opnorm_jax._symbol import Axis, Plan, circular_plan, distinct, overshoot, rounding, span
 
 
 class Bounds(NamedTuple):
@@ -81,8 +81,8 @@ def operator_norm(
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _operator_norm(kernel, conv, how):
     kernel, scale = normalise(canonical_kernel(kernel, conv))
-    if plan := _attained(conv, kernel.shape[:-2]):
-        return scale * circular_norm(kernel, plan, how)
+    if _is_attained(conv, kernel.shape[:-2]):
+        return scale * circular_norm(kernel, certifying_plan(conv, kernel.shape[:-2]), how)
     return scale * _matrix_free.norm(kernel, conv)
 
 
@@ -134,8 +134,8 @@ def _operator_norm_bounds(kernel, conv, how):
     kernel, scale = normalise(canonical_kernel(kernel, conv))
     plan = certifying_plan(conv, kernel.shape[:-2])
     above = circular_norm(kernel, plan, how)
-    below = above if _attained(conv, kernel.shape[:-2]) else _matrix_free.norm(kernel, conv)
-    return _widened(below, above, rounding(kernel.shape, plan, kernel.dtype), scale)
+    below = above if _is_attained(conv, kernel.shape[:-2]) else _matrix_free.norm(kernel, conv)
+    return _widened(below, above, rounding(kernel.shape, kernel.dtype), scale)
 
 
 class Figures(NamedTuple):
@@ -154,8 +154,8 @@ def figures(kernel: Float[Array, ...], conv: Conv, how: Execution = Execution())
     kernel, scale = normalise(canonical_kernel(kernel, conv))
     plan = certifying_plan(conv, kernel.shape[:-2])
     largest, smallest = circular_extremes(kernel, plan, how)
-    below = largest if _attained(conv, kernel.shape[:-2]) else _matrix_free.norm(kernel, conv)
-    slack = rounding(kernel.shape, plan, kernel.dtype)
+    below = largest if _is_attained(conv, kernel.shape[:-2]) else _matrix_free.norm(kernel, conv)
+    slack = rounding(kernel.shape, kernel.dtype)
     # Off the CPU the values are roots of a Gram matrix's, whose errors are relative to the largest of those.
     constant = lambda value: jnp.full((), value, kernel.dtype)
     relative = jax.lax.platform_dependent(cpu=lambda: constant(slack), default=lambda: constant(slack**0.5))
@@ -165,7 +165,16 @@ def figures(kernel: Float[Array, ...], conv: Conv, how: Execution = Execution())
 
 def is_exact(conv: Conv, taps: tuple[int, ...]) -> bool:
     """Whether the certifying circle is the layer itself."""
-    return _exact(conv, taps) is not None
+    return conv.padding == "CIRCULAR" and circular_plan(conv, taps) is not None
+
+
+def _is_attained(conv: Conv, taps: tuple[int, ...]) -> bool:
+    """Whether the certifying circle's norm is the layer's own: on a circle; and where each output has a patch of the
+    image to itself (1x1 kernels; patches no larger than the stride), all of it within the image."""
+    if conv.padding == "CIRCULAR":
+        return is_exact(conv, taps)
+    padded = any(map(any, _matrix_free.explicit_padding(conv, taps)))
+    return not padded and max(*certifying_plan(conv, taps).grid, *conv.input_dilation, 1) == 1
 
 
 def _widened(below: jax.Array, above: jax.Array, slack: float, scale: jax.Array) -> Bounds:
@@ -253,7 +262,7 @@ def _operator_norm_upper_bound(kernel, conv, slack, how):
     norms = []
     for picked in itertools.product(*choices):
         plan = Plan(tuple(axis for axis, _ in picked), conv.feature_group_count)
-        factor = math.prod(factor for _, factor in picked) * (1 + rounding(kernel.shape, plan, kernel.dtype))
+        factor = math.prod(factor for _, factor in picked) * (1 + rounding(kernel.shape, kernel.dtype))
         norms.append(circular_norm(kernel, plan, how) * factor)
     return scale * jnp.max(jnp.stack(norms))
 
@@ -269,14 +278,16 @@ def check_output(conv: Conv, kernel_shape: Sequence[int]) -> None:
 
 
 def certifying_plan(conv: Conv, taps: tuple[int, ...]) -> Plan:
-    """The circular convolution, on the smallest valid circle, whose norm is an upper bound on this layer's.
+    """The circular convolution, on the smallest valid circle, whose norm is an upper bound on this layer's."""
+    return distinct(_certifying_circle(conv, taps))
 
-    An input pixel must not be reached by wrapping round, and outputs must be distinct pixels of the circle, which must
-    hold a whole number of strides (and of input dilations).
-    """
+
+def _certifying_circle(conv: Conv, taps: tuple[int, ...]) -> Plan:
+    """An input pixel must not be reached by wrapping round; outputs must be distinct pixels of the circle, which must
+    hold a whole number of strides (and of input dilations)."""
     if conv.padding == "CIRCULAR":
         # A stride that does not divide the grid keeps some of the outputs of stride 1.
-        return _exact(conv, taps) or _unstrided(conv, taps)
+        return circular_plan(conv, taps) or _unstrided(conv, taps)
     axes = []
     pads, outs = _matrix_free.explicit_padding(conv, taps), _matrix_free.output_shape(conv, taps)
     for n, k, s, e, d, (low, high), m in zip(
@@ -287,22 +298,7 @@ def certifying_plan(conv: Conv, taps: tuple[int, ...]) -> Plan:
         circle = max(reach, s * (m - 1) + 1)
         run = math.lcm(s, e)
         axes.append(Axis(-(-circle // run) * run, k, s, e, d, low))
-    return distinct(Plan(tuple(axes), conv.feature_group_count))
-
-
-def _exact(conv: Conv, taps: tuple[int, ...]) -> Plan | None:
-    plan = circular_plan(conv, taps) if conv.padding == "CIRCULAR" else None
-    return plan and distinct(plan)
-
-
-def _attained(conv: Conv, taps: tuple[int, ...]) -> Plan | None:
-    """The plan whose norm is the layer's own, if there is one: on a circle; and where each output has a patch of the
-    image to itself (1x1 kernels; patches no larger than the stride), all of it within the image."""
-    if conv.padding != "CIRCULAR" and not any(map(any, _matrix_free.explicit_padding(conv, taps))):
-        plan = certifying_plan(conv, taps)
-        if max(*plan.grid, *conv.input_dilation, 1) == 1:
-            return plan
-    return _exact(conv, taps)
+    return Plan(tuple(axes), conv.feature_group_count)
 
 
 def _unstrided(conv: Conv, taps: tuple[int, ...]) -> Plan:
@@ -314,7 +310,7 @@ def _unstrided(conv: Conv, taps: tuple[int, ...]) -> Plan:
     )
     plan = circular_plan(whole, taps)
     assert plan is not None  # a stride of 1 divides everything
-    return distinct(plan)
+    return plan
 
 
 def _torus_axes(k: int, stride: int, input_dilation: int, dilation: int, factor: float) -> list[tuple[Axis, float]]:

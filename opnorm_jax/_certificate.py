@@ -14,8 +14,8 @@ from jaxtyping import Array, Bool, Float
 
 from opnorm_jax import _linalg, _products
 from opnorm_jax._execution import Execution
-from opnorm_jax._spectrum import circular_norm, rounding
-from opnorm_jax._symbol import Plan, block_taps, half_grid, overshoot, scan_frequencies, span
+from opnorm_jax._spectrum import circular_norm
+from opnorm_jax._symbol import Plan, block_taps, half_grid, overshoot, rounding, scan_frequencies, span
 
 
 @functools.lru_cache(maxsize=512)
@@ -37,7 +37,7 @@ def certified_inside(
     """True only if the norm is at most ``bound``; often False all the same. On a coarse grid, without factorisations
     but Cholesky's."""
     coarse, factor = coarse_plan(plan)
-    limit = bound / (factor * (1 + 2 * rounding(kernel.shape, coarse, kernel.dtype)))
+    limit = bound / (factor * (1 + 2 * rounding(kernel.shape, kernel.dtype)))
 
     def step(carry, blocks, phase, weights, x):
         stack = blocks.reshape(-1, *blocks.shape[2:])

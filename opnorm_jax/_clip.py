@@ -12,8 +12,16 @@ from jax import lax
 from opnorm_jax import _linalg, _products
 from opnorm_jax._certificate import unless_inside
 from opnorm_jax._execution import Execution
-from opnorm_jax._spectrum import circular_norm, rounding
-from opnorm_jax._symbol import Plan, block_taps, kernel_from_block_taps, scan_frequencies, symbol, symbol_adjoint
+from opnorm_jax._spectrum import circular_norm
+from opnorm_jax._symbol import (
+    Plan,
+    block_taps,
+    kernel_from_block_taps,
+    rounding,
+    scan_frequencies,
+    symbol,
+    symbol_adjoint,
+)
 
 _HIGHEST = lax.Precision.HIGHEST
 
@@ -26,9 +34,9 @@ def inside_tolerance(dtype) -> float:
     return 32 * float(jnp.finfo(dtype).eps)
 
 
-def fit(kernel: jax.Array, norm: jax.Array, bound: jax.Array, plan: Plan) -> jax.Array:
+def fit(kernel: jax.Array, norm: jax.Array, bound: jax.Array) -> jax.Array:
     """The kernel scaled so that its norm, with its rounding allowed for, is at most ``bound``."""
-    upper = norm * (1 + rounding(kernel.shape, plan, kernel.dtype))
+    upper = norm * (1 + rounding(kernel.shape, kernel.dtype))
     return kernel * jnp.minimum(1, bound / jnp.where(upper > 0, upper, 1))
 
 

@@ -97,7 +97,7 @@ def nearest(kernel, norm, bound, dual, plan: Plan, options: tuple[float, int], h
     def certify(drawn, nuclear):
         """A kernel inside the ball, and a lower bound on every such kernel's squared distance."""
         k = kernel - drawn
-        inside = fit(k, circular_norm(k, plan, how), bound, plan)
+        inside = fit(k, circular_norm(k, plan, how), bound)
         dual_value = jnp.sum(drawn * kernel) - 0.5 * jnp.sum(drawn * drawn) - bound * nuclear
         return inside, jnp.sqrt(jnp.maximum(2 * dual_value, 0))
 
@@ -113,7 +113,7 @@ def nearest(kernel, norm, bound, dual, plan: Plan, options: tuple[float, int], h
         best = jnp.where(moved < distance, inside, best)
         return inner, best, jnp.maximum(below, newly), jnp.minimum(distance, moved), iterations + 10
 
-    start = fit(kernel, norm, bound, plan)
+    start = fit(kernel, norm, bound)
     distance = jnp.sqrt(jnp.sum((start - kernel) ** 2))
     # A kernel that is inside (or not finite) takes no iteration.
     distance = jnp.where(norm > bound * (1 + inside_tolerance(taps.dtype)), distance, 0)

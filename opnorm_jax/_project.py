@@ -281,7 +281,7 @@ def _constrained(kernel, max_norm, dual, method, conv, options, how, norm_wanted
     before = lambda: circular_norm(small, plan, how) if norm_wanted else norm_unless_inside(small, bound, plan, how)
     if method == "rescale":
         norm = before()
-        moved = fit(small, norm, bound, plan)
+        moved = fit(small, norm, bound)
     elif method == "clip":
         correction, norm = clip(small, bound, plan, how, norm_wanted)
         moved = small + correction

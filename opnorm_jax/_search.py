@@ -28,7 +28,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from opnorm_jax import _linalg
-from opnorm_jax._symbol import Plan, half_grid, overshoot, phases, span, symbol
+from opnorm_jax._symbol import Plan, half_grid, overshoot, phases, rounding, span, symbol
 
 _POINTS = 4
 """Centres an axis and unit of span on the first level: fewer rule out hardly a cell."""
@@ -108,8 +108,7 @@ def _search(taps, plan, chunk_bytes):
     frequencies, expand = jnp.asarray(half.frequencies), jnp.asarray(half.expand)
     count = len(frequencies)
     chunk = max(1, min(count, _CHUNK // g, chunk_bytes // (2 * taps.dtype.itemsize * g * m * n)))
-    # Rounding, as in _spectrum.rounding, is allowed for.
-    shares = found.shares * (1 - float(jnp.finfo(taps.dtype).eps) * (16 + len(taps) ** 0.5 + 4 * min(m, n) ** 0.5))
+    shares = found.shares * (1 - rounding((len(taps), m, n), taps.dtype))
 
     def level(carry, item):
         best, alive, seen = carry

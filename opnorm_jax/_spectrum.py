@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from opnorm_jax import _linalg, _products, _search
-from opnorm_jax._conv import Conv, as_conv, canonical_kernel, canonical_shape, prod
+from opnorm_jax._conv import Conv, as_conv, canonical_kernel, canonical_shape
 from opnorm_jax._execution import DEFAULT_CHUNK_BYTES, Execution, execution
 from opnorm_jax._symbol import (
     Plan,
@@ -192,14 +192,3 @@ def circular_extremes(
 
     _, (largest, smallest) = scan_frequencies(step, (), taps, plan, how)
     return jnp.max(largest), jnp.min(smallest)
-
-
-def rounding(kernel_shape: Sequence[int], plan: Plan, dtype) -> float:
-    r"""Relative rounding error allowed for in a computed norm, when it is to be a bound.
-
-    The symbol is a sum of ``taps`` products and the factorisation of an r x r matrix is backward stable: the
-    first-order worst cases are about taps and r units of rounding; what is seen is their square roots.
-    """
-    *taps, i, o = kernel_shape
-    side = min(i, o)
-    return float(jnp.finfo(dtype).eps) * (16 + prod(taps) ** 0.5 + 4 * side**0.5)

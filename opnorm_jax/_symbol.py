@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -265,6 +265,17 @@ def symbol_adjoint(blocks: Complex[Array, "c g m n"], phase: Float[Array, "2c ta
     c, *block = blocks.shape
     parts = jnp.concatenate([blocks.real.reshape(c, -1), blocks.imag.reshape(c, -1)])
     return jnp.matmul(phase.T, parts, precision=lax.Precision.HIGHEST).reshape(-1, *block)
+
+
+def rounding(kernel_shape: Sequence[int], dtype: Any) -> float:
+    r"""Relative rounding error allowed for in a computed norm, when it is to be a bound.
+
+    The symbol is a sum of ``taps`` products and the factorisation of an r x r matrix is backward stable: the
+    first-order worst cases are about taps and r units of rounding; what is seen is their square roots.
+    """
+    *taps, i, o = kernel_shape
+    side = min(i, o)
+    return float(jnp.finfo(dtype).eps) * (16 + prod(taps) ** 0.5 + 4 * side**0.5)
 
 
 def scan_frequencies(

@@ -3,21 +3,21 @@
 Start with :func:`singular_values`, :func:`operator_norm_bounds` and :func:`constrain_operator_norm`.
 """
 
-from opnorm_jax._bounds import Bounds, operator_norm, operator_norm_bounds, operator_norm_upper_bound
 from opnorm_jax._conv import Conv, Unknown
-from opnorm_jax._lipschitz import lipschitz_bound
-from opnorm_jax._nearest import ProjectionInfo
-from opnorm_jax._plot import plot_spectra
-from opnorm_jax._project import (
+from opnorm_jax._kernel.bounds import Bounds, operator_norm, operator_norm_bounds, operator_norm_upper_bound
+from opnorm_jax._kernel.constrain import (
     clip_operator_norm,
     project_operator_norm,
     project_operator_norm_info,
     rescale_operator_norm,
 )
-from opnorm_jax._report import LayerReport, SpectralReport, spectral_report
-from opnorm_jax._spectrum import singular_values
-from opnorm_jax._trace import find_convs
-from opnorm_jax._transform import ConstrainOperatorNormState, constrain, constrain_operator_norm
+from opnorm_jax._kernel.nearest import ProjectionInfo
+from opnorm_jax._kernel.spectrum import singular_values
+from opnorm_jax._program.find_convs import find_convs
+from opnorm_jax._program.lipschitz import lipschitz_bound
+from opnorm_jax._tree.plot import plot_spectra
+from opnorm_jax._tree.report import LayerReport, SpectralReport, spectral_report
+from opnorm_jax._tree.transform import ConstrainOperatorNormState, constrain, constrain_operator_norm
 
 __version__ = "0.1.0"
 

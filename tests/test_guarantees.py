@@ -8,7 +8,7 @@ HERE = Path(__file__).parent
 
 def test_every_test_named_exists():
     table = (HERE.parent / "docs" / "guarantees.md").read_text()
-    source = {path.name: path.read_text() for path in HERE.glob("test_*.py")}
+    source = {path.name: path.read_text() for path in HERE.rglob("test_*.py")}
     files = set(re.findall(r"`(test_\w+\.py)", table))
     assert len(files) > 15 and files <= set(source)
     functions = set(re.findall(r"`(?:test_\w+\.py::)?(test_\w+?)(\*?)`", table))

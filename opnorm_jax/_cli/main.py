@@ -1,0 +1,195 @@
+"""The command line: ``opnorm report`` and ``opnorm constrain``; also ``python -m opnorm_jax``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+
+import opnorm_jax as oj
+from opnorm_jax._cli.checkpoint import UserError, open_checkpoint
+from opnorm_jax._cli.layers import Described, add_arguments, describe
+from opnorm_jax._tree.layers import described
+from opnorm_jax._tree.report import aligned, tracked
+from opnorm_jax._tree.transform import METHODS
+
+_CHECKPOINT = "a .safetensors or .npz file; or the folder of a run, its checkpoints or one step, saved by orbax"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns 0; after an error, told in one line on stderr, exits with 2."""
+    options = _parser().parse_args(argv)
+    try:
+        options.run(options)
+        sys.stdout.flush()
+    except UserError as error:
+        _fail(str(error))
+    except BrokenPipeError:  # the reader, head say, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _report(options: argparse.Namespace) -> None:
+    if options.plot:
+        _check_plot(options.plot)
+    checkpoint = open_checkpoint(options.checkpoint)
+    found = describe(checkpoint, options)
+    _tell(found)
+    kernels = checkpoint.read(found.convs)
+    with _wide_enough(kernels.values()):
+        shapes = {name: checkpoint.entries[name].shape for name in found.unknown}
+        params = kernels | {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
+        convs = found.convs | found.unknown
+        report = oj.spectral_report(params, convs, progress=_progress())
+        if options.plot:
+            try:
+                oj.plot_spectra(params, convs, path=options.plot, title=Path(options.checkpoint).name)
+            except OSError as error:
+                raise UserError(f"{options.plot}: cannot be written ({error}).") from None
+    if options.json:
+        facts = {"checkpoint": str(checkpoint.path), "notes": found.notes, **report.as_dict(), "skipped": found.skipped}
+        print(json.dumps(facts, indent=2))
+    else:
+        _print(report, str(report))
+
+
+def _constrain(options: argparse.Namespace) -> None:
+    checkpoint = open_checkpoint(options.checkpoint)
+    out = Path(options.out)
+    if out.suffix not in checkpoint.suffixes:
+        raise UserError(f"{out}: expected a name that ends in {' or '.join(checkpoint.suffixes)} for this checkpoint.")
+    if not out.parent.is_dir():
+        raise UserError(f"{out}: its folder does not exist.")
+    if out.exists() and (out.is_dir() or out.samefile(checkpoint.path)):
+        raise UserError(f"{out}: expected another file than the checkpoint itself, and no folder.")
+    if out.exists() and not options.force:
+        raise UserError(f"{out}: exists already. Pass --force to replace it.")
+    found = describe(checkpoint, options)
+    if found.unknown:
+        raise UserError(
+            f"no input shape given for {_some(found.unknown)}: give one, or leave them as they are with --exclude."
+        )
+    _tell(found)
+    kernels = checkpoint.read(found.convs)
+    if broken := [name for name, kernel in kernels.items() if not np.isfinite(kernel.astype(np.float64)).all()]:
+        raise UserError(f"NaN or infinity in {_some(broken)}: nothing to constrain.")
+    with _wide_enough(kernels.values()):
+        before = oj.spectral_report(kernels, found.convs, progress=_progress())
+        items = list(kernels.items())
+        after = {}
+        for name, kernel in tracked(items, options.method) if _progress() else items:
+            alone = oj.constrain({name: kernel}, options.max_norm, {name: found.convs[name]}, method=options.method)
+            after[name] = np.asarray(alone[name])
+        report = oj.spectral_report(after, found.convs, progress=_progress())
+    moved = {name: kernel for name, kernel in after.items() if kernel.tobytes() != kernels[name].tobytes()}
+    try:
+        checkpoint.write(out, moved)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error}).") from None
+    rows = []
+    members = [
+        [np.asarray(kernel, np.float64) for _, kernel, _ in described(tree, found.convs)] for tree in (kernels, after)
+    ]
+    for old, new, was, now in zip(before.layers, report.layers, *members):
+        distance = np.linalg.norm(now - was) / (np.linalg.norm(was) or 1)
+        rows.append((old.path, f"{old.upper:#.5g}", f"{new.lower:#.5g}", f"{new.upper:#.5g}", f"{distance:.3g}"))
+    print(aligned(("layer", "upper before", "lower after", "upper after", "moved by"), rows, left=1))
+    print(f"{len(moved)} of {len(kernels)} kernels changed; wrote {out}")
+    over = sum(not row.upper <= options.max_norm * (1 + 1e-5) for row in report.layers)
+    if over:
+        why = "one clip, as the paper's, does not bring the norm under the bound" if options.method == "clip" else ""
+        why = why or "kernels of a narrow dtype are rounded after they are constrained"
+        print(f"{over} still above {options.max_norm:g}: {why}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            _fail(f"{message} ({self.prog} --help)")
+
+    parser = Parser(prog="opnorm", description="Norms and spectra of the convolutions in a checkpoint.")
+    parser.add_argument("--version", action="version", version=f"opnorm {oj.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    report = commands.add_parser("report", help="a table of norm bounds, conditions and stable ranks")
+    report.add_argument("checkpoint", metavar="CHECKPOINT", help=_CHECKPOINT)
+    report.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    report.add_argument("--plot", type=Path, metavar="OUT.png", help="draw the spectra")
+    report.set_defaults(run=_report)
+    constrain = commands.add_parser("constrain", help="a copy with every norm held under a bound")
+    constrain.add_argument("checkpoint", metavar="IN", help=_CHECKPOINT)
+    constrain.add_argument("out", metavar="OUT", help="same format as IN; for orbax, .safetensors or .npz")
+    constrain.add_argument("--max-norm", type=_positive, required=True, metavar="X", help="the bound")
+    constrain.add_argument("--method", choices=METHODS, default="rescale", help="default: rescale; nearest: project")
+    constrain.add_argument("--force", action="store_true", help="replace OUT")
+    constrain.set_defaults(run=_constrain)
+    for command in (report, constrain):
+        add_arguments(command)
+    return parser
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}.")
+    return value
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"opnorm: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _tell(found: Described) -> None:
+    """What was assumed, and what was passed over."""
+    for note in found.notes:
+        print(f"opnorm: {note}", file=sys.stderr)
+    if found.skipped:
+        print(f"opnorm: {len(found.skipped)} other arrays passed over: {_some(found.skipped)}", file=sys.stderr)
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _check_plot(path: Path) -> None:
+    """Finds out before the work is done that a picture cannot be saved."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install 'opnorm-jax[cli]'.") from None
+    formats = Figure().canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".") not in formats:
+        raise UserError(f"{path}: expected a picture's suffix, one of .{', .'.join(sorted(formats))}.")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: its folder does not exist.")
+
+
+def _wide_enough(kernels: Iterable[np.ndarray]) -> contextlib.AbstractContextManager:
+    """float64 for float64 kernels."""
+    wide = any(kernel.dtype == np.float64 for kernel in kernels)
+    return jax.enable_x64(True) if wide else contextlib.nullcontext()
+
+
+def _progress() -> bool:
+    return sys.stderr.isatty() and find_spec("rich") is not None
+
+
+def _print(renderable: Any, text: str) -> None:
+    """By rich where there is a terminal to colour; else the plain table, whose lines are never broken."""
+    if not sys.stdout.isatty() or find_spec("rich") is None:
+        print(text)
+        return
+    from rich.console import Console
+
+    Console().print(renderable)

@@ -1,0 +1,302 @@
+"""Bringing a kernel's operator norm down: the paper's clip, the nearest projection, and plain rescaling."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from opnorm_jax._conv import (
+    Conv,
+    as_conv,
+    canonical_kernel,
+    canonical_shape,
+    check_max_norm,
+    compute_dtype,
+    restore_kernel,
+)
+from opnorm_jax._execution import DEFAULT_CHUNK_BYTES, Execution, execution
+from opnorm_jax._kernel.bounds import certifying_plan, check_output
+from opnorm_jax._kernel.clip import clip, fit, inside_tolerance
+from opnorm_jax._kernel.inside import norm_unless_inside
+from opnorm_jax._kernel.nearest import ProjectionInfo, dual_shape, nearest
+from opnorm_jax._kernel.spectrum import circular_norm, normalise
+
+
+class Constrained(NamedTuple):
+    """A kernel after a constraint, with what was learnt on the way."""
+
+    kernel: jax.Array
+    norm: jax.Array  # shape=(): its norm before, on the certifying circle
+    changed: jax.Array  # shape=(), bool: False if the kernel was inside and came back as it was
+    info: ProjectionInfo | None  # of a projection
+
+
+def rescale_operator_norm(
+    kernel: Float[Array, ...],
+    conv: Conv | Sequence[int],
+    max_norm: float | Float[Array, ""],
+    *,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    mesh: jax.sharding.Mesh | None = None,
+    method: str = "auto",
+) -> Float[Array, ...]:
+    """kernel * min(1, max_norm / upper bound): the cheapest way inside the ball, and a certified one.
+
+    The upper bound is :func:`operator_norm_bounds`'s, so the norm of the layer really used, padding and strides
+    included, is at most ``max_norm``, besides the final rounding to the kernel's dtype. A kernel inside already (its
+    norm on the certifying circle at most ``max_norm``, to 32 eps) comes back bit for bit.
+
+    Args:
+      kernel: any real floating dtype, in ``conv.kernel_layout``; computed in float32, or float64 if it is float64.
+      conv: the convolution, or the input's spatial shape in pixels (circular).
+      max_norm: positive; may be traced.
+      chunk_bytes, mesh: see :func:`singular_values`.
+      method: ``"eigh"`` of Gram matrices, batched but on a CPU; ``"products"``, matrix products alone (see
+        ``_blocks/products.py``), for accelerators that factorise slowly; or ``"auto"``, the former.
+
+    Returns:
+      A kernel of the same shape and dtype. NaN throughout if ``kernel`` holds a NaN or an infinity.
+
+    Raises:
+      ValueError, TypeError: the kernel does not fit ``conv``, or ``max_norm`` is not a positive scalar.
+
+    Cost: one upper bound; or, far inside the ball (for 3x3 kernels, under two thirds of ``max_norm``), the certificate
+    described under :func:`clip_operator_norm`.
+
+    Differentiable: once, both modes, in the kernel and in ``max_norm``; at the boundary the derivative is the inside's.
+
+    Examples:
+      >>> import jax.numpy as jnp, opnorm_jax as oj
+      >>> kernel = oj.rescale_operator_norm(jnp.ones((3, 3, 1, 1)), (8, 8), 1.0)
+      >>> bool(abs(oj.operator_norm(kernel, (8, 8)) - 1) < 1e-5)
+      True
+    """
+    how = execution(chunk_bytes, mesh, method, "constraint")
+    return constrained("rescale", kernel, conv, max_norm, how=how, norm_wanted=False).kernel
+
+
+def clip_operator_norm(
+    kernel: Float[Array, ...],
+    conv: Conv | Sequence[int],
+    max_norm: float | Float[Array, ""],
+    *,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    mesh: jax.sharding.Mesh | None = None,
+    method: str = "auto",
+) -> Float[Array, ...]:
+    r"""The paper's clip (Appendix A), one shot: it does **not** bring the norm under ``max_norm``.
+
+    Every singular value of every frequency's block is cut at ``max_norm``, and of the resulting convolution only the
+    kernel's own taps are kept. Keeping them moves the values again: the result's norm is typically 1.2 to 1.4 times
+    ``max_norm``. For a bound that holds use :func:`project_operator_norm` (nearest) or :func:`rescale_operator_norm`.
+
+    For zero padding the blocks are those of the certifying circle (see :func:`operator_norm_bounds`).
+
+    Args:
+      kernel: any real floating dtype, in ``conv.kernel_layout``; computed in float32, or float64 if it is float64.
+      conv: the convolution, or the input's spatial shape in pixels (circular).
+      max_norm: positive; may be traced.
+      chunk_bytes, mesh: see :func:`singular_values`.
+      method: see :func:`rescale_operator_norm`; ``"products"`` costs some 50 to 100 products a block.
+
+    Returns:
+      A kernel of the same shape and dtype; one whose norm is at most ``max_norm`` (to 32 eps) comes back bit for bit.
+      NaN throughout if ``kernel`` holds a NaN or an infinity.
+
+    Raises:
+      ValueError, TypeError: the kernel does not fit ``conv``, or ``max_norm`` is not a positive scalar.
+
+    Cost: for half of the frequencies a Gram matrix on the smaller channel side; on a CPU, its Cholesky factorisation,
+    and its eigendecomposition where that finds a value above ``max_norm``. First a certificate is tried that takes
+    only Cholesky factorisations on a coarse grid (25 points for 3x3 kernels): kernels far inside the ball, with norms
+    under about two thirds of ``max_norm``, cost no more.
+
+    Differentiable: once, both modes, in the kernel and in ``max_norm`` (divided differences: finite at ties).
+
+    Examples:
+      >>> import jax.numpy as jnp, opnorm_jax as oj
+      >>> kernel = jnp.ones((3, 3, 1, 1))
+      >>> bool((oj.clip_operator_norm(kernel, (8, 8), 9.0) == kernel).all())
+      True
+
+    References:
+      Sedghi, Gupta and Long, `The Singular Values of Convolutional Layers <https://arxiv.org/abs/1805.10408>`_, 2019.
+    """
+    how = execution(chunk_bytes, mesh, method, "constraint")
+    return constrained("clip", kernel, conv, max_norm, how=how, norm_wanted=False).kernel
+
+
+def project_operator_norm(
+    kernel: Float[Array, ...],
+    conv: Conv | Sequence[int],
+    max_norm: float | Float[Array, ""],
+    *,
+    tolerance: float = 1e-3,
+    max_iterations: int = 200,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    mesh: jax.sharding.Mesh | None = None,
+    method: str = "auto",
+) -> Float[Array, ...]:
+    r"""The nearest kernel (Frobenius distance) whose operator norm is at most ``max_norm``.
+
+    The norm is that on the certifying circle of :func:`operator_norm_bounds`, so the bound holds for the layer really
+    used. Solves
+
+    .. math:: \min_{K'} \tfrac12 \|K' - K\|^2 \quad\text{subject to}\quad \|F_{K'}(\omega)\| \le max\_norm
+        \text{ at every frequency}
+
+    by accelerated proximal gradient on its dual, restarted where the momentum points uphill. Each feasible kernel's
+    distance, against the dual value, gives a certificate of how far from nearest it can be. The result is rescaled by
+    its own certified norm at the end: the bound holds also when the iterations run out.
+
+    Args:
+      kernel: any real floating dtype, in ``conv.kernel_layout``; computed in float32, or float64 if it is float64.
+      conv: the convolution, or the input's spatial shape in pixels (circular).
+      max_norm: positive; may be traced.
+      tolerance: stop once distance <= (1 + tolerance) * (a lower bound on every feasible kernel's distance).
+      max_iterations: and after this many iterations at the latest, rounded up to a multiple of 10.
+      chunk_bytes: bounds the blocks of one chunk; the dual variable (half the grid's blocks) is held whole, thrice.
+      mesh: see :func:`singular_values`.
+      method: see :func:`rescale_operator_norm`.
+
+    Returns:
+      A kernel of the same shape and dtype; one inside already (to 32 eps) comes back bit for bit.
+      NaN throughout if ``kernel`` holds a NaN or an infinity.
+
+    Raises:
+      ValueError, TypeError: the kernel does not fit ``conv``, or an option is not a positive number.
+
+    Cost: each iteration costs one :func:`clip_operator_norm`; every tenth also a norm. Inside the ball, no iteration.
+
+    Differentiable: no; a derivative raises ``NotImplementedError``. Inside a differentiated function use
+    :func:`rescale_operator_norm`, or the norm as a penalty.
+
+    Examples:
+      >>> import jax.numpy as jnp, opnorm_jax as oj
+      >>> kernel = oj.project_operator_norm(jnp.ones((3, 3, 1, 1)), oj.Conv((8, 8), padding="SAME"), 1.0)
+      >>> bool(oj.operator_norm_bounds(kernel, oj.Conv((8, 8), padding="SAME")).upper <= 1 + 1e-5)
+      True
+
+    References:
+      Beck and Teboulle, A fast iterative shrinkage-thresholding algorithm, 2009.
+      O'Donoghue and Candes, Adaptive restart for accelerated gradient schemes, 2015.
+    """
+    options = _checked_options(tolerance, max_iterations)
+    how = execution(chunk_bytes, mesh, method, "constraint")
+    return constrained("project", kernel, conv, max_norm, options, how=how, norm_wanted=False).kernel
+
+
+def project_operator_norm_info(
+    kernel: Float[Array, ...],
+    conv: Conv | Sequence[int],
+    max_norm: float | Float[Array, ""],
+    *,
+    tolerance: float = 1e-3,
+    max_iterations: int = 200,
+    dual: Float[Array, "2 nf g m n"] | None = None,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    mesh: jax.sharding.Mesh | None = None,
+    method: str = "auto",
+) -> tuple[Float[Array, ...], ProjectionInfo]:
+    """:func:`project_operator_norm`, with its certificate.
+
+    Args: as there, and
+
+      dual: the ``dual`` of an earlier call for a kernel of the same shape and geometry, as a warm start: after a small
+        change of the kernel it saves most of the iterations.
+
+    Raises, Cost: as there.
+
+    Returns:
+      The kernel and a :class:`ProjectionInfo`: the distance moved, the gap (how much nearer any kernel inside the ball
+      could be, at most), the iterations, the norm before, and the dual variable. In float32 gaps below about
+      1e-6 * |kernel|² / distance are rounding.
+
+    Examples:
+      >>> import jax.numpy as jnp, opnorm_jax as oj
+      >>> _, info = oj.project_operator_norm_info(jnp.ones((3, 3, 1, 1)), (8, 8), 1.0)
+      >>> bool(info.gap <= 1e-3 * info.distance)
+      True
+    """
+    options = _checked_options(tolerance, max_iterations)
+    how = execution(chunk_bytes, mesh, method, "constraint")
+    out = constrained("project", kernel, conv, max_norm, options, dual, how)
+    assert out.info is not None  # the method is "project"
+    return out.kernel, out.info
+
+
+def _checked_options(tolerance: float, max_iterations: int) -> tuple[float, int]:
+    for name, value in (("tolerance", tolerance), ("max_iterations", max_iterations)):
+        if isinstance(value, bool) or not isinstance(value, (int, float) if name == "tolerance" else int):
+            raise TypeError(f"expected {name} to be a number that is static under jit, got {value!r}.")
+        if not value > 0:
+            raise ValueError(f"expected {name} to be positive, got {value}.")
+    return float(tolerance), max_iterations
+
+
+def initial_dual(kernel, conv: Conv) -> jax.Array:
+    """Zeros in the shape of a projection's dual variable, for a kernel or its ``ShapeDtypeStruct``."""
+    shape = canonical_shape(kernel, conv)
+    return jnp.zeros(dual_shape(shape, certifying_plan(conv, shape[:-2])), compute_dtype(kernel.dtype))
+
+
+def constrained(
+    method: str,
+    kernel,
+    conv,
+    max_norm,
+    options: tuple[float, int] = (1e-3, 200),
+    dual=None,
+    how: Execution = Execution(),  # noqa: B008
+    norm_wanted: bool = True,
+) -> Constrained:
+    """One of the three constraints by name, with what was found on the way.
+
+    If its norm is not wanted, a kernel inside the ball may be found so by a cheaper certificate, and the norm given is
+    then 0.
+    """
+    conv = as_conv(conv)
+    check_max_norm(max_norm)
+    shape = canonical_shape(kernel, conv)
+    check_output(conv, shape)
+    if dual is not None and dual.shape != (expected := dual_shape(shape, certifying_plan(conv, shape[:-2]))):
+        raise ValueError(
+            f"expected dual of shape {expected}, got {dual.shape}: pass info.dual of a call for the same kernel shape "
+            "and Conv, or None."
+        )
+    return _constrained(jnp.asarray(kernel), jnp.asarray(max_norm), dual, method, conv, options, how, norm_wanted)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7))
+def _constrained(kernel, max_norm, dual, method, conv, options, how, norm_wanted):
+    small, scale = normalise(canonical_kernel(kernel, conv))
+    plan = certifying_plan(conv, small.shape[:-2])
+    bound = max_norm.astype(small.dtype) / scale
+    info = None
+    before = lambda: circular_norm(small, plan, how) if norm_wanted else norm_unless_inside(small, bound, plan, how)
+    if method == "rescale":
+        norm = before()
+        moved = fit(small, norm, bound)
+    elif method == "clip":
+        correction, norm = clip(small, bound, plan, how, norm_wanted)
+        moved = small + correction
+    else:
+        shape = dual_shape(small.shape, plan)
+        start = jnp.zeros(shape, small.dtype) if dual is None else dual.astype(small.dtype) / scale
+        norm = before()
+        moved, info = nearest(small, norm, bound, start, plan, options, how)
+    # NaN compares false, so that a NaN kernel takes the changed branch and comes out NaN throughout.
+    changed = ~(norm <= bound * (1 + inside_tolerance(small.dtype)))
+    finite = jnp.isfinite(norm)
+    result = restore_kernel(scale * jnp.where(finite, moved, jnp.nan), conv, kernel.dtype)
+    result = jnp.where(changed, result, kernel)
+    if info is not None:
+        scaled = lambda value: scale * jnp.where(changed, value, 0)
+        kept = scale * jnp.where(changed & finite, info.dual, 0)  # a NaN must not outlive its step
+        info = ProjectionInfo(scaled(info.distance), scaled(info.gap), info.iterations, scale * norm, kept)
+    return Constrained(result, scale * norm, changed, info)

@@ -1,0 +1,479 @@
+"""The command line: what it prints, what it writes, and one line for whatever goes wrong."""
+
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import oracle
+import orbax.checkpoint as ocp
+import pytest
+import safetensors
+import safetensors.numpy
+
+import opnorm_jax as oj
+from opnorm_jax._cli import checkpoint, layers
+from opnorm_jax._cli.main import main
+
+RNG = np.random.default_rng(0)
+FIRST, SECOND = (RNG.standard_normal(shape).astype(np.float32) for shape in ((3, 3, 2, 4), (3, 3, 4, 5)))
+TORCH = {
+    "conv1.weight": FIRST.transpose(3, 2, 0, 1).copy(),
+    "bn.running_mean": RNG.standard_normal(4).astype(np.float32),
+    "layer2.0.conv.weight": SECOND.transpose(3, 2, 0, 1).copy(),
+    "fc.weight": RNG.standard_normal((3, 5)).astype(np.float32),
+    "steps": np.asarray(7, np.int64),
+}
+LAYERS = ["--input-shape", "8", "8", "--padding", "1", "--layer", "layer2.0.conv=8,8:stride=2"]
+TRUE = {
+    "conv1.weight": oracle.dense_singular_values(FIRST, (8, 8), padding=((1, 1), (1, 1)))[0],
+    "layer2.0.conv.weight": oracle.dense_singular_values(SECOND, (8, 8), strides=2, padding=((1, 1), (1, 1)))[0],
+}
+
+
+def flax_tree(dtype=np.float32):
+    return {
+        "params": {
+            "conv1": {"kernel": FIRST.astype(dtype), "bias": np.ones(4, np.float32)},
+            "layer2": {"conv": {"kernel": SECOND.astype(dtype)}},
+        },
+        "batch_stats": {"mean": np.arange(3, dtype=np.float32)},
+        "opt_state": [{"trace": {"conv1": {"kernel": FIRST.astype(dtype)}}}, None],
+        "step": np.asarray(7, np.int32),
+    }
+
+
+@pytest.fixture
+def npz(tmp_path):
+    np.savez(tmp_path / "net.npz", **TORCH)
+    return str(tmp_path / "net.npz")
+
+
+@pytest.fixture
+def tensors(tmp_path):
+    arrays = TORCH | {"layer2.0.conv.weight": TORCH["layer2.0.conv.weight"].astype(ml_dtypes.bfloat16)}
+    safetensors.numpy.save_file(arrays, tmp_path / "net.safetensors", metadata={"format": "pt"})
+    return str(tmp_path / "net.safetensors")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run's folder as the trainer writes it: step 10 holds the network, step 9 another."""
+    folder = tmp_path_factory.mktemp("run")
+    with ocp.CheckpointManager(folder / "checkpoints", item_names=("state",)) as manager:
+        for step, scale in ((9, 2.0), (10, 1.0)):
+            tree = flax_tree()
+            tree["params"]["conv1"]["kernel"] *= scale
+            manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(tree)))
+    return folder
+
+
+def report(capsys, *args):
+    assert main(["report", *map(str, args), "--json"]) == 0
+    out, err = capsys.readouterr()
+    return json.loads(out), err
+
+
+def fails(capsys, *args):
+    """The one line an error leaves."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as info:
+        main([*map(str, args)])
+    out, err = capsys.readouterr()
+    assert info.value.code == 2 and not out
+    line = err.splitlines()[-1]
+    assert line.startswith("opnorm: error: ") and "Traceback" not in err
+    return line
+
+
+def test_report_against_the_oracle(npz, tensors, capsys):
+    for path in (npz, tensors):
+        facts, err = report(capsys, path, *LAYERS)
+        rows = {row["path"]: row for row in facts["layers"]}
+        assert list(rows) == ["conv1.weight", "layer2.0.conv.weight"]
+        for name, row in rows.items():
+            near = 1e-2 if path == tensors and "layer2" in name else 0  # rounded to bfloat16
+            assert row["lower"] * (1 - near) <= TRUE[name] <= row["upper"] * (1 + near)
+            assert row["conv"]["kernel_layout"] == "OIHW"
+        assert rows["layer2.0.conv.weight"]["conv"]["strides"] == [2, 2]
+        assert facts["skipped"] == ["bn.running_mean", "fc.weight", "steps"]
+        assert "layout OIHW" in err and "3 other arrays passed over" in err
+
+
+def test_report_of_every_folder_of_a_run(run, capsys):
+    item = run / "checkpoints" / "10" / "state"
+    expected = oj.operator_norm_bounds(FIRST, oj.Conv((8, 8), padding="SAME"))
+    for folder in (run, run / "checkpoints", item.parent, item):
+        facts, err = report(capsys, folder, "--input-shape", "8", "8")
+        assert [row["path"] for row in facts["layers"]] == ["conv1/kernel", "layer2/conv/kernel"]
+        assert facts["layers"][0]["upper"] == pytest.approx(float(expected.upper), rel=1e-6)
+        assert facts["skipped"] == ["conv1/bias"] and "layout HWIO" in err
+    facts, _ = report(capsys, run / "checkpoints" / "9", "--input-shape", "8", "8")
+    assert facts["layers"][0]["upper"] == pytest.approx(2 * float(expected.upper), rel=1e-6)
+
+
+def test_the_module_prints_a_table_and_draws(npz, tmp_path):
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-m", "opnorm_jax", "report", npz, *LAYERS, "--plot", str(tmp_path / "out.png")]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].split()[:2] == ["layer", "kernel"] and lines[3].startswith("layer2.0.conv.weight")
+    assert "3x3 4->5" in lines[3] and "8x8 /2 pad 1" in lines[3]
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_descriptions_by_file(npz, tmp_path, capsys):
+    """Later patterns prevail key by key, flags over the file; a dense layer is one of no spatial axes."""
+    path = tmp_path / "layers.json"
+    given = {"*": {"input_shape": [4, 4]}, "layer2.*": {"strides": 2}, "fc": {"input_shape": []}}
+    path.write_text(json.dumps(given))
+    facts, _ = report(capsys, npz, "--input-shapes", path, "--layer", "layer2.0.conv=:padding=CIRCULAR")
+    rows = {row["path"]: row for row in facts["layers"]}
+    conv = rows["layer2.0.conv.weight"]["conv"]
+    assert (conv["input_shape"], conv["strides"], conv["padding"]) == ([4, 4], [2, 2], "CIRCULAR")
+    norm = np.linalg.norm(TORCH["fc.weight"], 2)
+    assert rows["fc.weight"]["norm"] == pytest.approx(norm, rel=1e-5)
+    exact = oracle.dense_singular_values(SECOND, (4, 4), strides=2)
+    assert rows["layer2.0.conv.weight"]["smallest"] == pytest.approx(exact[-1], abs=1e-5 * exact[0])
+
+
+def test_kernels_without_an_input_shape_are_named(npz, capsys):
+    facts, _ = report(capsys, npz, "--layer", "conv1=8,8")
+    assert facts["layers"][1]["upper"] is None and "no input shape given" in facts["layers"][1]["reason"]
+    line = fails(capsys, "constrain", npz, Path(npz).parent / "out.npz", "--max-norm", 1, "--layer", "conv1=8,8")
+    assert "no input shape given for layer2.0.conv.weight" in line
+    facts, _ = report(capsys, npz, "--input-shape", 8, 8, "--exclude", "layer2")
+    assert [row["path"] for row in facts["layers"]] == ["conv1.weight"]
+    facts, _ = report(capsys, npz, "--input-shape", 8, 8, "--include", "layer2|bn")
+    assert facts["skipped"] == ["bn.running_mean"]
+
+
+def oracle_norm(kernel, layout, **geometry):
+    canonical = np.asarray(kernel, np.float64).transpose([layout.index(letter) for letter in "HWIO"])
+    return oracle.dense_singular_values(canonical, (8, 8), padding=((1, 1), (1, 1)), **geometry)[0]
+
+
+@pytest.mark.parametrize("method", ["rescale", "project"])
+def test_constrain_npz(npz, tmp_path, capsys, method):
+    before, out = Path(npz).read_bytes(), tmp_path / "out.npz"
+    os.chmod(npz, 0o640)
+    assert main(["constrain", npz, str(out), "--max-norm", "2", "--method", method, *LAYERS]) == 0
+    text = capsys.readouterr().out
+    assert "2 of 2 kernels changed" in text and "still above" not in text
+    assert Path(npz).read_bytes() == before and out.stat().st_mode & 0o777 == 0o640
+    with np.load(out) as made:
+        assert made.files == list(TORCH)
+        assert 1.9 < oracle_norm(made["conv1.weight"], "OIHW") <= 2 * (1 + 1e-5)
+        assert 1.5 < oracle_norm(made["layer2.0.conv.weight"], "OIHW", strides=2) <= 2 * (1 + 1e-5)
+        for name in ("bn.running_mean", "fc.weight", "steps"):
+            assert made[name].tobytes() == TORCH[name].tobytes() and made[name].dtype == TORCH[name].dtype
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["net.npz", "out.npz"]
+
+
+def test_constrain_safetensors(tensors, tmp_path, capsys):
+    """Only the kernels' bytes differ; the one of bfloat16 stays one; what is inside stays bit for bit."""
+    out = tmp_path / "out.safetensors"
+    assert main(["constrain", tensors, str(out), "--max-norm", "2", *LAYERS]) == 0
+    old, new = (safetensors.numpy.load_file(path) for path in (tensors, out))
+    with safetensors.safe_open(out, "np") as file:
+        assert file.metadata() == {"format": "pt"}
+    assert {n: a.dtype for n, a in old.items()} == {n: a.dtype for n, a in new.items()}
+    assert {n for n in old if old[n].tobytes() != new[n].tobytes()} == {"conv1.weight", "layer2.0.conv.weight"}
+    assert oracle_norm(new["conv1.weight"], "OIHW") <= 2 * (1 + 1e-5)
+    assert oracle_norm(new["layer2.0.conv.weight"], "OIHW", strides=2) <= 2 * (1 + 2**-6)
+    again = tmp_path / "again.safetensors"
+    assert main(["constrain", str(out), str(again), "--max-norm", "100", *LAYERS]) == 0
+    assert again.read_bytes() == out.read_bytes() and "0 of 2 kernels changed" in capsys.readouterr().out
+
+
+def test_constrain_orbax_writes_every_array(run, tmp_path, capsys):
+    out = tmp_path / "out.safetensors"
+    assert main(["constrain", str(run), str(out), "--max-norm", "1", "--input-shape", "8", "8", "--padding", "1"]) == 0
+    made = safetensors.numpy.load_file(out)
+    assert oracle_norm(made["params/conv1/kernel"], "HWIO") <= 1 + 1e-5
+    assert made["params/conv1/bias"].tolist() == [1] * 4 and made["batch_stats/mean"].tolist() == [0, 1, 2]
+    np.testing.assert_array_equal(made["opt_state/0/trace/conv1/kernel"], FIRST)  # not a parameter
+    assert made["step"] == 7 and made["step"].dtype == np.int32
+    again = tmp_path / "out.npz"
+    assert (
+        main(["constrain", str(run), str(again), "--max-norm", "1", "--input-shape", "8", "8", "--padding", "1"]) == 0
+    )
+    with np.load(again) as same:
+        assert set(same) == set(made) and all(same[name].tobytes() == made[name].tobytes() for name in made)
+    line = fails(capsys, "constrain", run, tmp_path / "folder", "--max-norm", 1, "--input-shape", 8, 8)
+    assert "ends in .safetensors or .npz" in line
+
+
+def test_one_clip_says_what_it_leaves(npz, tmp_path, capsys):
+    assert main(["constrain", npz, str(tmp_path / "o.npz"), "--max-norm", "1", "--method", "clip", *LAYERS]) == 0
+    assert "2 still above 1: one clip" in capsys.readouterr().out
+
+
+def test_float64_stays_float64(tmp_path, capsys):
+    path, out = tmp_path / "wide.npz", tmp_path / "out.npz"
+    np.savez(path, kernel=FIRST.astype(np.float64))
+    assert main(["constrain", str(path), str(out), "--max-norm", "1", "--input-shape", "8", "8", "--padding", "1"]) == 0
+    with np.load(out) as made:
+        assert made["kernel"].dtype == np.float64
+        assert oracle_norm(made["kernel"], "HWIO") <= 1 + 1e-12
+
+
+class Bomb:
+    def __reduce__(self):
+        return open, (os.environ["OPNORM_TEST_BOMB"], "w")
+
+
+def test_stacked_kernels(tmp_path, capsys):
+    path, out = tmp_path / "net.npz", tmp_path / "out.npz"
+    np.savez(path, **{"blocks/kernel": np.stack([FIRST, FIRST / 100])})
+    (tmp_path / "layers.json").write_text('{"blocks": {"input_shape": [8, 8], "padding": [1, 1], "stacked": 1}}')
+    command = ["constrain", str(path), str(out), "--max-norm", "1", "--input-shapes", str(tmp_path / "layers.json")]
+    assert main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("blocks/kernel[0]") and lines[3].startswith("blocks/kernel[1]")
+    assert lines[3].endswith(" 0") and not lines[2].endswith(" 0")
+    with np.load(out) as made:
+        assert oracle_norm(made["blocks/kernel"][0], "HWIO") <= 1 + 1e-5
+        assert made["blocks/kernel"][1].tobytes() == (FIRST / 100).tobytes()
+
+
+def test_bfloat16_does_not_fit_npz(tmp_path, capsys):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "tree", {"kernel": FIRST.astype(ml_dtypes.bfloat16)})
+    common = ("--max-norm", 1, "--input-shape", 8, 8)
+    line = fails(capsys, "constrain", tmp_path / "tree", tmp_path / "out.npz", *common)
+    assert "cannot hold bfloat16" in line and [p.name for p in tmp_path.iterdir()] == ["tree"]
+
+
+def test_pickles_are_never_loaded(tmp_path, capsys, monkeypatch):
+    """Nor lost: a copy carries them unread."""
+    crater = tmp_path / "crater"
+    monkeypatch.setenv("OPNORM_TEST_BOMB", str(crater))
+    path, out = tmp_path / "net.npz", tmp_path / "out.npz"
+    np.savez(path, kernel=FIRST, extra=np.asarray([Bomb()], object))
+    facts, _ = report(capsys, path, "--input-shape", 8, 8)
+    assert facts["skipped"] == ["extra"] and len(facts["layers"]) == 1
+    assert main(["constrain", str(path), str(out), "--max-norm", "1", "--input-shape", "8", "8"]) == 0
+    (tmp_path / "whole.npz").write_bytes(pickle.dumps(Bomb()))
+    assert "not a readable .npz" in fails(capsys, "report", tmp_path / "whole.npz", "--input-shape", 8, 8)
+    (tmp_path / "net.pt").write_bytes(pickle.dumps(Bomb()))
+    assert "can run code when read" in fails(capsys, "report", tmp_path / "net.pt", "--input-shape", 8, 8)
+    assert not crater.exists()
+    with np.load(out, allow_pickle=True) as made:
+        made["extra"][0].close()
+    assert crater.exists()  # the bomb was a live one
+
+
+# name: (arguments after the file, message)
+USAGE = {
+    "no input shape": ([], "pass --input-shape 32 32"),
+    "batch and channels": (["--input-shape", "1", "8", "8", "3"], "no batch, no channels"),
+    "zero pixels": (["--input-shape", "0", "8"], "conv1.weight.*input_shape to be at least 1"),
+    "wrong layout": (["--input-shape", "2", "2", "--layout", "HWIO"], "conv1.weight.*looks like OIHW"),
+    "no layout": (["--input-shape", "8", "8", "--layout", "NCHW"], "--layout to be a permutation of HWIO.*'NCHW'"),
+    "padding": (["--input-shape", "8", "8", "--padding", "reflect"], "expected SAME, VALID, CIRCULAR.*'reflect'"),
+    "no output": (["--input-shape", "2", "2", "--padding", "VALID"], "conv1.weight.*at least one output pixel"),
+    "unknown layer": (["--layer", "cnov1=8,8"], r"'cnov1' matches no array.*did you mean 'conv1'\?"),
+    "not a kernel": (
+        ["--input-shape", "8", "8", "--layer", "bn.running_mean=8,8"],
+        r"expected a kernel of 4 axes.*\(4,\)",
+    ),
+    "layer's syntax": (["--layer", "conv1"], r"'conv1': expected PATTERN=H,W\[:stride"),
+    "layer's option": (["--layer", "conv1=8,8:strife=2"], r"unknown option 'strife' \(did you mean 'stride'"),
+    "layer's number": (["--layer", "conv1=8,8:stride=two"], "expected a number.*'two'"),
+    "groups": (["--layer", "conv1=8,8:groups=3"], "conv1.weight.*multiple of feature_group_count=3"),
+    "nothing selected": (["--input-shape", "8", "8", "--include", "fc"], "no convolution kernels are left"),
+    "regex": (["--input-shape", "8", "8", "--include", "("], "not a regular expression"),
+    "no such flag": (["--inputshape", "8"], "unrecognized arguments"),
+    "no such file of shapes": (["--input-shapes", "nowhere.json"], "not a readable JSON file"),
+    "picture's format": (["--input-shape", "8", "8", "--plot", "out.txt"], "expected a picture's suffix"),
+    "picture's folder": (["--input-shape", "8", "8", "--plot", "no/where.png"], "folder does not exist"),
+}
+
+
+@pytest.mark.parametrize("name", USAGE)
+def test_usage_errors(name, npz, capsys):
+    arguments, message = USAGE[name]
+    assert re.search(message, fails(capsys, "report", npz, *arguments))
+
+
+def test_broken_files(npz, tensors, run, tmp_path, capsys):
+    shape = ("--input-shape", 8, 8)
+    assert "no such file" in fails(capsys, "report", tmp_path / "nowhere.npz", *shape)
+    for path in (npz, tensors):
+        for cut in (0, 3, 200, -40):
+            broken = tmp_path / ("broken" + Path(path).suffix)
+            broken.write_bytes(Path(path).read_bytes()[:cut])
+            assert "not a readable" in fails(capsys, "report", broken, *shape)
+    data = bytearray(Path(npz).read_bytes())
+    data[data.index(TORCH["conv1.weight"].tobytes()) + 5] ^= 1  # caught by the archive's checksum
+    broken = tmp_path / "flipped.npz"
+    broken.write_bytes(data)
+    assert "CRC" in fails(capsys, "report", broken, *shape)
+    with zipfile.ZipFile(tmp_path / "version.npz", "w") as archive:
+        archive.writestr("kernel.npy", b"\x93NUMPY\x09\x00")
+    assert "not a readable .npz" in fails(capsys, "report", tmp_path / "version.npz", *shape)
+    np.save(tmp_path / "one.npy", FIRST)
+    (tmp_path / "one.npy").rename(tmp_path / "one.npz")
+    assert "single array" in fails(capsys, "report", tmp_path / "one.npz", *shape)
+    assert "no orbax checkpoint found" in fails(capsys, "report", tmp_path, *shape)
+    folder = tmp_path / "7"
+    (folder / "state").mkdir(parents=True)
+    (folder / "state" / "_METADATA").write_text("{")
+    assert "not a readable orbax checkpoint" in fails(capsys, "report", folder, *shape)
+    (tmp_path / "shapes.json").write_text('{"*": {"input_shape": [8, 8], "stride": 2}}')
+    assert "unknown ['stride']" in fails(capsys, "report", npz, "--input-shapes", tmp_path / "shapes.json")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("[8, 8]", r'expected \{"PATTERN": \{"input_shape"'),
+        ('{"*": 8}', r'expected \{"PATTERN": \{"input_shape"'),
+        ('{"*": {"input_shape": 8}}', "input_shape to be a list of ints.*8"),
+        ('{"*": {"input_shape": [8, 8], "stacked": "1"}}', "stacked an int.*'1'"),
+    ],
+)
+def test_odd_files_of_shapes(npz, tmp_path, capsys, content, message):
+    (tmp_path / "shapes.json").write_text(content)
+    assert re.search(message, fails(capsys, "report", npz, "--input-shapes", tmp_path / "shapes.json"))
+
+
+def test_layouts_given_one_by_one_are_not_assumed(npz, tmp_path, capsys):
+    (tmp_path / "shapes.json").write_text('{"conv*": {"input_shape": [8, 8], "kernel_layout": "OIHW"}}')
+    facts, _ = report(capsys, npz, "--input-shapes", tmp_path / "shapes.json", "--include", "conv1")
+    assert facts["layers"][0]["conv"]["kernel_layout"] == "OIHW" and not facts["notes"]
+
+
+def test_a_layout_goes_to_kernels_of_other_ranks(tmp_path, capsys):
+    np.savez(tmp_path / "net.npz", kernel=FIRST[0])
+    facts, _ = report(capsys, tmp_path / "net.npz", "--input-shape", 8, "--layout", "HWIO")
+    assert facts["layers"][0]["conv"]["kernel_layout"] == "WIO"
+
+
+def test_a_picture_that_cannot_be_written(npz, tmp_path, capsys):
+    (tmp_path / "taken.png").mkdir()
+    line = fails(capsys, "report", npz, *LAYERS, "--plot", tmp_path / "taken.png")
+    assert "taken.png: cannot be written" in line
+
+
+def test_on_a_terminal(npz, capsys, monkeypatch):
+    """By rich, with the same figures."""
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["report", npz, *LAYERS]) == 0
+    plain, _ = capsys.readouterr()
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    assert main(["report", npz, *LAYERS]) == 0
+    rich, _ = capsys.readouterr()
+    figures = re.findall(r"\d+\.\d+", plain)
+    assert figures and figures == re.findall(r"\d+\.\d+", re.sub(r"\x1b\[[0-9;]*m", "", rich))
+    assert rich != plain
+
+
+def test_a_reader_that_has_had_enough(npz):
+    """No error, as of any command before head."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "opnorm_jax", "report", npz, *LAYERS]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=300)
+    os.close(writing)
+    assert done.returncode == 0 and "Error" not in done.stderr
+
+
+def test_what_constrain_refuses(npz, tmp_path, capsys, monkeypatch):
+    common = ("--max-norm", 1, *LAYERS)
+    link = tmp_path / "link.npz"
+    link.symlink_to(npz)
+    for out in (npz, link):
+        assert "another file" in fails(capsys, "constrain", npz, out, *common, "--force")
+    taken = tmp_path / "taken.npz"
+    taken.write_text("precious")
+    assert "--force" in fails(capsys, "constrain", npz, taken, *common)
+    assert "ends in .npz" in fails(capsys, "constrain", npz, tmp_path / "out.safetensors", *common)
+    assert "folder does not exist" in fails(capsys, "constrain", npz, tmp_path / "no" / "out.npz", *common)
+    for bad in ("0", "-1", "nan", "inf", "one"):
+        assert "--max-norm" in fails(capsys, "constrain", npz, tmp_path / "out.npz", "--max-norm", bad, *LAYERS)
+    np.savez(tmp_path / "nan.npz", kernel=np.full_like(FIRST, np.nan))
+    line = fails(capsys, "constrain", tmp_path / "nan.npz", tmp_path / "out.npz", "--max-norm", 1, *LAYERS[:3])
+    assert "NaN or infinity in kernel" in line
+
+    def refuse(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert "disk full" in fails(capsys, "constrain", npz, taken, *common, "--force")
+    assert taken.read_text() == "precious" and sorted(p.name for p in tmp_path.iterdir()) == names
+
+
+def test_missing_packages_are_named(tensors, run, npz, tmp_path, capsys, monkeypatch):
+    for name in ("safetensors", "orbax.checkpoint", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for arguments in ([tensors], [run], [npz, "--plot", "out.png"]):
+        line = fails(capsys, "report", *arguments, "--input-shape", 8, 8)
+        assert "pip install 'opnorm-jax[cli]'" in line
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+    out = tmp_path / "out.safetensors"
+    line = fails(capsys, "constrain", run, out, "--max-norm", 1, "--input-shape", 8, 8)
+    assert "pip install 'opnorm-jax[cli]'" in line and not out.exists()
+
+
+@pytest.mark.parametrize(
+    "shape, layout",
+    [
+        ((16, 3, 3, 3), "OIHW"),
+        ((64, 32, 3, 3), "OIHW"),
+        ((3, 3, 64, 32), "HWIO"),
+        ((4, 2, 3, 3), "OIHW"),
+        ((3, 3, 4, 2), "HWIO"),
+        ((3, 3, 3, 3), None),
+        ((16, 16, 3, 768), None),
+        ((5, 64, 32), "HWIO"),
+        ((32, 64, 5), "OIHW"),
+        ((64, 32), None),
+    ],
+)
+def test_layouts_told_by_shape(shape, layout):
+    assert layers._by_shape(shape) == layout
+
+
+def test_names_and_shapes_must_agree(tmp_path, capsys):
+    shape = ("--input-shape", 8, 8)
+    for arrays, message in (
+        ({"conv.weight": FIRST}, "names and shapes disagree about"),
+        ({"conv.weight": FIRST, "other.kernel": FIRST}, "names and shapes disagree about"),
+        ({"conv": FIRST[:, :, :1, :1]}, "nothing tells"),
+    ):
+        np.savez(tmp_path / "net.npz", **arrays)
+        assert message in fails(capsys, "report", tmp_path / "net.npz", *shape)
+    facts, err = report(capsys, tmp_path / "net.npz", *shape, "--layout", "HWIO")
+    assert facts["layers"][0]["conv"]["kernel_layout"] == "HWIO" and "layout" not in err
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [("same", "SAME"), ("1", 1), ("1x2", [(1, 1), (2, 2)]), ("0:1x1", [(0, 1), (1, 1)]), ("-1:2", (-1, 2))],
+)
+def test_padding_spelled(text, expected):
+    assert layers.parse_padding(text) == expected
+
+
+def test_a_pair_of_pads_goes_to_every_axis(npz, capsys):
+    facts, _ = report(capsys, npz, "--input-shape", 8, 8, "--padding", "0:1")
+    assert facts["layers"][0]["conv"]["padding"] == [[0, 1], [0, 1]]
+
+
+def test_temporary_files_vanish_after_an_error(tmp_path):
+    with pytest.raises(ZeroDivisionError), checkpoint.written_whole(tmp_path / "out") as temporary:
+        assert temporary.parent == tmp_path
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,556 @@
+"""The walk finds each kernel at the right path, with the right Conv, through everything JAX can wrap around it."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from oracle import dense_matrix
+
+import opnorm_jax as oj
+
+K = jax.ShapeDtypeStruct((3, 3, 4, 4), jnp.float32)
+X = jax.ShapeDtypeStruct((2, 8, 6, 4), jnp.float32)
+MASK = jnp.broadcast_to(jnp.tri(4), (3, 3, 4, 4))
+ONES = ((1, 1), (1, 1))
+SAME = oj.Conv((8, 6), padding=ONES)
+
+
+def conv(x, kernel, padding="SAME", strides=(1, 1), **options):
+    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), **options)
+
+
+def chain(params, x):
+    """Two layers; the second is fed by what the first gave."""
+    return conv(jnp.tanh(conv(x, params["a"])), params["b"])
+
+
+def scanned(params, x):
+    return lax.scan(lambda y, k: (conv(y, k), None), x, params["stack"])[0]
+
+
+def custom(rule):
+    @rule
+    def layer(x, k):
+        return conv(x, k)
+
+    if rule is jax.custom_jvp:
+        layer.defjvp(lambda primals, tangents: (layer(*primals), tangents[0]))
+    else:
+        layer.defvjp(lambda x, k: (layer(x, k), None), lambda residual, g: (g, None))
+    return lambda params, x: layer(layer(x, params["a"]), params["b"])
+
+
+TWO = {"a": K, "b": K, "bias": jax.ShapeDtypeStruct((4,), jnp.float32)}
+STACK = {"stack": jax.ShapeDtypeStruct((5, 3, 3, 4, 4), jnp.float32)}
+CONTAINERS = {
+    "plain": (chain, TWO),
+    "jit": (jax.jit(chain), TWO),
+    "jit within jit": (jax.jit(lambda p, x: jax.jit(chain)(p, x)), TWO),
+    "checkpoint": (jax.checkpoint(chain), TWO),
+    "custom_jvp": (custom(jax.custom_jvp), TWO),
+    "custom_vjp": (custom(jax.custom_vjp), TWO),
+    "vmap over images": (lambda p, x: jax.vmap(lambda one: chain(p, one[None]))(x), TWO),
+    "cond": (lambda p, x: lax.cond(x.sum() > 0, chain, lambda p, x: conv(x, p["a"]), p, x), TWO),
+    "switch": (lambda p, x: lax.switch(2, [chain, chain, lambda p, x: x], p, x), TWO),
+    "while": (lambda p, x: lax.while_loop(lambda y: y.sum() < 9, lambda y: chain(p, y), x), TWO),
+    "while with the parameters carried": (
+        lambda p, x: lax.while_loop(lambda c: c[1].sum() < 9, lambda c: (c[0], chain(*c)), (p, x))[1],
+        TWO,
+    ),
+    "a convolution in a loop's condition": (
+        lambda p, x: lax.while_loop(lambda y: conv(y, p["a"]).sum() < 9, lambda y: conv(y, p["b"]), x),
+        TWO,
+    ),
+    "fori_loop": (lambda p, x: lax.fori_loop(0, x.shape[0], lambda _, y: chain(p, y), x), TWO),
+    "scan with the kernels constant": (lambda p, x: lax.scan(lambda y, _: (chain(p, y), None), x, None, 3)[0], TWO),
+    "scan with the kernels carried": (
+        lambda p, x: lax.scan(lambda c, _: ((c[0], chain(*c)), None), (p, x), None, 3)[0][1],
+        TWO,
+    ),
+    "scan over a stack": (scanned, STACK),
+    "scan over a stack, checkpointed": (
+        lambda p, x: lax.scan(jax.checkpoint(lambda y, k: (conv(y, k), None)), x, p["stack"])[0],
+        STACK,
+    ),
+    "scan of a scan": (
+        lambda p, x: lax.scan(lambda y, ks: (scanned({"stack": ks}, y), None), x, p["stack"])[0],
+        {"stack": jax.ShapeDtypeStruct((2, 5, 3, 3, 4, 4), jnp.float32)},
+    ),
+    "a stack taken apart by a Python loop": (
+        lambda p, x: functools.reduce(lambda y, n: conv(y, p["stack"][n]), range(5), x),
+        STACK,
+    ),
+    "a stack indexed by a traced number": (
+        lambda p, x: lax.fori_loop(0, 5, lambda n, y: conv(y, lax.dynamic_index_in_dim(p["stack"], n, 0, False)), x),
+        STACK,
+    ),
+    "mixed precision": (
+        lambda p, x: chain(jax.tree.map(lambda k: k.astype(jnp.bfloat16), p), x.astype(jnp.bfloat16)),
+        TWO,
+    ),
+    "barrier": (lambda p, x: chain(*lax.optimization_barrier((p, x))), TWO),
+    "stop_gradient": (lambda p, x: chain(lax.stop_gradient(p), x), TWO),
+    "named for a checkpoint policy": (
+        lambda p, x: chain(jax.tree.map(lambda k: checkpoint_name(k, "k"), p), x),
+        TWO,
+    ),
+    "a kernel used in a penalty too": (lambda p, x: (chain(p, x), sum((k**2).sum() for k in p.values())), TWO),
+    "shared": (lambda p, x: chain({"a": p["a"], "b": p["a"]}, conv(x, p["b"])), TWO),
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_containers(name):
+    fn, params = CONTAINERS[name]
+    stacked = lambda leaf: dataclasses.replace(SAME, stacked=len(leaf.shape) - 4)
+    expected = {key: None if key == "bias" else stacked(leaf) for key, leaf in params.items()}
+    assert oj.find_convs(fn, params, X) == expected
+
+
+GEOMETRIES = {
+    "strides, SAME on an even size": (
+        lambda k, x: conv(x, k, "SAME", (2, 2)),
+        oj.Conv((8, 6), strides=2, padding=((0, 1), (0, 1))),
+    ),
+    "VALID": (lambda k, x: conv(x, k, "VALID"), oj.Conv((8, 6), padding=0)),
+    "explicit": (lambda k, x: conv(x, k, ((2, 0), (1, 3))), oj.Conv((8, 6), padding=((2, 0), (1, 3)))),
+    "cropping": (lambda k, x: conv(x, k, ((-1, 0), (1, -2))), oj.Conv((8, 6), padding=((-1, 0), (1, -2)))),
+    "kernel dilation": (
+        lambda k, x: conv(x, k, "SAME", rhs_dilation=(2, 1)),
+        oj.Conv((8, 6), padding=((2, 2), (1, 1)), kernel_dilation=(2, 1)),
+    ),
+    "transposed": (
+        lambda k, x: lax.conv_transpose(x, k, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")),
+        oj.Conv((8, 6), padding=((2, 1), (2, 1)), input_dilation=2),
+    ),
+    "zeros padded on before": (
+        lambda k, x: conv(jnp.pad(x, ((0, 0), (1, 2), (0, 3), (0, 0))), k, ((1, 0), (0, 0))),
+        oj.Conv((8, 6), padding=((2, 2), (0, 3))),
+    ),
+    "zeros padded on before, dilated": (
+        lambda k, x: conv(jnp.pad(x, ((0, 0), (1, 0), (0, 1), (0, 0))), k, ONES, lhs_dilation=(2, 2)),
+        oj.Conv((8, 6), padding=((3, 1), (1, 3)), input_dilation=2),
+    ),
+    "padded, then cropped": (
+        lambda k, x: conv(jnp.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)))[:, 1:-1, 2:], k, "VALID"),
+        oj.Conv((8, 6), padding=((1, 1), (0, 2))),
+    ),
+    "joined with its transpose": (
+        lambda k, x: conv(jnp.concatenate([x[:, :6], x[:, :6].transpose(0, 2, 1, 3)], 1), k),
+        oj.Conv((12, 6), padding=ONES),
+    ),
+    "a part of the image": (lambda k, x: conv(x[:, 2:, ::2], k), oj.Conv((6, 3), padding=ONES)),
+    "kernel stored OIHW": (
+        lambda k, x: conv(x, k.transpose(2, 3, 1, 0)),
+        oj.Conv((8, 6), padding=ONES, kernel_layout="OIHW"),
+    ),
+    "images NCHW, kernel OIHW": (
+        lambda k, x: lax.conv(x.transpose(0, 3, 1, 2), k, (1, 1), "SAME"),
+        oj.Conv((8, 6), padding=ONES, kernel_layout="OIHW"),
+    ),
+}
+SHAPES = {"kernel stored OIHW": (4, 4, 3, 3), "images NCHW, kernel OIHW": (4, 4, 3, 3)}
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_geometries(name):
+    fn, expected = GEOMETRIES[name]
+    kernel = jax.ShapeDtypeStruct(SHAPES.get(name, K.shape), jnp.float32)
+    assert oj.find_convs(fn, kernel, X) == expected
+    if name != "joined with its transpose":
+        assert np.isclose(*_norms(fn, expected, kernel.shape), rtol=1e-4)
+
+
+def _norms(fn, conv, kernel_shape):
+    """The norm by the found Conv, and that of the traced function itself, as a dense matrix of its Jacobian."""
+    kernel = jax.random.normal(jax.random.key(1), kernel_shape)
+    jacobian = jax.jacobian(lambda x: fn(kernel, x[None])[0])(jnp.ones(X.shape[1:]))
+    size = int(np.prod(X.shape[1:]))
+    canonical = np.asarray(kernel).transpose([conv.kernel_layout.index(letter) for letter in "HWIO"])
+    options = {"strides": conv.strides, "input_dilation": conv.input_dilation, "kernel_dilation": conv.kernel_dilation}
+    found = dense_matrix(canonical, conv.input_shape, padding=conv.padding, **options)
+    return np.linalg.norm(found, 2), np.linalg.norm(np.asarray(jacobian, np.float64).reshape(-1, size), 2)
+
+
+def wrapped(x, low, high):
+    return jnp.pad(x, ((0, 0), (low[0], high[0]), (low[1], high[1]), (0, 0)), mode="wrap")
+
+
+CIRCULAR = {
+    "as Flax pads": (lambda k, x: conv(wrapped(x, (1, 1), (1, 1)), k, "VALID"), oj.Conv((8, 6))),
+    "all on one side": (lambda k, x: conv(wrapped(x, (2, 0), (0, 2)), k, "VALID"), oj.Conv((8, 6))),
+    "a stride that divides": (
+        lambda k, x: conv(wrapped(x, (1, 1), (0, 0)), k, "VALID", (2, 2)),
+        oj.Conv((8, 6), strides=2),
+    ),
+    "a stride that does not": (
+        lambda k, x: conv(wrapped(x, (1, 1), (1, 1)), k, "VALID", (3, 4)),
+        oj.Conv((8, 6), strides=(3, 4)),
+    ),
+    "dilated, further than the image": (
+        lambda k, x: conv(wrapped(x, (9, 7), (9, 7)), k, "VALID", rhs_dilation=(9, 7)),
+        oj.Conv((8, 6), kernel_dilation=(9, 7)),
+    ),
+    "a part of the image, turned over": (
+        lambda k, x: conv(wrapped(x[:, 2:, ::-1], (0, 2), (2, 0)), k[::-1], "VALID", (4, 1)),
+        oj.Conv((6, 6), strides=(4, 1)),
+    ),
+    "written with concatenate and a cast": (
+        lambda k, x: conv(
+            (lambda y: jnp.concatenate([y[:, :, -1:], y, y[:, :, :1]], 2).astype(jnp.float32))(
+                jnp.concatenate([x[:, -1:], x, x[:, :1]], 1)
+            ),
+            k,
+            "VALID",
+        ),
+        oj.Conv((8, 6)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CIRCULAR)
+def test_circular_padding_is_recognised(name):
+    fn, expected = CIRCULAR[name]
+    assert oj.find_convs(fn, K, X) == expected
+    assert np.isclose(*_norms(fn, expected, K.shape), rtol=1e-4)
+
+
+def reflect(x):
+    return jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+
+
+def chosen(params, x):
+    return conv(x, lax.cond(x.sum() > 0, lambda: params["a"], lambda: params["b"]))
+
+
+UNKNOWN = {
+    "masked": (lambda p, x: conv(x, p["a"] * MASK), {"a": "through mul"}),
+    "standardised": (lambda p, x: conv(x, p["a"] - p["a"].mean()), {"a": "through .*sub"}),
+    "two parameters": (lambda p, x: conv(x, p["a"] + p["b"]), {"a": "through add", "b": "through add"}),
+    "chosen by a branch": (chosen, {"a": "a branch", "b": "a branch"}),
+    "two geometries": (lambda p, x: conv(conv(x, p["a"]), p["a"], "VALID"), {"a": r"used with 2 geometries.*\(1, 1\)"}),
+    "its own gradient": (
+        lambda p, x: jax.grad(lambda x: conv(x, p["a"], strides=(2, 2)).sum())(x),
+        {"a": "used with 2 geometries|gradient"},
+    ),
+    "a part of it": (lambda p, x: conv(x[..., :1], p["a"][:, :, :1]), {"a": "takes a part of it"}),
+    "half of it": (lambda p, x: conv(x[..., :2], p["a"][:, :, :2]), {"a": "through slice"}),
+    "changed by a loop": (
+        lambda p, x: lax.fori_loop(0, 3, lambda _, c: (c[0] * 0.5, conv(c[1], c[0])), (p["a"], x))[1],
+        {"a": "a loop"},
+    ),
+    "rounded": (
+        lambda p, x: conv(x, p["a"].astype(jnp.int32).astype(jnp.float32)),
+        {"a": "through convert_element_type"},
+    ),
+    "reflected": (lambda p, x: conv(reflect(x), p["a"], "VALID"), {"a": "copies of itself"}),
+    "circular along one axis only": (
+        lambda p, x: conv(wrapped(x, (1, 0), (1, 0)), p["a"], ((0, 0), (1, 1))),
+        {"a": "zeros along another"},
+    ),
+    "circular, then cropped": (
+        lambda p, x: conv(wrapped(x, (1, 1), (1, 1)), p["a"], ((0, 0), (0, -1))),
+        {"a": "not the circular one"},
+    ),
+    "kernels batched by vmap": (
+        lambda p, x: jax.vmap(conv, (None, 0))(x, jnp.stack([p["a"], p["b"]])),
+        {"a": "through", "b": "through"},
+    ),
+    "inside a kernel of another language": (
+        lambda p, x: jax.pure_callback(lambda k: k, K, p["a"]) + conv(x, p["b"]).sum(),
+        {"a": None},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_what_no_conv_describes_is_named(name):
+    fn, reasons = UNKNOWN[name]
+    reasons = {key: reason for key, reason in reasons.items() if reason}
+    params = {"a": K, "b": K}
+    skipped = oj.find_convs(fn, params, X, on_unknown="skip")
+    assert {key for key, node in skipped.items() if isinstance(node, oj.Unknown)} == set(reasons)
+    for key, reason in reasons.items():
+        with pytest.raises(ValueError, match=rf"params\['{key}'\] \(3, 3, 4, 4\): .*{reason}"):
+            oj.find_convs(fn, params, X)
+
+
+def test_four_spatial_axes_are_named():
+    kernel, x = jnp.ones((3, 3, 3, 3, 1, 1)), jnp.ones((1, 4, 4, 4, 4, 1))
+    numbers = lax.ConvDimensionNumbers((0, 5, 1, 2, 3, 4), (5, 4, 0, 1, 2, 3), (0, 5, 1, 2, 3, 4))
+    fn = lambda p, x: lax.conv_general_dilated(x, p, (1,) * 4, "SAME", dimension_numbers=numbers)
+    with pytest.raises(ValueError, match="a convolution with 4 spatial axes"):
+        oj.find_convs(fn, kernel, x)
+
+
+def test_a_stack_along_another_axis_is_named():
+    stack = jax.ShapeDtypeStruct((3, 3, 5, 4, 4), jnp.float32)
+    fn = lambda p, x: lax.scan(lambda y, k: (conv(y, k), None), x, jnp.moveaxis(p, 2, 0))[0]
+    with pytest.raises(ValueError, match=r"params \(3, 3, 5, 4, 4\): stacked along axes \[2\]"):
+        oj.find_convs(fn, stack, X)
+
+
+def test_a_stack_of_matrices_along_another_axis_is_named():
+    stack = jax.ShapeDtypeStruct((4, 5, 4), jnp.float32)
+    fn = lambda p, x: lax.scan(lambda y, k: (y @ k, None), x, jnp.moveaxis(p, 1, 0))[0]
+    with pytest.raises(ValueError, match=r"params \(4, 5, 4\): stacked along axes \[1\]"):
+        oj.find_convs(fn, stack, X, dense=True)
+
+
+def test_an_inserted_axis_is_named():
+    kernel = jax.ShapeDtypeStruct((3, 4, 4), jnp.float32)
+    with pytest.raises(ValueError, match="an axis is inserted"):
+        oj.find_convs(lambda p, x: conv(x, p[None]), kernel, X)
+
+
+def test_a_vector_in_a_product_is_no_layer():
+    params = {"kernel": K, "vector": jax.ShapeDtypeStruct((4,), jnp.float32)}
+    found = oj.find_convs(lambda p, x: conv(x, p["kernel"]) @ p["vector"], params, X, dense=True)
+    assert found == {"kernel": SAME, "vector": None}
+
+
+def test_a_kernel_read_by_another_language_is_named():
+    from jax.experimental import pallas
+
+    def copy(source, target):
+        target[...] = source[...]
+
+    copied = pallas.pallas_call(copy, out_shape=jax.ShapeDtypeStruct(K.shape, K.dtype), interpret=True)
+    with pytest.raises(ValueError, match="enters pallas_call, whose inside cannot be read"):
+        oj.find_convs(lambda p, x: conv(x, copied(p)), K, X)
+
+
+def test_the_same_kernel_in_both_branches_is_that_kernel():
+    fn = lambda p, x: conv(x, lax.cond(x.sum() > 0, lambda: p.swapaxes(2, 3), lambda: p.swapaxes(2, 3)))
+    assert oj.find_convs(fn, K, X) == oj.Conv((8, 6), padding=ONES, kernel_layout="HWOI")
+
+
+def test_images_that_a_scan_takes_one_by_one():
+    fn = lambda p, x: lax.scan(lambda carry, image: (carry, conv(image[None], p)), 0.0, x)[1]
+    assert oj.find_convs(fn, K, X) == SAME
+
+
+PICTURES = {
+    "spread out": (lambda x: lax.pad(x, 0.0, ((0, 0, 0), (0, 0, 1), (0, 0, 1), (0, 0, 0))), (15, 11)),
+    "beside its mirror image": (lambda x: jnp.concatenate([x, x[:, :, ::-1]], 1), (16, 6)),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_made_of_the_image_otherwise_are_pictures_of_their_own(name):
+    made, shape = PICTURES[name]
+    fn = lambda p, x: conv(made(x), p, "VALID")
+    assert made(jnp.ones(X.shape)).shape[1:3] == shape
+    assert oj.find_convs(fn, K, X) == oj.Conv(shape, padding=0)
+
+
+def test_captured_kernels_are_reported():
+    kernel = jnp.ones(K.shape)
+    with pytest.raises(ValueError, match=r"no parameter: \(3, 3, 4, 4\), captured by closure"):
+        oj.find_convs(lambda p, x: conv(conv(x, p), kernel), K, X)
+    assert oj.find_convs(lambda p, x: conv(conv(x, p), kernel), K, X, on_unknown="skip") == SAME
+    with pytest.raises(ValueError, match="captures by closure"):
+        oj.find_convs(lambda p, x: conv(x, kernel), K, X, on_unknown="skip")
+
+
+def test_kernels_computed_from_the_input_are_reported():
+    dynamic = lambda p, x: conv(conv(x, p), jnp.ones(K.shape) * x.mean())
+    with pytest.raises(ValueError, match="computed from fn's input"):
+        oj.find_convs(dynamic, K, X)
+
+
+def test_a_fixed_filter_built_inside_is_no_layer():
+    assert oj.find_convs(lambda p, x: conv(conv(x, p), jnp.ones(K.shape) / 9), K, X) == SAME
+
+
+def test_patches_are_no_layer():
+    patches = lambda p, x: conv(lax.conv_general_dilated_patches(x, (3, 3), (1, 1), "SAME"), p)
+    image, kernel = jax.ShapeDtypeStruct((1, 4, 8, 6), jnp.float32), jax.ShapeDtypeStruct((3, 3, 6, 4), jnp.float32)
+    assert oj.find_convs(patches, kernel, image) == oj.Conv((36, 8), padding=ONES)
+
+
+def test_a_parameter_as_the_image_is_no_kernel():
+    fn = lambda p, x: conv(p["image"], p["kernel"]) + x
+    found = oj.find_convs(fn, {"image": X, "kernel": K}, X)
+    assert found == {"image": None, "kernel": SAME}
+
+
+def test_shard_map_has_local_shapes():
+    mesh = jax.make_mesh((1,), ("space",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec
+    run = lambda split: (
+        lambda p, x: jax.shard_map(conv, mesh=mesh, in_specs=(spec(None, split), spec()), out_specs=spec(None, split))(
+            x, p
+        )
+    )
+    assert oj.find_convs(run("space"), K, X) == SAME  # one device: the shapes are the global ones
+    # With more than one they differ; the walk compares them.
+    from opnorm_jax._program import find_convs
+
+    sites = find_convs._Sites({0: K.shape}, dense=False)
+    program = jax.make_jaxpr(lambda k, x: conv(x, k))(K, X)
+    kernel = find_convs._Value(leaves=frozenset([0]), kernel=find_convs._Kernel(0, (0, 1, 2, 3)))
+    find_convs._walk(program, [kernel, find_convs._Value(from_input=True)], sites, sharded=True)
+    assert "shard_map" in sites.of[0][0]
+
+
+def test_pointwise_convolutions_written_as_products():
+    kernels = {
+        "squeezed": jax.ShapeDtypeStruct((1, 1, 4, 7), jnp.float32),
+        "einsum": jax.ShapeDtypeStruct((5, 7, 1, 1), jnp.float32),
+        "stack": jax.ShapeDtypeStruct((3, 1, 1, 5, 5), jnp.float32),
+    }
+
+    def fn(p, x):
+        x = x @ p["squeezed"][0, 0]
+        x = jnp.einsum("nhwi,oijk->nhwo", x, p["einsum"])
+        return lax.scan(lambda y, k: (y @ k.reshape(5, 5), None), x, p["stack"])[0]
+
+    assert oj.find_convs(fn, kernels, X) == {
+        "squeezed": oj.Conv((8, 6), padding=0),
+        "einsum": oj.Conv((8, 6), padding=0, kernel_layout="OIHW"),
+        "stack": oj.Conv((8, 6), padding=0, stacked=1),
+    }
+
+
+def test_dense_layers_when_asked():
+    params = {
+        "kernel": K,
+        "dense": jax.ShapeDtypeStruct((4, 10), jnp.float32),
+        "transposed": jax.ShapeDtypeStruct((5, 10), jnp.float32),
+        "stack": jax.ShapeDtypeStruct((3, 5, 5), jnp.float32),
+        "heads": jax.ShapeDtypeStruct((5, 2, 3), jnp.float32),
+    }
+
+    def fn(p, x, heads=True):
+        x = conv(x, p["kernel"]).mean((1, 2)) @ p["dense"]
+        x = x @ p["transposed"].T
+        x = lax.scan(lambda y, k: (y @ k, None), x, p["stack"])[0]
+        return jnp.einsum("ni,ihd->nhd", x, p["heads"]) if heads else x
+
+    assert oj.find_convs(fn, params, X) == {**dict.fromkeys(params), "kernel": SAME}
+    expected = {"kernel": SAME, "dense": oj.Conv(()), "transposed": oj.Conv((), kernel_layout="OI")}
+    expected |= {"stack": oj.Conv((), stacked=1), "heads": None}
+    assert oj.find_convs(fn, params, X, dense=True, heads=False) == expected
+    with pytest.raises(ValueError, match=r"params\['heads'\] \(5, 2, 3\): .*no matrix"):
+        oj.find_convs(fn, params, X, dense=True)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_every_dimension_and_grouping(rank, groups):
+    model = nn.Conv(8, (3,) * rank, 2, padding="CIRCULAR", feature_group_count=groups)
+    x = jax.ShapeDtypeStruct((1, *(8, 6, 4)[:rank], 4), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    found = oj.find_convs(model.apply, variables, x)["params"]
+    assert found == {"bias": None, "kernel": oj.Conv((8, 6, 4)[:rank], strides=2, feature_group_count=groups)}
+
+
+def test_flipped_kernels():
+    """A flipped kernel is the mirrored layer: same norm as the Conv found, and the leftover padding is not used."""
+    for strides, padding in (((1, 1), "SAME"), ((2, 3), ((2, 1), (0, 2))), ((3, 2), ((0, 2), (1, 0)))):
+        fn = lambda k, x: conv(x, k[::-1, ::-1], padding, strides)  # noqa: B023
+        found = oj.find_convs(fn, K, X)
+        assert np.isclose(*_norms(fn, found, K.shape), rtol=1e-4), (strides, padding)
+
+
+def test_other_arguments():
+    """Flags stay Python values; keys, keyword arguments and nested inputs are traced; the batch does not matter."""
+
+    def fn(params, batch, train, *, rng, scale=None):
+        x = batch["image"] * (2 if train else 1)
+        return conv(x + jax.random.normal(rng, x.shape), params["layer"]["w"]) if scale is None else None
+
+    params = {"layer": {"w": K}, "name": "not an array", "n": 3}
+    expected = {"layer": {"w": SAME}, "name": None, "n": None}
+    for batch in (1, 8):
+        image = jax.ShapeDtypeStruct((batch, 8, 6, 4), jnp.float32)
+        assert oj.find_convs(fn, params, {"image": image}, True, rng=jax.random.key(0)) == expected
+
+
+def test_wrong_calls():
+    with pytest.raises(ValueError, match="on_unknown to be 'error' or 'skip', got 'warn'"):
+        oj.find_convs(chain, TWO, X, on_unknown="warn")
+    with pytest.raises(TypeError, match="expected fn to be a function"):
+        oj.find_convs(TWO, chain, X)
+    with pytest.raises(ValueError, match="dense=True"):
+        oj.find_convs(lambda p, x: x @ p, jax.ShapeDtypeStruct((4, 4), jnp.float32), X)
+
+
+def test_nothing_is_computed():
+    def fn(k, x):
+        jax.debug.callback(lambda: pytest.fail("computed"))
+        return conv(x, k)
+
+    assert oj.find_convs(fn, jnp.ones(K.shape), jnp.ones(X.shape)) == SAME
+
+
+def test_stacks_and_unknowns_go_through_the_transformation():
+    params = {"stack": jax.random.normal(jax.random.key(0), (5, 3, 3, 4, 4)), "masked": jnp.full((3, 3, 4, 4), 9.0)}
+    fn = lambda p, x: conv(scanned(p, x), p["masked"] * MASK)
+    convs = oj.find_convs(fn, params, X, on_unknown="skip")
+    for method in ("rescale", "project", "clip"):
+        out = oj.constrain(params, 1.0, convs, method=method)
+        assert (out["masked"] == params["masked"]).all()
+        for n in range(5):
+            alone = oj.constrain(params["stack"][n], 1.0, SAME, method=method)
+            np.testing.assert_allclose(out["stack"][n], alone, atol=1e-5)
+            matrix = dense_matrix(out["stack"][n], (8, 6), padding=ONES)
+            assert np.linalg.norm(matrix, 2) <= (1 + 1e-5 if method != "clip" else 1.6)
+    tx = oj.constrain_operator_norm(1.0, convs, every=2, method="project", warm_start=True)
+    state = tx.init(params)
+    assert state.norms["stack"].shape == (5,)
+    structure = jax.tree.structure(state)
+    updates, state = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, params), state, params)
+    assert jax.tree.structure(state) == structure and state.norms["stack"].shape == (5,)
+    moved = params["stack"] + updates["stack"]
+    assert max(np.linalg.norm(dense_matrix(k, (8, 6), padding=ONES), 2) for k in moved) <= 1 + 1e-5
+
+
+class ResNet18(nn.Module):
+    """ImageNet's, in Linen: 20 convolutions."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(64, (7, 7), 2, use_bias=False)(x)
+        x = nn.max_pool(nn.relu(nn.BatchNorm(use_running_average=True)(x)), (3, 3), (2, 2), "SAME")
+        for stage in range(4):
+            for block in range(2):
+                stride = 2 if stage and not block else 1
+                y = nn.Conv(64 * 2**stage, (3, 3), stride, use_bias=False)(x)
+                y = nn.relu(nn.BatchNorm(use_running_average=True)(y))
+                y = nn.BatchNorm(use_running_average=True)(nn.Conv(64 * 2**stage, (3, 3), use_bias=False)(y))
+                if stride == 2:
+                    x = nn.Conv(64 * 2**stage, (1, 1), 2, use_bias=False)(x)
+                x = nn.relu(x + y)
+        return nn.Dense(1000)(x.mean((1, 2)))
+
+
+def test_resnet18_against_flax_itself():
+    """The paths are those of the nn.Conv modules that nn.intercept_methods sees, with the inputs it sees."""
+    model, x = ResNet18(), jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    seen = {}
+
+    def watch(next_fun, args, kwargs, context):
+        if isinstance(context.module, nn.Conv) and context.method_name == "__call__":
+            seen[context.module.path] = (args[0].shape[1:3], context.module.strides)
+        return next_fun(*args, **kwargs)
+
+    with nn.intercept_methods(watch):
+        jax.eval_shape(model.apply, variables, x)
+    found = oj.find_convs(model.apply, variables, x)
+    paths = jax.tree_util.tree_flatten_with_path(found["params"])[0]
+    described = {tuple(key.key for key in path[:-1]): conv for path, conv in paths}
+    assert len(seen) == 20
+    assert {path: (conv.input_shape, conv.strides) for path, conv in described.items()} == {
+        path: (shape, (strides,) * 2 if isinstance(strides, int) else tuple(strides or (1, 1)))
+        for path, (shape, strides) in seen.items()
+    }
+    assert all(conv is None for conv in jax.tree.leaves(found["batch_stats"]))

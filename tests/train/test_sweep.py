@@ -1,0 +1,146 @@
+"""The sweep and the headline's script: members of a stack are the runs they stand for, and nothing is run twice."""
+
+import dataclasses
+import json
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+for package in ("flax", "tyro", "sklearn", "safetensors", "matplotlib"):
+    pytest.importorskip(package, reason="the trainer needs the extra [train]")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "train"))
+
+import cifar  # noqa: E402
+import curves  # noqa: E402
+import headline  # noqa: E402
+import options  # noqa: E402
+import report  # noqa: E402
+import sweep  # noqa: E402
+
+QUIET = Console(quiet=True)
+TINY = {"max_norm": (None, 0.5, 1.0), "learning_rate": (0.02, 0.1), "batch_size": (256,), "epochs_per_decay": (1,)}
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    monkeypatch.setitem(sweep.GRIDS, "small", TINY)
+    return sweep.Sweep(out_dir=tmp_path / "sweep", phases=2, every=2)
+
+
+def test_the_papers_grid():
+    grid = sweep.groups(sweep.Sweep(grid="paper"))
+    members = [tuple(member.values()) for group in grid for member in group]
+    assert len(members) == len(set(members)) == 150
+    for group in grid:  # one program each
+        assert len({(m["batch_size"], m["epochs_per_decay"], m["max_norm"] is None) for m in group}) == 1
+    shares = [sweep.share_of(grid, f"{i}/4") for i in range(4)]
+    assert sorted(map(str, sum(shares, []))) == sorted(map(str, grid))
+    for bad in ("4/4", "-1/2", "x", "1"):
+        with pytest.raises(ValueError, match="I/N"):
+            sweep.share_of(grid, bad)
+
+
+def test_sweep_and_each_of_its_runs_alone(tiny, monkeypatch, tmp_path):
+    """Killed in its second group, it goes on there; at the end a run is what the trainer gives for it alone."""
+    original, calls = cifar.end_epoch, []
+
+    def kill_once(run, state, step, record):
+        calls.append(run.seeds.count)
+        if len(calls) == 3:  # the first epoch of the second group
+            signal.raise_signal(signal.SIGTERM)
+        return original(run, state, step, record)
+
+    monkeypatch.setattr(cifar, "end_epoch", kill_once)
+    with pytest.raises(SystemExit):
+        sweep.main(tiny, QUIET)
+    assert len(list((tiny.out_dir / "results").glob("*.jsonl"))) == 1
+    results = sweep.main(tiny, QUIET)
+    assert calls == [2, 2, 4, 4]  # networks at once, epoch by epoch: none trained twice
+    assert sweep.main(tiny, QUIET) == results and len(calls) == 4
+    assert (tiny.out_dir / "sweep.png").stat().st_size > 5000
+    assert len(results) == 6 and not any((tiny.out_dir / "under_way").iterdir())
+    for row in results[-1:]:
+        config = options.Config(
+            out_dir=tmp_path / f"alone{row['max_norm']}",
+            method=row["method"],
+            max_norm=row["max_norm"] or 1.0,
+            learning_rate=row["learning_rate"],
+            batch_size=row["batch_size"],
+            epochs=2,
+            epochs_per_decay=1,
+            every=2,
+        )
+        monkeypatch.setattr(report, "norms", lambda *args: {})
+        monkeypatch.setattr(report, "plot_spectra", lambda *args: None)
+        cifar.main(config, QUIET)
+        alone = json.loads((config.out_dir / "metrics.jsonl").read_text().splitlines()[-1])
+        assert row["train_loss"] == pytest.approx(alone["train_loss"], rel=2e-3)
+        assert row["test_error"] == pytest.approx(alone["test_error"], abs=0.02)
+        assert alone["learning_rate"] == pytest.approx(0.1 * row["learning_rate"])
+
+
+def test_shards_together_are_the_whole(tiny, monkeypatch):
+    """Each runs its own groups only; a machine that shares the folder sees what the other did."""
+    ran = []
+
+    def pretend(plan, members, console):
+        ran.append([sweep.identity(plan, member) for member in members])
+        rows = [{**row, "test_error": 0.5, "train_error": 0.5, "train_loss": np.nan} for row in ran[-1]]
+        sweep.write_lines(plan.out_dir / "results" / f"{len(ran)}.jsonl", rows)
+
+    monkeypatch.setattr(sweep, "run_group", pretend)
+    for shard in ("1/2", "0/2", "1/2"):
+        sweep.main(dataclasses.replace(tiny, shard=shard, at_once=1), QUIET)
+    assert len(ran) == 6 and len(sweep.finished(tiny)) == 6
+    sweep.main(dataclasses.replace(tiny, show=True), QUIET)
+
+
+def test_show_needs_results(tiny):
+    with pytest.raises(ValueError, match="got none"):
+        sweep.main(dataclasses.replace(tiny, show=True), QUIET)
+
+
+@pytest.mark.filterwarnings("ignore")  # Ray's own sockets
+def test_ray(tiny):
+    """On this machine as its own cluster."""
+    ray = pytest.importorskip("ray", reason="ray is not installed: the extra [sweep]")
+    try:
+        results = sweep.main(dataclasses.replace(tiny, ray=True, phases=1), QUIET)
+    finally:
+        ray.shutdown()
+    assert len(results) == 6
+
+
+def test_headline(tmp_path, monkeypatch):
+    """All arms on the digits, stopped in between, and the table's figures from first principles."""
+    monkeypatch.setattr(report, "norms", lambda *args: {})
+    monkeypatch.setattr(report, "plot_spectra", lambda *args: None)
+    monkeypatch.setattr(headline, "ARMS", {name: headline.ARMS[name] for name in ("none", "clip 1.0")})
+    plan = headline.Headline(out_dir=tmp_path / "headline", seeds=2, epochs=1, throughput_steps=0)
+    original, stopped = cifar.end_epoch, []
+
+    def stop_once(*args):
+        if not stopped:
+            stopped.append(signal.raise_signal(signal.SIGTERM))
+        return original(*args)
+
+    monkeypatch.setattr(cifar, "end_epoch", stop_once)
+    rows = headline.main(plan, QUIET)  # asked to stop at the very end of an arm: it is done all the same
+    assert [row["arm"] for row in rows] == ["none", "clip 1.0"]
+    for row in rows:
+        a, b = row["test_errors"]
+        assert row["mean"] == pytest.approx((a + b) / 2)
+        assert row["standard_error"] == pytest.approx(abs(a - b) / 2)
+        assert row["interval_95"][1] - row["mean"] == pytest.approx(12.7062 * abs(a - b) / 2, rel=1e-4)
+    before = (plan.out_dir / "headline.jsonl").read_text()
+    monkeypatch.setattr(cifar, "main", None)  # the second time nothing is trained
+    headline.main(plan, QUIET)
+    assert (plan.out_dir / "headline.jsonl").read_text() == before
+    curves.main(curves.Curves((plan.out_dir / "none", plan.out_dir / "clip1.0"), out=tmp_path / "curves.png"))
+    assert (tmp_path / "curves.png").stat().st_size > 5000
+    with pytest.raises(FileNotFoundError, match="metrics.jsonl"):
+        curves.main(curves.Curves((tmp_path,), out=tmp_path / "no.png"))

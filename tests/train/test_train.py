@@ -1,0 +1,366 @@
+"""The trainer: the network, the data, the step, and one short run from end to end."""
+
+import hashlib
+import io
+import json
+import pickle
+import sys
+import tarfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+nn = pytest.importorskip("flax.linen", reason="the trainer needs the extra [train]")
+for package in ("rich", "tyro", "sklearn", "safetensors", "matplotlib"):
+    pytest.importorskip(package, reason="the trainer needs the extra [train]")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "train"))
+
+import cifar  # noqa: E402
+import datasets  # noqa: E402
+import loop  # noqa: E402
+import resnet  # noqa: E402
+
+# --- the network --------------------------------------------------------------------------------------------------
+
+
+def initialise(depth, image=(32, 32, 3), **options):
+    model = resnet.ResNet(depth, **options)
+    return model, jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, *image)), train=False))
+
+
+def test_resnet32_has_the_official_number_of_parameters():
+    _, variables = initialise(32)
+    assert resnet.count_parameters(variables["params"]) == 466_970
+    kernels = [leaf.shape for leaf in jax.tree.leaves(variables["params"]) if len(leaf.shape) == 4]
+    assert sum(shape[0] == 3 for shape in kernels) == 31 and sum(shape[0] == 1 for shape in kernels) == 3
+
+
+@pytest.mark.parametrize("depth", [0, 7, 18, 33])
+def test_depth(depth):
+    with pytest.raises(ValueError, match=rf"6n \+ 2.*got {depth}"):
+        resnet.blocks(depth, 16)
+
+
+@pytest.mark.parametrize("image", [(32, 32), (8, 8), (9, 7)], ids=str)
+def test_the_described_convolutions_are_those_of_the_model(image):
+    """Against what Flax's own modules are called with."""
+    model, variables = initialise(14, (*image, 3))
+    convs = resnet.convolutions(model, variables, (*image, 3), "padding")
+    seen = {}
+
+    def record(next_fun, args, kwargs, context):
+        if isinstance(context.module, nn.Conv):
+            seen[context.module.path] = (args[0].shape[1:3], context.module)
+        return next_fun(*args, **kwargs)
+
+    with nn.intercept_methods(record):
+        jax.eval_shape(lambda v: model.apply(v, jnp.zeros((1, *image, 3)), train=False), variables)
+    flat = {tuple(k.key for k in path[:-1]): conv for path, conv in jax.tree_util.tree_leaves_with_path(convs)}
+    assert set(flat) == set(seen) and len(seen) == 1 + 3 + 12
+    for path, (shape, module) in seen.items():
+        conv = flat[path]
+        assert conv.input_shape == shape
+        assert conv.strides == (module.strides,) * 2
+        same = tuple((k // 2, k // 2) for k in module.kernel_size)  # at stride 1, which is where the model says SAME
+        assert conv.padding == {"SAME": same, "VALID": ((0, 0), (0, 0))}.get(module.padding, module.padding)
+    circular = resnet.convolutions(model, variables, (*image, 3), "circular")
+    assert all(conv.padding == "CIRCULAR" and conv.strides == (1, 1) for conv in jax.tree.leaves(circular))
+
+
+def test_without_batch_norm():
+    _, variables = initialise(8, batch_norm=False)
+    assert "batch_stats" not in variables
+
+
+# --- the step -----------------------------------------------------------------------------------------------------
+
+
+def test_standardise_is_the_papers_recipe():
+    images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3)).astype(np.uint8)
+    images[1] = 7  # constant: the floor keeps it finite
+    x = images.astype(np.float64) / 255
+    mean, std = x.mean((1, 2, 3), keepdims=True), x.std((1, 2, 3), keepdims=True)
+    want = (x - mean) / np.maximum(std, 1 / np.sqrt(3072))
+    np.testing.assert_allclose(loop.standardise(jnp.asarray(images)), want, atol=2e-5)
+
+
+def test_augment_crops_and_flips():
+    images = np.random.default_rng(0).integers(1, 256, (64, 8, 8, 3)).astype(np.uint8)
+    out = np.asarray(loop.augment(jax.random.key(0), jnp.asarray(images), 2, True))
+    padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
+    seen = set()
+    for image, source in zip(out, padded):
+        matches = [
+            (dy, dx, flip)
+            for dy in range(5)
+            for dx in range(5)
+            for flip in (False, True)
+            if (image == source[dy : dy + 8, dx : dx + 8][:, :: -1 if flip else 1]).all()
+        ]
+        assert matches
+        seen.add(matches[0])
+    assert len(seen) > 20 and {flip for *_, flip in seen} == {False, True}
+    untouched = loop.augment(jax.random.key(0), jnp.asarray(images), 0, False)
+    assert (untouched == images).all()
+
+
+def test_schedule_falls_where_the_paper_says():
+    steps = 97_656
+    rate = loop.schedule(0.1, steps)
+    for boundary, after in ((39_062, 0.01), (58_593, 0.001), (78_124, 0.0001)):
+        assert rate(boundary - 1) == pytest.approx(10 * after) and rate(boundary + 1) == pytest.approx(after)
+
+
+def test_decay_enters_before_the_momentum():
+    params = {"w": jnp.asarray([2.0])}
+    tx = loop.optimizer(0.1, 0.5, None)
+    state = tx.init(params)
+    for want in (-0.1, -0.19):  # 0.5 * 2 = 1; then 1 + 0.9 * 1
+        updates, state = tx.update({"w": jnp.zeros(1)}, state, params)
+        np.testing.assert_allclose(updates["w"], want, rtol=1e-6)
+
+
+def test_calls_cover_an_epoch():
+    for platform in ("cpu", "gpu"):
+        for per_epoch in (1, 11, 50, 390):
+            ends = loop.call_ends(per_epoch, platform)
+            assert ends[-1] == per_epoch and 0 < min(np.diff([0, *ends])) and max(np.diff([0, *ends])) <= 50
+
+
+def test_a_scan_of_steps_is_single_steps():
+    model = resnet.ResNet(8, 2)
+    images = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1)).astype(np.uint8)
+    labels = np.arange(16, dtype=np.int32) % 10
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), train=False)
+    tx = loop.optimizer(0.1, 2e-4, None)
+    run = loop.make_run_steps(model, tx, 4, 1, False, 4)
+
+    def start():
+        copy = jax.tree.map(jnp.copy, variables)
+        opt_state = tx.init(copy["params"])
+        return loop.TrainState(copy["params"], copy["batch_stats"], opt_state, jnp.int32(0), jax.random.key(1))
+
+    together, loss, _ = run(start(), images, labels, steps=4)
+    state, losses = start(), []
+    for _ in range(4):
+        state, one, _ = run(state, images, labels, steps=1)
+        losses.append(float(one))
+    np.testing.assert_allclose(loss, np.mean(losses), rtol=1e-4)
+    for a, b in zip(jax.tree.leaves(together.params), jax.tree.leaves(state.params)):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_evaluate_counts_the_last_partial_batch():
+    class Model:
+        def apply(self, variables, x, train):
+            return jnp.tile(jnp.arange(10.0), (len(x), 1))  # always class 9
+
+    labels = np.array([9] * 5 + [0] * 8, np.int32)
+    images = np.zeros((13, 4, 4, 1), np.uint8)
+    assert loop.make_evaluate(Model(), 5)({}, {}, jnp.asarray(images), jnp.asarray(labels)) == pytest.approx(8 / 13)
+
+
+# --- the data -----------------------------------------------------------------------------------------------------
+
+COUNT = 6
+
+
+def batch(seed):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (COUNT, 3072)).astype(np.uint8), rng.integers(0, 10, COUNT).astype(np.uint8)
+
+
+NAMES = [*datasets.TRAIN_BATCHES, datasets.TEST_BATCH]
+
+
+def binary_files():
+    return {
+        f"{name}.bin": np.concatenate([labels[:, None], pixels], 1).tobytes()
+        for name, (pixels, labels) in ((name, batch(n)) for n, name in enumerate(NAMES))
+    }
+
+
+def python_files():
+    return {
+        name: pickle.dumps({b"data": pixels, b"labels": [int(v) for v in labels], b"batch_label": b"x"}, protocol=2)
+        for name, (pixels, labels) in ((name, batch(n)) for n, name in enumerate(NAMES))
+    }
+
+
+def write_folder(folder, files):
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def write_archive(path, files, prefix="cifar-10-batches"):
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(f"{prefix}/{name}")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["binary", "python"])
+@pytest.mark.parametrize("form", ["folder", "parent", "archive"])
+def test_every_official_form(kind, form, tmp_path):
+    files = binary_files() if kind == "binary" else python_files()
+    if form == "archive":
+        where = write_archive(tmp_path / "mine.tar.gz", files)
+    else:
+        where = write_folder(tmp_path / f"cifar-10-batches-{kind[:3] if kind == 'binary' else 'py'}", files)
+        where = where.parent if form == "parent" else where
+    data = datasets.load("cifar10", where)
+    assert data.train_images.shape == (5 * COUNT, 32, 32, 3) and data.test_images.shape == (COUNT, 32, 32, 3)
+    pixels, labels = batch(5)
+    np.testing.assert_array_equal(data.test_images[2, 3, 4], pixels[2].reshape(3, 32, 32)[:, 3, 4])
+    np.testing.assert_array_equal(data.test_labels, labels)
+
+
+class Attack:
+    def __reduce__(self):
+        return print, ("run by a pickle",)
+
+
+def broken(change, kind="binary"):
+    def make(tmp_path):
+        files = binary_files() if kind == "binary" else python_files()
+        change(files)
+        return write_folder(tmp_path / "data", files)
+
+    return make
+
+
+def official_name(tmp_path):
+    write_archive(tmp_path / "cifar-10-binary.tar.gz", binary_files())
+    return tmp_path
+
+
+def cut_archive(tmp_path):
+    path = write_archive(tmp_path / "mine.tar.gz", binary_files())
+    path.write_bytes(path.read_bytes()[:-2000])
+    return path
+
+
+def empty(tmp_path):
+    return tmp_path
+
+
+first = "data_batch_1.bin"
+BAD_DATA = {
+    "nothing there": (empty, FileNotFoundError, "cifar-10-batches-bin.*none of them in.*--download"),
+    "a batch missing": (broken(lambda f: f.pop(first)), FileNotFoundError, r"missing \['data_batch_1.bin'\]"),
+    "truncated": (broken(lambda f: f.update({first: f[first][:-1]})), ValueError, "records of 3073 bytes.*truncated"),
+    "empty file": (broken(lambda f: f.update({first: b""})), ValueError, "records of 3073 bytes.*got 0 bytes"),
+    "label out of range": (
+        broken(lambda f: f.update({first: b"\x0b" + f[first][1:]})),
+        ValueError,
+        "labels from 0 to 9",
+    ),
+    "not a pickle": (broken(lambda f: f.update(test_batch=b"hello"), "python"), ValueError, "a pickled CIFAR-10 batch"),
+    "malicious pickle": (
+        broken(lambda f: f.update(test_batch=pickle.dumps(Attack())), "python"),
+        ValueError,
+        "refusing to load builtins.print",
+    ),
+    "pickle of something else": (
+        broken(lambda f: f.update(test_batch=pickle.dumps({b"data": 3, b"labels": []})), "python"),
+        ValueError,
+        r"uint8 data of shape \(N, 3072\)",
+    ),
+    "labels missing": (
+        broken(lambda f: f.update(test_batch=pickle.dumps({b"data": batch(0)[0], b"labels": [1]})), "python"),
+        ValueError,
+        "as many labels as images, got 1 and 6",
+    ),
+    "altered official archive": (official_name, ValueError, "official archive, SHA-256 c4a3.*corrupted or altered"),
+    "truncated archive": (cut_archive, ValueError, "readable tar archive"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_bad_data(name, tmp_path, capsys):
+    make, error, message = BAD_DATA[name]
+    with pytest.raises(error, match=f"(?s){message}"):
+        datasets.load("cifar10", make(tmp_path))
+    assert "run by a pickle" not in capsys.readouterr().out
+
+
+def test_oversized_member_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "LARGEST_MEMBER", 100)
+    with pytest.raises(ValueError, match="members under 100 bytes"):
+        datasets.load("cifar10", write_archive(tmp_path / "mine.tar.gz", binary_files()))
+
+
+def test_download_is_checked_and_atomic(tmp_path, monkeypatch):
+    source = write_archive(tmp_path / "source.tar.gz", binary_files())
+    folder = tmp_path / "data"
+    with pytest.raises(ValueError, match="(?s)archive of SHA-256 c4a3.*Nothing was kept"):
+        datasets.cifar10(folder, download=True, url=source.as_uri())
+    assert list(folder.iterdir()) == []
+    monkeypatch.setitem(datasets.SHA256, "cifar-10-binary.tar.gz", hashlib.sha256(source.read_bytes()).hexdigest())
+    data = datasets.cifar10(folder, download=True, url=source.as_uri())
+    assert len(data.train_images) == 5 * COUNT
+    assert [path.name for path in folder.iterdir()] == ["cifar-10-binary.tar.gz"]
+
+
+def test_digits():
+    data = datasets.load("digits")
+    assert len(data.train_images) + len(data.test_images) == 1797 and data.train_images.max() == 255
+    assert np.bincount(data.test_labels).min() > 30
+    with pytest.raises(ValueError, match="'digits' or 'cifar10', got 'mnist'"):
+        datasets.load("mnist")
+
+
+# --- the whole ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"depth": 9}, r"6n \+ 2"),
+        ({"max_norm": -1.0}, "max_norm to be positive"),
+        ({"epochs": 0}, "epochs to be at least 1"),
+        ({"every": 0}, "every to be at least 1"),
+        ({"batch_size": 5000}, "batch_size of at most 1442 images"),
+        ({"weight_decay": -1.0}, "weight_decay to be 0 or more"),
+        ({"batch_norm_momentum": 1.0}, r"batch_norm_momentum to be in \[0, 1\)"),
+        ({"dataset": "mnist"}, "dataset to be one of"),
+    ],
+)
+def test_bad_configuration(options, message):
+    with pytest.raises(ValueError, match=message):
+        cifar.main(cifar.Config(**options))
+
+
+@pytest.mark.parametrize("method", ["none", "rescale"])
+def test_end_to_end(method, tmp_path):
+    config = cifar.Config(out_dir=tmp_path, width=4, epochs=2, method=method, every=3, max_norm=0.8)
+    summary = cifar.main(config)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2] and rows[1]["train_loss"] < rows[0]["train_loss"]
+    assert json.loads((tmp_path / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert json.loads((tmp_path / "config.json").read_text())["every"] == 3
+    assert (tmp_path / "spectra.png").stat().st_size > 10_000
+    from safetensors.numpy import load_file
+
+    weights = load_file(tmp_path / "params.safetensors")
+    norms = {}
+    for name, size, options in (
+        ("stem", (8, 8), {"padding": "SAME"}),
+        ("stage1_block0/conv1", (8, 8), {"padding": ((1, 1), (1, 1)), "strides": 2}),
+        ("stage1_block0/projection", (8, 8), {"padding": "VALID", "strides": 2}),
+        ("stage2_block0/conv2", (2, 2), {"padding": "SAME"}),
+    ):
+        norms[name] = oracle.dense_singular_values(weights[f"params/{name}/kernel"], size, **options)[0]
+    if method == "rescale":
+        assert max(norms.values()) <= 0.8 * (1 + 1e-5)
+        assert all(upper <= 0.8 * (1 + 1e-5) for _, upper in summary["norms_after"].values())
+    else:
+        assert max(norms.values()) > 0.8

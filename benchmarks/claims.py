@@ -12,7 +12,8 @@ any size   the bound for every size (1 % slack), and the exact norm, against the
            former's time does not depend on the size: it takes no size
 
 Rivals: the paper's NumPy code, the same two lines in jitted jax.numpy, and in PyTorch if that is installed. Two ways of
-ours: on one device, as it comes, and with the frequencies divided among as many CPU devices as cores (``mesh=``).
+ours: on one device, as it comes, and with the frequencies divided among the CPU's cores
+(``Execution(mesh=...)``).
 """
 
 import functools
@@ -33,7 +34,7 @@ OURS = ("ours", f"ours, {CORES} devices")
 
 def ours(function, kernel, size, mesh, **options):
     """One of the library's functions on one device and over the mesh: functions of nothing."""
-    jit = lambda mesh: jax.jit(functools.partial(function, conv=size, mesh=mesh, **options))
+    jit = lambda mesh: jax.jit(functools.partial(function, conv=size, execution=oj.Execution(mesh=mesh), **options))
     return {name: functools.partial(jit(where), kernel) for name, where in zip(OURS, (None, mesh))}
 
 

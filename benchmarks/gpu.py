@@ -4,10 +4,10 @@
 
 spectrum, norm, clip, inside (clip of a kernel with half the norm) against the plain two-liner in jitted jax.numpy on
 the same device, 3x3 kernels; norm and clip by batched ``eigh`` and by matrix products alone, which decides what
-``method="auto"`` should take there; every answer compared with NumPy's in float64 first. product: one batched complex
-product of the blocks, the unit in which a roofline counts (the norm by products takes 25, a clip some 90). training:
-what ``every=1`` and ``every=100`` add to a step of ResNet-18 and ResNet-32. Rows are printed as they come; what no time
-is left for is named.
+``factorization="auto"`` should take there; every answer compared with NumPy's in float64 first. product: one batched
+complex product of the blocks, the unit in which a roofline counts (the norm by products takes 25, a clip some 90).
+training: what ``every=1`` and ``every=100`` add to a step of ResNet-18 and ResNet-32. Rows are printed as they come;
+what no time is left for is named.
 On a CPU it runs too, which shows that it works and nothing else.
 """
 
@@ -37,7 +37,8 @@ def measure(channels, n, repeats):
     found = np.sort(np.ravel(jax.device_get(spectrum(k))))
     jit = lambda function, **options: functools.partial(jax.jit(functools.partial(function, conv=size, **options)), k)
     both = lambda function, **options: {
-        f"ours, {method}": jit(function, method=method, **options) for method in ("eigh", "products")
+        f"ours, {name}": jit(function, execution=oj.Execution(factorization=name), **options)
+        for name in ("decompose", "products")
     }
     norms, clips = both(oj.operator_norm), both(oj.clip_operator_norm, max_norm=norm / 2)
     clipped = rivals.paper_clip(kernel, size, norm / 2)

@@ -5,8 +5,8 @@
 map        64 channels: the spectrum grows with the number of pixels; norms less so, the bound for every size not at all
 channels   16x16 maps
 layers     1 to 16 layers alike under one optax transformation: one batched call, so compilation does not grow
-methods    16x16 maps: the norm, and a clip at half of it, by each method
-devices    256 channels on 16x16 maps, ``mesh=`` of 1, 2, ... devices: of cores on a CPU
+methods    16x16 maps: the norm, and a clip at half of it, by each factorization
+devices    256 channels on 16x16 maps, ``Execution(mesh=...)`` of 1, 2, ... devices: of cores on a CPU
 memory     512 channels, all values reduced to the norm and a histogram inside one ``jit``: the peak of a new process
 """
 
@@ -53,7 +53,7 @@ def layers(count, repeats):
 
 def devices(count, channels, repeats):
     mesh = jax.make_mesh((count,), ("f",), devices=jax.devices()[:count], axis_types=(jax.sharding.AxisType.Auto,))
-    spectrum = jax.jit(functools.partial(oj.singular_values, conv=(16, 16), mesh=mesh))
+    spectrum = jax.jit(functools.partial(oj.singular_values, conv=(16, 16), execution=oj.Execution(mesh=mesh)))
     kernel = normal(channels)
     return interleaved({"spectrum": lambda: spectrum(kernel)}, repeats)
 
@@ -62,11 +62,11 @@ def methods(channels, repeats):
     kernel, size = normal(channels), (16, 16)
     bound = oj.operator_norm(kernel, size) / 2
     functions = {}
-    for method in ("auto", "svd", "eigh", "products"):
-        functions[f"norm, {method}"] = jax.jit(functools.partial(oj.operator_norm, conv=size, method=method))
-    for method in ("eigh", "products"):
-        clip = functools.partial(oj.clip_operator_norm, conv=size, max_norm=bound, method=method)
-        functions[f"clip, {method}"] = jax.jit(clip)
+    for name in ("decompose", "products"):
+        execution = oj.Execution(factorization=name)
+        functions[f"norm, {name}"] = jax.jit(functools.partial(oj.operator_norm, conv=size, execution=execution))
+        clip = functools.partial(oj.clip_operator_norm, conv=size, max_norm=bound, execution=execution)
+        functions[f"clip, {name}"] = jax.jit(clip)
     return interleaved({name: functools.partial(function, kernel) for name, function in functions.items()}, repeats)
 
 

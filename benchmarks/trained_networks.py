@@ -30,7 +30,9 @@ def describe(name, taps, size):
 def figures(kernel, conv):
     """lower, converged, upper, the circular norm at the layer's own size, one clip's remainder over its bound."""
     lower, upper = oj.operator_norm_bounds(kernel, conv)
-    own = oj.operator_norm(kernel, oj.Conv(conv.input_shape, strides=conv.strides, kernel_layout="OIHW"))
+    own = oj.operator_norm(
+        kernel, oj.Conv(conv.input_shape, strides=conv.strides, kernel_layout="OIHW", padding="CIRCULAR")
+    )
     bound = upper / 2
     left = oj.operator_norm_bounds(oj.clip_operator_norm(kernel, conv, bound), conv)
     return lower, oj.operator_norm(kernel, conv), upper, own, left.lower / bound, left.upper / bound

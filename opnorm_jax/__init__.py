@@ -4,6 +4,7 @@ Start with :func:`singular_values`, :func:`operator_norm_bounds` and :func:`cons
 """
 
 from opnorm_jax._conv import Conv, Unknown
+from opnorm_jax._execution import Execution
 from opnorm_jax._kernel.bounds import Bounds, operator_norm, operator_norm_bounds, operator_norm_upper_bound
 from opnorm_jax._kernel.constrain import (
     clip_operator_norm,
@@ -25,6 +26,7 @@ __all__ = [
     "Bounds",
     "ConstrainOperatorNormState",
     "Conv",
+    "Execution",
     "LayerReport",
     "ProjectionInfo",
     "SpectralReport",

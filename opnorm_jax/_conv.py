@@ -32,8 +32,8 @@ class Conv:
       input_shape: *spatial* shape of the layer's input, in pixels; its length fixes the dimension (1, 2 or 3). The
         empty shape stands for a dense layer, whose kernel is a matrix (layout ``"IO"``, or ``"OI"``).
       strides: an int, or one int per spatial axis.
-      padding: ``"CIRCULAR"``, ``"SAME"``, ``"VALID"``, or explicit: an int, one int per axis, or one ``(low, high)``
-        pair per axis.
+      padding: ``"SAME"`` (the default), ``"VALID"``, ``"CIRCULAR"``, or explicit: an int, one int per axis, or one
+        ``(low, high)`` pair per axis.
       input_dilation: zeros inserted between input pixels, plus one; above 1 it is a transposed convolution, which
         needs ``"CIRCULAR"`` or explicit padding (as in ``jax.lax``).
       kernel_dilation: spacing of the kernel's taps.
@@ -49,9 +49,9 @@ class Conv:
 
     Examples:
       >>> import opnorm_jax as oj
-      >>> oj.Conv((32, 32), strides=2, padding="SAME").strides
+      >>> oj.Conv((32, 32), strides=2).strides
       (2, 2)
-      >>> oj.Conv((32, 32)) == oj.Conv((32, 32), kernel_layout="HWIO", padding="CIRCULAR")
+      >>> oj.Conv((32, 32)) == oj.Conv((32, 32), kernel_layout="HWIO", padding="SAME")
       True
     """
 
@@ -69,7 +69,7 @@ class Conv:
         input_shape: Sequence[int],
         *,
         strides: int | Sequence[int] = 1,
-        padding: str | int | Sequence[int] | Sequence[tuple[int, int]] = "CIRCULAR",
+        padding: str | int | Sequence[int] | Sequence[tuple[int, int]] = "SAME",
         input_dilation: int | Sequence[int] = 1,
         kernel_dilation: int | Sequence[int] = 1,
         feature_group_count: int = 1,
@@ -83,8 +83,9 @@ class Conv:
         if isinstance(resolved, str) and resolved != "CIRCULAR" and max(input_dilation) > 1:
             raise ValueError(
                 f"expected padding 'CIRCULAR' or explicit (low, high) pairs with {input_dilation=}, got {padding=}: "
-                "the strings mean different things to lax.conv_general_dilated and to a transposed layer. Pass the "
-                "pairs really used (find them in the traced program, or in jax.lax.conv_transpose's documentation)."
+                "the other strings mean different things to lax.conv_general_dilated and to a transposed layer. Give "
+                "the pairs really used (find_convs reads them from the network; jax.lax.conv_transpose documents "
+                "them), or 'CIRCULAR'."
             )
         set_ = lambda name, value: object.__setattr__(self, name, value)  # the class is frozen
         set_("input_shape", shape)
@@ -107,11 +108,11 @@ class Unknown:
 
 
 def as_conv(conv: Conv | Sequence[int]) -> Conv:
-    """``Conv`` itself, or the circular convolution that a bare tuple of ints stands for."""
+    """Returns a ``Conv`` itself, or the paper's circular convolution that a bare tuple of ints stands for."""
     if isinstance(conv, Conv):
         return conv
     if isinstance(conv, (tuple, list)):
-        return Conv(conv)
+        return Conv(conv, padding="CIRCULAR")
     raise TypeError(
         f"expected an opnorm_jax.Conv or a tuple of ints (the input's spatial shape), got {conv!r}. "
         "Write opnorm_jax.Conv((height, width), ...)."
@@ -160,10 +161,7 @@ def check_kernel(kernel: Any, conv: Conv) -> None:
             f"expected kernel to be an array of {rank + 2} axes ({kernel_layout}), got {type(kernel).__name__}. "
             "Pass the parameter itself, e.g. params['Conv_0']['kernel']."
         )
-    if not jnp.issubdtype(kernel.dtype, jnp.floating):
-        raise TypeError(
-            f"expected a kernel of a real floating dtype, got {kernel.dtype}. Cast it: kernel.astype(jnp.float32)."
-        )
+    _check_dtype(kernel.dtype)
     if len(kernel.shape) != rank + 2:
         raise ValueError(
             f"expected a kernel of {rank + 2} axes ({kernel_layout}) for an input of {rank} spatial axes, got "
@@ -176,6 +174,20 @@ def check_kernel(kernel: Any, conv: Conv) -> None:
         raise ValueError(
             f"expected the output channels to be a multiple of feature_group_count={groups}, got {out} of them "
             f"({kernel.shape=}, kernel_layout={kernel_layout!r}). Check the layout: PyTorch and Equinox use 'OIHW'."
+        )
+
+
+def _check_dtype(dtype: Any) -> None:
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(
+            f"expected a kernel of a real floating dtype, got {dtype}. A complex kernel has the singular values, each "
+            "twice, of the real kernel [[Re, Im], [-Im, Re]] with twice the channels: jnp.block([[kernel.real, "
+            "kernel.imag], [-kernel.imag, kernel.real]]) for layout HWIO. Do not drop the imaginary part."
+        )
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"expected a kernel of a real floating dtype, got {dtype}. Pass the values that the layer really uses: for "
+            "a quantised kernel, its integers times their scale, in a floating dtype."
         )
 
 

@@ -11,8 +11,6 @@ On GPU and TPU the batched ``eigh`` is used: cuSOLVER's ``svd`` is batched only 
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,9 +130,9 @@ def _one_eigh(matrix):
     return values, vectors
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def singular_values(blocks: Complex[Array, "c m n"], method: str = "auto") -> Float[Array, "c r"]:
-    """Singular values, descending; on a CPU, unless told otherwise, to working precision of the largest.
+@jax.custom_jvp
+def singular_values(blocks: Complex[Array, "c m n"]) -> Float[Array, "c r"]:
+    """Singular values, descending; on a CPU to working precision of the largest.
 
     Except at near ties: LAPACK's values-only SVD leaves values that are 1e-6 to 1e-3 apart up to 50 eps off. That is
     enough for all values, not for a certificate: see :func:`largest_singular_values`.
@@ -142,28 +140,28 @@ def singular_values(blocks: Complex[Array, "c m n"], method: str = "auto") -> Fl
     Differentiable once. At ties the vectors are any basis of the tied space, which gives one element of the
     generalised gradient; where a value is zero its tangent is zero.
     """
-    return _VALUES[method](blocks)
+    return _values(blocks)
 
 
 @singular_values.defjvp
-def _singular_values_jvp(method, primals, tangents):
+def _singular_values_jvp(primals, tangents):
     left, values, right = singular_vectors(primals[0])
     moved = jnp.matmul(tangents[0], right, precision=_HIGHEST)
     slopes = jnp.sum((left.conj() * moved).real, axis=-2)
     return values, jnp.where(values > 0, slopes, 0)
 
 
-def largest_singular_values(blocks: Complex[Array, "c m n"], method: str = "auto") -> Float[Array, " c"]:
+def largest_singular_values(blocks: Complex[Array, "c m n"]) -> Float[Array, " c"]:
     """The largest singular value of each block, or 0 for one whose own is not the largest of all.
 
     By elimination, a third of the cost of all values: blocks are taken in the order of a rough estimate, and one that a
     Cholesky factorisation finds below the largest value so far (to 4 eps) is not factorised. Not differentiable.
 
-    To a few eps, near ties included, since projections make those: from a Gram matrix, or from an SVD with vectors.
+    To a few eps, near ties included, since projections make those: from a Gram matrix.
     """
-    if min(blocks.shape[-2:]) <= _JACOBI_SIDE or method == "eigh":
-        return singular_values(blocks, method)[:, 0]
-    return _svd_norms(blocks) if method == "svd" else _largest(blocks[None])[0]
+    if min(blocks.shape[-2:]) <= _JACOBI_SIDE:
+        return singular_values(blocks)[:, 0]
+    return _largest(blocks[None])[0]
 
 
 def largest_above(
@@ -203,30 +201,18 @@ def singular_vectors(
     return _svd(blocks)
 
 
-def _values_by(method):
-    """The function of a stack that takes one of the routes."""
-
-    @_stackwise
-    def values(stack):
-        m, n = stack.shape[-2:]
-        if min(m, n) == 1:  # a vector
-            return _norm(stack.reshape(stack.shape[0], -1))
-        if min(m, n) <= _JACOBI_SIDE:
-            return _jacobi(stack if n <= m else stack.swapaxes(-1, -2))
-        if method == "auto":
-            return lax.platform_dependent(stack, cpu=_values_by_svd, default=_values_by_eigh)
-        return _values_by_svd(stack) if method == "svd" else _values_by_eigh(stack)
-
-    return values
+@_stackwise
+def _values(stack):
+    m, n = stack.shape[-2:]
+    if min(m, n) == 1:  # a vector
+        return _norm(stack.reshape(stack.shape[0], -1))
+    if min(m, n) <= _JACOBI_SIDE:
+        return _jacobi(stack if n <= m else stack.swapaxes(-1, -2))
+    return lax.platform_dependent(stack, cpu=_values_by_svd, default=_values_by_eigh)
 
 
 def _values_by_svd(stack):
     return lax.map(lambda matrix: jnp.linalg.svd(matrix, compute_uv=False), stack)
-
-
-@_stackwise
-def _svd_norms(stack):
-    return lax.map(lambda matrix: jnp.linalg.svd(matrix, full_matrices=False)[1][0], stack)
 
 
 def _values_by_eigh(stack):
@@ -354,6 +340,3 @@ def _svd(stack):
 
 def _norm(vectors):
     return jnp.sqrt(jnp.sum(vectors.real**2 + vectors.imag**2, -1, keepdims=True))
-
-
-_VALUES = {method: _values_by(method) for method in ("auto", "svd", "eigh")}

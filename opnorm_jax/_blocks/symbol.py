@@ -283,7 +283,7 @@ def scan_frequencies(
     carry: Any,
     taps: Float[Array, "tau g m n"],
     plan: Plan,
-    how: Execution,
+    execution: Execution,
     xs: Any = None,
 ) -> tuple[Any, Any]:
     """Runs ``carry, out = step(carry, blocks, phase, weights, x)`` over the half grid, in chunks of bounded size.
@@ -293,8 +293,8 @@ def scan_frequencies(
     is a sum that starts at zero: with a mesh, each device has its own share of the frequencies, and they are added.
     """
     half = half_grid(plan.grid)
-    nf, devices = len(half.frequencies), how.mesh.size if how.mesh else 1
-    fitting = how.chunk_bytes // (2 * taps.dtype.itemsize * prod(taps.shape[1:]))
+    nf, devices = len(half.frequencies), execution.mesh.size if execution.mesh else 1
+    fitting = execution.chunk_bytes // (2 * taps.dtype.itemsize * prod(taps.shape[1:]))
     chunk = max(1, min(-(-nf // devices), fitting))
     chunks = -(-nf // (devices * chunk))
     pad = devices * chunks * chunk - nf
@@ -315,12 +315,12 @@ def scan_frequencies(
         carry, outs = lax.scan(body, carry, split)
         return carry, jax.tree.map(lambda a: a.reshape(chunks * chunk, *a.shape[2:]), outs)
 
-    if how.mesh is None:
+    if execution.mesh is None:
         carry, outs = share(carry, (frequencies, weights, xs))
     else:
-        names = how.mesh.axis_names
+        names = execution.mesh.axis_names
         together = lambda carry, items: (lambda sums, outs: (lax.psum(sums, names), outs))(*share(carry, items))
         specs = jax.P(), jax.P(names)
-        run = jax.shard_map(together, mesh=how.mesh, in_specs=specs, out_specs=specs, check_vma=False)
+        run = jax.shard_map(together, mesh=execution.mesh, in_specs=specs, out_specs=specs, check_vma=False)
         carry, outs = run(carry, (frequencies, weights, xs))
     return carry, jax.tree.map(lambda a: a[:nf], outs) if pad else outs

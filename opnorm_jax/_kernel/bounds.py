@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from opnorm_jax._blocks.symbol import Axis, Plan, circular_plan, distinct, overshoot, rounding, span
 from opnorm_jax._conv import SPATIAL_LETTERS, Conv, as_conv, canonical_kernel, canonical_shape, check_kernel, layout
-from opnorm_jax._execution import DEFAULT_CHUNK_BYTES, Execution, execution
+from opnorm_jax._execution import Execution, check_execution
 from opnorm_jax._kernel import lobpcg
 from opnorm_jax._kernel.spectrum import circular_extremes, circular_norm, normalise
 
@@ -30,9 +30,7 @@ def operator_norm(
     kernel: Float[Array, ...],
     conv: Conv | Sequence[int],
     *,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
-    mesh: jax.sharding.Mesh | None = None,
-    method: str = "auto",
+    execution: Execution = Execution(),
 ) -> Float[Array, ""]:
     """The operator norm (largest singular value, 2-norm to 2-norm) of a convolution.
 
@@ -45,9 +43,7 @@ def operator_norm(
     Args:
       kernel: any real floating dtype, in ``conv.kernel_layout``; computed in float32, or float64 if it is float64.
       conv: the convolution, or the input's spatial shape in pixels (circular).
-      chunk_bytes, mesh: see :func:`singular_values`.
-      method: as there, or ``"products"``: Gram iteration, by matrix products alone (see ``_blocks/products.py``), for
-        accelerators that factorise slowly.
+      execution: how to compute; see :class:`Execution`.
 
     Returns:
       A scalar of the computing dtype. NaN if the kernel holds a NaN or an infinity.
@@ -72,17 +68,17 @@ def operator_norm(
       (3, 3, 2, 2)
     """
     conv = as_conv(conv)
-    how = execution(chunk_bytes, mesh, method)
+    check_execution(execution)
     check_output(conv, canonical_shape(kernel, conv))
-    return _operator_norm(jnp.asarray(kernel), conv, how)
+    return _operator_norm(jnp.asarray(kernel), conv, execution)
 
 
 # This and the others like it are compiled whole; see spectrum.py.
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _operator_norm(kernel, conv, how):
+def _operator_norm(kernel, conv, execution):
     kernel, scale = normalise(canonical_kernel(kernel, conv))
     if _is_attained(conv, kernel.shape[:-2]):
-        return scale * circular_norm(kernel, certifying_plan(conv, kernel.shape[:-2]), how)
+        return scale * circular_norm(kernel, certifying_plan(conv, kernel.shape[:-2]), execution)
     return scale * lobpcg.norm(kernel, conv)
 
 
@@ -90,9 +86,7 @@ def operator_norm_bounds(
     kernel: Float[Array, ...],
     conv: Conv | Sequence[int],
     *,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
-    mesh: jax.sharding.Mesh | None = None,
-    method: str = "auto",
+    execution: Execution = Execution(),
 ) -> Bounds:
     r"""Bounds on the operator norm, for every padding: lower <= true <= upper.
 
@@ -105,7 +99,7 @@ def operator_norm_bounds(
     Args:
       kernel: any real floating dtype, in ``conv.kernel_layout``; computed in float32, or float64 if it is float64.
       conv: the convolution, or the input's spatial shape in pixels (circular).
-      chunk_bytes, mesh, method: see :func:`operator_norm`.
+      execution: how to compute; see :class:`Execution`.
 
     Returns:
       ``Bounds(lower, upper)``, widened by the rounding errors of their own computation.
@@ -124,16 +118,16 @@ def operator_norm_bounds(
       True
     """
     conv = as_conv(conv)
-    how = execution(chunk_bytes, mesh, method)
+    check_execution(execution)
     check_output(conv, canonical_shape(kernel, conv))
-    return _operator_norm_bounds(jnp.asarray(kernel), conv, how)
+    return _operator_norm_bounds(jnp.asarray(kernel), conv, execution)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _operator_norm_bounds(kernel, conv, how):
+def _operator_norm_bounds(kernel, conv, execution):
     kernel, scale = normalise(canonical_kernel(kernel, conv))
     plan = certifying_plan(conv, kernel.shape[:-2])
-    above = circular_norm(kernel, plan, how)
+    above = circular_norm(kernel, plan, execution)
     below = above if _is_attained(conv, kernel.shape[:-2]) else lobpcg.norm(kernel, conv)
     return _widened(below, above, rounding(kernel.shape, kernel.dtype), scale)
 
@@ -149,11 +143,11 @@ class Figures(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def figures(kernel: Float[Array, ...], conv: Conv, how: Execution = Execution()) -> Figures:  # noqa: B008
+def figures(kernel: Float[Array, ...], conv: Conv, execution: Execution = Execution()) -> Figures:
     """:func:`operator_norm_bounds`, :func:`operator_norm` and the certifying circle's extreme values in one pass."""
     kernel, scale = normalise(canonical_kernel(kernel, conv))
     plan = certifying_plan(conv, kernel.shape[:-2])
-    largest, smallest = circular_extremes(kernel, plan, how)
+    largest, smallest = circular_extremes(kernel, plan, execution)
     below = largest if _is_attained(conv, kernel.shape[:-2]) else lobpcg.norm(kernel, conv)
     slack = rounding(kernel.shape, kernel.dtype)
     # Off the CPU the values are roots of a Gram matrix's, whose errors are relative to the largest of those.
@@ -191,9 +185,7 @@ def operator_norm_upper_bound(
     feature_group_count: int = 1,
     kernel_layout: str | None = None,
     slack: float = 0.01,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
-    mesh: jax.sharding.Mesh | None = None,
-    method: str = "auto",
+    execution: Execution = Execution(),
 ) -> Float[Array, ""]:
     r"""A bound on the operator norm for *every* input size and *every* padding at once.
 
@@ -211,7 +203,7 @@ def operator_norm_upper_bound(
       strides, input_dilation, kernel_dilation, feature_group_count, kernel_layout: as in :class:`Conv`. Spacing
         taps apart leaves S as it is; strides and input dilation change it.
       slack: the bound is at most S (1 + slack), besides rounding. 0.01 takes N = 32 for 3 x 3, 0.001 takes N = 100.
-      chunk_bytes, mesh, method: see :func:`operator_norm`.
+      execution: how to compute; see :class:`Execution`.
 
     Returns:
       A scalar of the computing dtype.
@@ -231,7 +223,7 @@ def operator_norm_upper_bound(
     References:
       M. Riesz, Eine trigonometrische Interpolationsformel, 1914.
     """
-    how = execution(chunk_bytes, mesh, method)
+    check_execution(execution)
     if isinstance(slack, bool) or not isinstance(slack, (int, float)):
         raise TypeError(f"expected slack to be a number (static under jit), got {slack!r}.")
     if not 0 < slack < math.inf:
@@ -242,17 +234,18 @@ def operator_norm_upper_bound(
     conv = Conv(
         (1,) * rank,
         strides=strides,
+        padding="CIRCULAR",
         input_dilation=input_dilation,
         kernel_dilation=kernel_dilation,
         feature_group_count=feature_group_count,
         kernel_layout=layout(kernel_layout, rank),
     )
     check_kernel(kernel, conv)
-    return _operator_norm_upper_bound(jnp.asarray(kernel), conv, float(slack), how)
+    return _operator_norm_upper_bound(jnp.asarray(kernel), conv, float(slack), execution)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _operator_norm_upper_bound(kernel, conv, slack, how):
+def _operator_norm_upper_bound(kernel, conv, slack, execution):
     kernel, scale = normalise(canonical_kernel(kernel, conv))
     rank = len(conv.input_shape)
     choices = [
@@ -263,7 +256,7 @@ def _operator_norm_upper_bound(kernel, conv, slack, how):
     for picked in itertools.product(*choices):
         plan = Plan(tuple(axis for axis, _ in picked), conv.feature_group_count)
         factor = math.prod(factor for _, factor in picked) * (1 + rounding(kernel.shape, kernel.dtype))
-        norms.append(circular_norm(kernel, plan, how) * factor)
+        norms.append(circular_norm(kernel, plan, execution) * factor)
     return scale * jnp.max(jnp.stack(norms))
 
 
@@ -304,6 +297,7 @@ def _certifying_circle(conv: Conv, taps: tuple[int, ...]) -> Plan:
 def _unstrided(conv: Conv, taps: tuple[int, ...]) -> Plan:
     whole = Conv(
         conv.input_shape,
+        padding="CIRCULAR",
         input_dilation=conv.input_dilation,
         kernel_dilation=conv.kernel_dilation,
         feature_group_count=conv.feature_group_count,

@@ -44,11 +44,11 @@ def weigh(weights, blocks):
     return weights[:, None, None, None].astype(blocks.dtype) * blocks
 
 
-def excess(blocks, bound, method, norm_wanted=True):
+def excess(blocks, bound, factorization, norm_wanted=True):
     """What a clip at ``bound`` takes off the blocks (c, g, m, n); and for each frequency the sum of the singular values
     of that, and the largest value of a block (or 0 if none is above the bound; a rough bound on it if not wanted)."""
     c, g, m, n = blocks.shape
-    if method == "products":
+    if factorization == "products":
         squarings = None if norm_wanted else products.ROUGH
         part, nuclear, largest = products.excess(blocks.reshape(c * g, m, n), bound, squarings)
     else:
@@ -70,32 +70,32 @@ def _apply_spectral(blocks, vectors, factor):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
-def clip(kernel, bound, plan: Plan, how: Execution, norm_wanted: bool):
+def clip(kernel, bound, plan: Plan, execution: Execution, norm_wanted: bool):
     """What one clip adds to the kernel, and the norm before (unless that is wanted, 0 will do for a kernel inside)."""
-    return _clip(plan, how, norm_wanted)(kernel, bound)
+    return _clip(plan, execution, norm_wanted)(kernel, bound)
 
 
 @functools.lru_cache(maxsize=512)
-def _clip(plan, how, norm_wanted):
-    norm_inside = lambda kernel: circular_norm(kernel, plan, how) if norm_wanted else jnp.zeros((), kernel.dtype)
+def _clip(plan, execution, norm_wanted):
+    norm_inside = lambda kernel: circular_norm(kernel, plan, execution) if norm_wanted else jnp.zeros((), kernel.dtype)
 
     def outside(kernel, bound):
         def step(carry, blocks, phase, weights, x):
-            part, _, largest = excess(blocks, bound, how.method)
+            part, _, largest = excess(blocks, bound, execution.factorization)
             return carry - symbol_adjoint(weigh(weights, part), phase), largest
 
         taps = block_taps(kernel, plan)
-        change, norms = scan_frequencies(step, jnp.zeros_like(taps), taps, plan, how)
+        change, norms = scan_frequencies(step, jnp.zeros_like(taps), taps, plan, execution)
         change = kernel_from_block_taps(change, plan, kernel.shape[-2:])
         largest = jnp.max(norms)  # 0 if no block has a value above the bound
         return change, lax.cond(largest == 0, norm_inside, lambda _: largest, kernel)
 
     inside = lambda kernel, _: (jnp.zeros_like(kernel), norm_inside(kernel))
-    return unless_inside(inside, outside, plan, how)
+    return unless_inside(inside, outside, plan, execution)
 
 
 @clip.defjvp
-def _clip_jvp(plan, how, norm_wanted, primals, tangents):
+def _clip_jvp(plan, execution, norm_wanted, primals, tangents):
     r"""The derivative of F phi(FᴴF), phi(l) = min(1, c / sqrt l), by divided differences of phi (Daleckii and Krein).
 
     They are written without cancellation, and 0 / 0 at the kink (a value equal to c, twice) is taken from inside.
@@ -139,7 +139,7 @@ def _clip_jvp(plan, how, norm_wanted, primals, tangents):
         return (add, add_dot), (pick(values), pick(slopes))
 
     carry = (jnp.zeros_like(taps), jnp.zeros_like(taps))
-    (add, add_dot), (norms, slopes) = scan_frequencies(step, carry, taps, plan, how)
+    (add, add_dot), (norms, slopes) = scan_frequencies(step, carry, taps, plan, execution)
     back = lambda z: kernel_from_block_taps(z, plan, kernel.shape[-2:])
     at = jnp.argmax(norms)
     return (back(add), norms[at]), (back(add_dot), slopes[at])

@@ -19,7 +19,7 @@ from opnorm_jax._conv import (
     compute_dtype,
     restore_kernel,
 )
-from opnorm_jax._execution import DEFAULT_CHUNK_BYTES, Execution, execution
+from opnorm_jax._execution import Execution, check_execution
 from opnorm_jax._kernel.bounds import certifying_plan, check_output
 from opnorm_jax._kernel.clip import clip, fit, inside_tolerance
 from opnorm_jax._kernel.inside import norm_unless_inside
@@ -41,9 +41,7 @@ def rescale_operator_norm(
     conv: Conv | Sequence[int],
     max_norm: float | Float[Array, ""],
     *,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
-    mesh: jax.sharding.Mesh | None = None,
-    method: str = "auto",
+    execution: Execution = Execution(),
 ) -> Float[Array, ...]:
     """kernel * min(1, max_norm / upper bound): the cheapest way inside the ball, and a certified one.
 
@@ -55,9 +53,7 @@ def rescale_operator_norm(
       kernel: any real floating dtype, in ``conv.kernel_layout``; computed in float32, or float64 if it is float64.
       conv: the convolution, or the input's spatial shape in pixels (circular).
       max_norm: positive; may be traced.
-      chunk_bytes, mesh: see :func:`singular_values`.
-      method: ``"eigh"`` of Gram matrices, batched but on a CPU; ``"products"``, matrix products alone (see
-        ``_blocks/products.py``), for accelerators that factorise slowly; or ``"auto"``, the former.
+      execution: how to compute; see :class:`Execution`.
 
     Returns:
       A kernel of the same shape and dtype. NaN throughout if ``kernel`` holds a NaN or an infinity.
@@ -76,8 +72,8 @@ def rescale_operator_norm(
       >>> bool(abs(oj.operator_norm(kernel, (8, 8)) - 1) < 1e-5)
       True
     """
-    how = execution(chunk_bytes, mesh, method, "constraint")
-    return constrained("rescale", kernel, conv, max_norm, how=how, norm_wanted=False).kernel
+    check_execution(execution)
+    return constrained("rescale", kernel, conv, max_norm, execution=execution, norm_wanted=False).kernel
 
 
 def clip_operator_norm(
@@ -85,9 +81,7 @@ def clip_operator_norm(
     conv: Conv | Sequence[int],
     max_norm: float | Float[Array, ""],
     *,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
-    mesh: jax.sharding.Mesh | None = None,
-    method: str = "auto",
+    execution: Execution = Execution(),
 ) -> Float[Array, ...]:
     r"""The paper's clip (Appendix A), one shot: it does **not** bring the norm under ``max_norm``.
 
@@ -101,8 +95,7 @@ def clip_operator_norm(
       kernel: any real floating dtype, in ``conv.kernel_layout``; computed in float32, or float64 if it is float64.
       conv: the convolution, or the input's spatial shape in pixels (circular).
       max_norm: positive; may be traced.
-      chunk_bytes, mesh: see :func:`singular_values`.
-      method: see :func:`rescale_operator_norm`; ``"products"`` costs some 50 to 100 products a block.
+      execution: how to compute; see :class:`Execution`. ``"products"`` costs some 50 to 100 products a block.
 
     Returns:
       A kernel of the same shape and dtype; one whose norm is at most ``max_norm`` (to 32 eps) comes back bit for bit.
@@ -127,8 +120,8 @@ def clip_operator_norm(
     References:
       Sedghi, Gupta and Long, `The Singular Values of Convolutional Layers <https://arxiv.org/abs/1805.10408>`_, 2019.
     """
-    how = execution(chunk_bytes, mesh, method, "constraint")
-    return constrained("clip", kernel, conv, max_norm, how=how, norm_wanted=False).kernel
+    check_execution(execution)
+    return constrained("clip", kernel, conv, max_norm, execution=execution, norm_wanted=False).kernel
 
 
 def project_operator_norm(
@@ -138,9 +131,7 @@ def project_operator_norm(
     *,
     tolerance: float = 1e-3,
     max_iterations: int = 200,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
-    mesh: jax.sharding.Mesh | None = None,
-    method: str = "auto",
+    execution: Execution = Execution(),
 ) -> Float[Array, ...]:
     r"""The nearest kernel (Frobenius distance) whose operator norm is at most ``max_norm``.
 
@@ -160,9 +151,8 @@ def project_operator_norm(
       max_norm: positive; may be traced.
       tolerance: stop once distance <= (1 + tolerance) * (a lower bound on every feasible kernel's distance).
       max_iterations: and after this many iterations at the latest, rounded up to a multiple of 10.
-      chunk_bytes: bounds the blocks of one chunk; the dual variable (half the grid's blocks) is held whole, thrice.
-      mesh: see :func:`singular_values`.
-      method: see :func:`rescale_operator_norm`.
+      execution: how to compute; see :class:`Execution`. Beside its chunks, three copies of the dual variable (half the
+        grid's blocks) are held in memory.
 
     Returns:
       A kernel of the same shape and dtype; one inside already (to 32 eps) comes back bit for bit.
@@ -187,8 +177,8 @@ def project_operator_norm(
       O'Donoghue and Candes, Adaptive restart for accelerated gradient schemes, 2015.
     """
     options = _checked_options(tolerance, max_iterations)
-    how = execution(chunk_bytes, mesh, method, "constraint")
-    return constrained("project", kernel, conv, max_norm, options, how=how, norm_wanted=False).kernel
+    check_execution(execution)
+    return constrained("project", kernel, conv, max_norm, options, execution=execution, norm_wanted=False).kernel
 
 
 def project_operator_norm_info(
@@ -199,9 +189,7 @@ def project_operator_norm_info(
     tolerance: float = 1e-3,
     max_iterations: int = 200,
     dual: Float[Array, "2 nf g m n"] | None = None,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
-    mesh: jax.sharding.Mesh | None = None,
-    method: str = "auto",
+    execution: Execution = Execution(),
 ) -> tuple[Float[Array, ...], ProjectionInfo]:
     """:func:`project_operator_norm`, with its certificate.
 
@@ -224,8 +212,8 @@ def project_operator_norm_info(
       True
     """
     options = _checked_options(tolerance, max_iterations)
-    how = execution(chunk_bytes, mesh, method, "constraint")
-    out = constrained("project", kernel, conv, max_norm, options, dual, how)
+    check_execution(execution)
+    out = constrained("project", kernel, conv, max_norm, options, dual, execution)
     assert out.info is not None  # the method is "project"
     return out.kernel, out.info
 
@@ -252,7 +240,7 @@ def constrained(
     max_norm,
     options: tuple[float, int] = (1e-3, 200),
     dual=None,
-    how: Execution = Execution(),  # noqa: B008
+    execution: Execution = Execution(),
     norm_wanted: bool = True,
 ) -> Constrained:
     """One of the three constraints by name, with what was found on the way.
@@ -269,27 +257,29 @@ def constrained(
             f"expected dual of shape {expected}, got {dual.shape}: pass info.dual of a call for the same kernel shape "
             "and Conv, or None."
         )
-    return _constrained(jnp.asarray(kernel), jnp.asarray(max_norm), dual, method, conv, options, how, norm_wanted)
+    return _constrained(jnp.asarray(kernel), jnp.asarray(max_norm), dual, method, conv, options, execution, norm_wanted)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7))
-def _constrained(kernel, max_norm, dual, method, conv, options, how, norm_wanted):
+def _constrained(kernel, max_norm, dual, method, conv, options, execution, norm_wanted):
     small, scale = normalise(canonical_kernel(kernel, conv))
     plan = certifying_plan(conv, small.shape[:-2])
     bound = max_norm.astype(small.dtype) / scale
     info = None
-    before = lambda: circular_norm(small, plan, how) if norm_wanted else norm_unless_inside(small, bound, plan, how)
+    before = lambda: (
+        circular_norm(small, plan, execution) if norm_wanted else norm_unless_inside(small, bound, plan, execution)
+    )
     if method == "rescale":
         norm = before()
         moved = fit(small, norm, bound)
     elif method == "clip":
-        correction, norm = clip(small, bound, plan, how, norm_wanted)
+        correction, norm = clip(small, bound, plan, execution, norm_wanted)
         moved = small + correction
     else:
         shape = dual_shape(small.shape, plan)
         start = jnp.zeros(shape, small.dtype) if dual is None else dual.astype(small.dtype) / scale
         norm = before()
-        moved, info = nearest(small, norm, bound, start, plan, options, how)
+        moved, info = nearest(small, norm, bound, start, plan, options, execution)
     # NaN compares false, so that a NaN kernel takes the changed branch and comes out NaN throughout.
     changed = ~(norm <= bound * (1 + inside_tolerance(small.dtype)))
     finite = jnp.isfinite(norm)

@@ -32,7 +32,7 @@ def coarse_plan(plan: Plan) -> tuple[Plan, float]:
 
 
 def certified_inside(
-    kernel: Float[Array, "*taps i o"], bound: Float[Array, ""], plan: Plan, how: Execution
+    kernel: Float[Array, "*taps i o"], bound: Float[Array, ""], plan: Plan, execution: Execution
 ) -> Bool[Array, ""]:
     """True only if the norm is at most ``bound``; often False all the same. On a coarse grid, without factorisations
     but Cholesky's."""
@@ -41,17 +41,17 @@ def certified_inside(
 
     def step(carry, blocks, phase, weights, x):
         stack = blocks.reshape(-1, *blocks.shape[2:])
-        if how.method == "products":
+        if execution.factorization == "products":
             below = jnp.all(products.norms(stack, products.ROUGH) < limit)
         else:
             below = factorizations.all_below(factorizations.gram(stack), limit**2)
         return carry, jnp.broadcast_to(below, blocks.shape[:1])
 
-    _, below = scan_frequencies(step, (), block_taps(kernel, coarse), coarse, how)
+    _, below = scan_frequencies(step, (), block_taps(kernel, coarse), coarse, execution)
     return jnp.all(below)
 
 
-def unless_inside(inside: Callable[..., Any], outside: Callable[..., Any], plan: Plan, how: Execution):
+def unless_inside(inside: Callable[..., Any], outside: Callable[..., Any], plan: Plan, execution: Execution):
     """A function of a kernel, a bound (and more arrays): ``inside`` of them if that is certified, ``outside`` if not.
 
     ``vmap`` would turn the condition into the computation of both. Instead a CPU takes the batch's members one by one,
@@ -60,7 +60,7 @@ def unless_inside(inside: Callable[..., Any], outside: Callable[..., Any], plan:
     """
     if len(half_grid(coarse_plan(plan)[0].grid).weights) > 0.7 * len(half_grid(plan.grid).weights):
         return outside  # the certificate costs about as much as the answer
-    certain = lambda kernel, bound, *_: certified_inside(kernel, bound, plan, how)
+    certain = lambda kernel, bound, *_: certified_inside(kernel, bound, plan, execution)
 
     @jax.custom_batching.custom_vmap
     @jax.jit  # see factorizations._stackwise
@@ -80,18 +80,18 @@ def unless_inside(inside: Callable[..., Any], outside: Callable[..., Any], plan:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def norm_unless_inside(kernel: Float[Array, "*taps i o"], bound: Float[Array, ""], plan: Plan, how: Execution):
+def norm_unless_inside(kernel: Float[Array, "*taps i o"], bound: Float[Array, ""], plan: Plan, execution: Execution):
     """The norm on the plan's grid, or 0 if the kernel is certified to be inside the ball."""
-    return _norm_unless_inside(plan, how)(kernel, bound)
+    return _norm_unless_inside(plan, execution)(kernel, bound)
 
 
 @functools.lru_cache(maxsize=512)
-def _norm_unless_inside(plan, how):
-    outside = lambda kernel, _: circular_norm(kernel, plan, how)
-    return unless_inside(lambda kernel, _: jnp.zeros((), kernel.dtype), outside, plan, how)
+def _norm_unless_inside(plan, execution):
+    outside = lambda kernel, _: circular_norm(kernel, plan, execution)
+    return unless_inside(lambda kernel, _: jnp.zeros((), kernel.dtype), outside, plan, execution)
 
 
 @norm_unless_inside.defjvp
-def _norm_unless_inside_jvp(plan, how, primals, tangents):
-    norm = lambda kernel: circular_norm(kernel, plan, how)
+def _norm_unless_inside_jvp(plan, execution, primals, tangents):
+    norm = lambda kernel: circular_norm(kernel, plan, execution)
     return jax.jvp(norm, primals[:1], tangents[:1])

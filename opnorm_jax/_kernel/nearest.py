@@ -44,7 +44,7 @@ def dual_shape(kernel_shape: tuple[int, ...], plan: Plan) -> tuple[int, ...]:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5, 6))
-def nearest(kernel, norm, bound, dual, plan: Plan, options: tuple[float, int], how: Execution):
+def nearest(kernel, norm, bound, dual, plan: Plan, options: tuple[float, int], execution: Execution):
     """Accelerated proximal gradient on the dual; see project_operator_norm.
 
     ``norm`` is the kernel's, ``dual`` where it starts.
@@ -66,14 +66,14 @@ def nearest(kernel, norm, bound, dual, plan: Plan, options: tuple[float, int], h
             p, q = item
             back, nuclear, uphill = carry
             z = q + jnp.asarray(rate, blocks.dtype) * blocks
-            new, over, _ = excess(z, rate * bound, how.method, norm_wanted=False)
+            new, over, _ = excess(z, rate * bound, execution.factorization, norm_wanted=False)
             back = back + symbol_adjoint(weigh(weights, new), phase)
             nuclear = nuclear + jnp.sum(weights * over)
             uphill = uphill + jnp.sum(weights[:, None, None, None] * ((q - new).conj() * (new - p)).real)
             return (back, nuclear, uphill), new
 
         (back, nuclear, uphill), new = scan_frequencies(
-            step, (jnp.zeros_like(taps), zero, zero), block_taps(k, plan), plan, how, xs=(p, q)
+            step, (jnp.zeros_like(taps), zero, zero), block_taps(k, plan), plan, execution, xs=(p, q)
         )
         drawn = kernel_from_block_taps(back, plan, channels, adjoint=True)
         # q was extrapolated: the kernel at q needs the same combination of the kernels at the last two p.
@@ -91,13 +91,13 @@ def nearest(kernel, norm, bound, dual, plan: Plan, options: tuple[float, int], h
         def step(back, blocks, phase, weights, p):
             return back + symbol_adjoint(weigh(weights, p), phase), None
 
-        back, _ = scan_frequencies(step, jnp.zeros_like(taps), taps, plan, how, xs=p)
+        back, _ = scan_frequencies(step, jnp.zeros_like(taps), taps, plan, execution, xs=p)
         return kernel_from_block_taps(back, plan, channels, adjoint=True)
 
     def certify(drawn, nuclear):
         """A kernel inside the ball, and a lower bound on every such kernel's squared distance."""
         k = kernel - drawn
-        inside = fit(k, circular_norm(k, plan, how), bound)
+        inside = fit(k, circular_norm(k, plan, execution), bound)
         dual_value = jnp.sum(drawn * kernel) - 0.5 * jnp.sum(drawn * drawn) - bound * nuclear
         return inside, jnp.sqrt(jnp.maximum(2 * dual_value, 0))
 
@@ -128,7 +128,7 @@ def nearest(kernel, norm, bound, dual, plan: Plan, options: tuple[float, int], h
 
 
 @nearest.defjvp
-def _nearest_jvp(plan, options, how, primals, tangents):
+def _nearest_jvp(plan, options, execution, primals, tangents):
     raise NotImplementedError(
         "project_operator_norm has no derivative. Differentiate through rescale_operator_norm instead, or penalise "
         "operator_norm in the loss; to project between gradient steps, call it outside the differentiated function "

@@ -23,16 +23,14 @@ from opnorm_jax._blocks.symbol import (
     symbol,
 )
 from opnorm_jax._conv import Conv, as_conv, canonical_kernel, canonical_shape
-from opnorm_jax._execution import DEFAULT_CHUNK_BYTES, Execution, execution
+from opnorm_jax._execution import Execution, check_decomposes
 
 
 def singular_values(
     kernel: Float[Array, ...],
     conv: Conv | Sequence[int],
     *,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
-    mesh: jax.sharding.Mesh | None = None,
-    method: str = "auto",
+    execution: Execution = Execution(),
 ) -> Float[Array, "*grid r"]:
     r"""All singular values of a circular convolution, exactly.
 
@@ -45,12 +43,8 @@ def singular_values(
     Args:
       kernel: any real floating dtype, in ``conv.kernel_layout``; computed in float32, or float64 if it is float64.
       conv: the convolution, or the input's spatial shape in pixels.
-      chunk_bytes: frequencies are taken in chunks whose blocks take at most this many bytes (peak memory: about four
-        times that, beyond the result).
-      mesh: divides the frequencies among all of its devices; the kernel is replicated. Worth it for large layers, and
-        on a CPU with ``jax.config.update("jax_num_cpu_devices", cores)``, as nothing else here uses several cores.
-      method: ``"svd"`` (LAPACK; on a GPU one call a matrix), ``"eigh"`` (of a Gram matrix: batched on GPU and TPU), or
-        ``"auto"``: the former on a CPU, the latter elsewhere. Blocks with a side of at most 4 need neither.
+      execution: how to compute; see :class:`Execution`. ``"products"`` is refused. Peak memory: about four times
+        ``chunk_bytes``, beyond the result.
 
     Returns:
       Shape ``(*grid, r)``, descending along the last axis, in the computing dtype. ``grid`` is ``input_shape`` for a
@@ -77,24 +71,25 @@ def singular_values(
     References:
       Sedghi, Gupta and Long, `The Singular Values of Convolutional Layers <https://arxiv.org/abs/1805.10408>`_, 2019.
     """
-    conv, how = as_conv(conv), execution(chunk_bytes, mesh, method, "values")
+    check_decomposes(execution)
+    conv = as_conv(conv)
     plan = exact_plan(conv, canonical_shape(kernel, conv)[:-2])
-    return _singular_values(jnp.asarray(kernel), conv, plan, how)
+    return _singular_values(jnp.asarray(kernel), conv, plan, execution)
 
 
 # Compiled whole: called eagerly, its operations would be compiled one by one, which takes thrice as long.
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _singular_values(kernel, conv, plan, how):
+def _singular_values(kernel, conv, plan, execution):
     kernel, scale = normalise(canonical_kernel(kernel, conv))
     expand, plan = positions(plan), distinct(plan)
     taps = block_taps(kernel, plan)
     g, m, n = taps.shape[1:]
 
     def step(carry, blocks, phase, weights, x):
-        values = factorizations.singular_values(blocks.reshape(-1, m, n), how.method).reshape(-1, g * min(m, n))
+        values = factorizations.singular_values(blocks.reshape(-1, m, n)).reshape(-1, g * min(m, n))
         return carry, values if g == 1 else -jnp.sort(-values, axis=-1)
 
-    _, values = scan_frequencies(step, (), taps, plan, how)
+    _, values = scan_frequencies(step, (), taps, plan, execution)
     return scale * values[expand]
 
 
@@ -131,43 +126,43 @@ def normalise(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def circular_norm(kernel: Float[Array, "*taps i o"], plan: Plan, how: Execution) -> Float[Array, ""]:
+def circular_norm(kernel: Float[Array, "*taps i o"], plan: Plan, execution: Execution) -> Float[Array, ""]:
     """Largest singular value over the plan's grid. At ties: the gradient of one of the tied values; 0 at zero."""
-    return _largest(block_taps(kernel, plan), plan, how)[0]
+    return _largest(block_taps(kernel, plan), plan, execution)[0]
 
 
-def _largest(taps: jax.Array, plan: Plan, how: Execution) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _largest(taps: jax.Array, plan: Plan, execution: Execution) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The largest singular value, with the frequency (integers) and the group it is found at."""
     taps, frequencies = lax.stop_gradient(taps), jnp.asarray(half_grid(plan.grid).frequencies)
-    everywhere = lambda taps: _everywhere(taps, plan, how)
-    if how.method == "auto" and largest.pays(plan, how.mesh.size if how.mesh else 1):
-        search = functools.partial(largest.largest, plan=plan, chunk_bytes=how.chunk_bytes)
+    everywhere = lambda taps: _everywhere(taps, plan, execution)
+    if execution.factorization != "products" and largest.pays(plan, execution.mesh.size if execution.mesh else 1):
+        search = functools.partial(largest.largest, plan=plan, chunk_bytes=execution.chunk_bytes)
         value, position, group = lax.platform_dependent(taps, cpu=search, default=everywhere)
     else:
         value, position, group = everywhere(taps)
     return value, frequencies[position], group
 
 
-def _everywhere(taps, plan, how):
+def _everywhere(taps, plan, execution):
     g, m, n = taps.shape[1:]
 
     def step(carry, blocks, phase, weights, x):
         stack = blocks.reshape(-1, m, n)
-        by_products = how.method == "products"
-        norms = products.norms(stack) if by_products else factorizations.largest_singular_values(stack, how.method)
+        by_products = execution.factorization == "products"
+        norms = products.norms(stack) if by_products else factorizations.largest_singular_values(stack)
         values = norms.reshape(-1, g)
         return carry, (jnp.max(values, axis=1), lax.argmax(values, 1, jnp.int32))
 
-    _, (values, groups) = scan_frequencies(step, (), taps, plan, how)
+    _, (values, groups) = scan_frequencies(step, (), taps, plan, execution)
     at = lax.argmax(values, 0, jnp.int32)  # NaN counts as the largest, so a NaN kernel gives NaN
     return largest.Found(values[at], at, groups[at])
 
 
 @circular_norm.defjvp
-def _circular_norm_jvp(plan, how, primals, tangents):
+def _circular_norm_jvp(plan, execution, primals, tangents):
     (kernel,), (tangent,) = primals, tangents
     taps = block_taps(kernel, plan)
-    value, frequency, group = _largest(taps, plan, how)
+    value, frequency, group = _largest(taps, plan, execution)
     phase = phases(frequency[None], plan, kernel.dtype)
     block = symbol(jnp.take(taps, group[None], axis=1), phase)[:, 0]
     moved = symbol(jnp.take(block_taps(tangent, plan), group[None], axis=1), phase)[0, 0]
@@ -178,7 +173,7 @@ def _circular_norm_jvp(plan, how, primals, tangents):
 
 
 def circular_extremes(
-    kernel: Float[Array, "*taps i o"], plan: Plan, how: Execution
+    kernel: Float[Array, "*taps i o"], plan: Plan, execution: Execution
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Largest and smallest singular value over the plan's grid; no array of all of them is kept. No derivative."""
     taps = block_taps(lax.stop_gradient(kernel), plan)
@@ -190,5 +185,5 @@ def circular_extremes(
         both = (factorizations.largest_singular_values(stack), smallest)  # see there why not the first of all values
         return carry, tuple(values.reshape(len(blocks), -1) for values in both)
 
-    _, (largest, smallest) = scan_frequencies(step, (), taps, plan, how)
+    _, (largest, smallest) = scan_frequencies(step, (), taps, plan, execution)
     return jnp.max(largest), jnp.min(smallest)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opnorm_jax._conv import Conv, Unknown, canonical_kernel
-from opnorm_jax._execution import DEFAULT_CHUNK_BYTES, execution
+from opnorm_jax._execution import Execution, check_decomposes
 from opnorm_jax._kernel.spectrum import singular_values
 from opnorm_jax._tree.layers import described
 
@@ -36,7 +36,7 @@ def plot_spectra(
     kind: str = "all",
     title: str | None = None,
     path: str | Path | None = None,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    execution: Execution = Execution(),
 ) -> Any:
     """The singular values of each convolution of a network, drawn as in the paper: one curve a layer.
 
@@ -54,7 +54,7 @@ def plot_spectra(
       kind: ``"spectra"`` (the two panels of curves), ``"histogram"``, or ``"all"``.
       title: above the panels.
       path: where to save the figure, if anywhere; its suffix tells the format.
-      chunk_bytes: see :func:`singular_values`.
+      execution: how to compute; see :class:`Execution`.
 
     Returns:
       A ``matplotlib.figure.Figure``. It belongs to no ``pyplot`` state and needs no closing; notebooks display it.
@@ -74,7 +74,7 @@ def plot_spectra(
     """
     if kind not in KINDS:
         raise ValueError(f"expected kind to be one of {KINDS}, got {kind!r}.")
-    execution(chunk_bytes, None)
+    check_decomposes(execution)
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -87,7 +87,7 @@ def plot_spectra(
         drawn, note = _drawn(conv)
         if note:
             notes[note] = notes.get(note, 0) + 1
-        layers.append(_spectrum(name, host, drawn, chunk_bytes))
+        layers.append(_spectrum(name, host, drawn, execution))
     if not layers:
         raise ValueError("expected at least one layer to draw, got none with a Conv and finite entries.")
 
@@ -110,8 +110,8 @@ def plot_spectra(
     return figure
 
 
-def _spectrum(path: str, kernel: np.ndarray, conv: Conv, chunk_bytes: int) -> _Spectrum:
-    values = np.sort(np.asarray(singular_values(jnp.asarray(kernel), conv, chunk_bytes=chunk_bytes)), axis=None)[::-1]
+def _spectrum(path: str, kernel: np.ndarray, conv: Conv, execution: Execution) -> _Spectrum:
+    values = np.sort(np.asarray(singular_values(jnp.asarray(kernel), conv, execution=execution)), axis=None)[::-1]
     kept = np.unique(np.linspace(0, len(values) - 1, min(_POINTS, len(values))).round().astype(int))
     counts, _ = np.histogram(values / (values[0] or 1), bins=_BINS, range=(0, 1))
     return _Spectrum(path, kept / max(1, len(values) - 1), values[kept], counts / len(values))

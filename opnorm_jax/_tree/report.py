@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from opnorm_jax._conv import Conv, Unknown, canonical_kernel
-from opnorm_jax._execution import DEFAULT_CHUNK_BYTES, Execution, execution
+from opnorm_jax._execution import Execution, check_decomposes
 from opnorm_jax._kernel.bounds import figures, is_exact
 from opnorm_jax._kernel.lobpcg import explicit_padding, output_shape
 from opnorm_jax._tree.layers import described
@@ -85,7 +85,7 @@ class SpectralReport:
 
 
 def spectral_report(
-    params: Any, convs: Any, *, progress: bool = False, chunk_bytes: int = DEFAULT_CHUNK_BYTES
+    params: Any, convs: Any, *, progress: bool = False, execution: Execution = Execution()
 ) -> SpectralReport:
     r"""Norm bounds, smallest singular value, condition and stable rank of each convolution of a network.
 
@@ -100,7 +100,7 @@ def spectral_report(
       convs: a tree shaped like ``params``, or a prefix, with a :class:`Conv` (or an input shape) at each kernel, and
         ``None`` elsewhere. An :class:`Unknown` gives a row with its reason.
       progress: show a progress bar (needs rich).
-      chunk_bytes: see :func:`singular_values`.
+      execution: how to compute; see :class:`Execution`.
 
     Returns:
       A :class:`SpectralReport`, plain data: a row per layer, and per member of a stack, in natural order of the paths.
@@ -123,10 +123,10 @@ def spectral_report(
       >>> report.layers[0].exact
       True
     """
-    how = execution(chunk_bytes, None)
+    check_decomposes(execution)
     rows = described(params, convs)
     rows = tracked(rows, "norms") if progress else rows
-    return SpectralReport(tuple(_layer(path, kernel, conv, how) for path, kernel, conv in rows))
+    return SpectralReport(tuple(_layer(path, kernel, conv, execution) for path, kernel, conv in rows))
 
 
 def frobenius_norm(kernel: np.ndarray, conv: Conv) -> float:
@@ -152,7 +152,7 @@ def frobenius_norm(kernel: np.ndarray, conv: Conv) -> float:
     return scale * math.sqrt(power)
 
 
-def _layer(path: str, kernel: Any, conv: Conv | Unknown, how: Execution) -> LayerReport:
+def _layer(path: str, kernel: Any, conv: Conv | Unknown, execution: Execution) -> LayerReport:
     shape = tuple(map(int, getattr(kernel, "shape", ())))
     if isinstance(conv, Unknown):
         return LayerReport(path, shape, None, reason=conv.reason)
@@ -161,7 +161,7 @@ def _layer(path: str, kernel: Any, conv: Conv | Unknown, how: Execution) -> Laye
     host = np.asarray(wide)
     if not np.isfinite(host).all():
         return LayerReport(path, shape, conv, reason=_NOT_FINITE)
-    found = jax.tree.map(float, figures(wide, plain, how))
+    found = jax.tree.map(float, figures(wide, plain, execution))
     frobenius = frobenius_norm(host, plain)
     return LayerReport(
         path,

@@ -18,11 +18,11 @@ GEOMETRIES = [
     ((5, 3, 8, 6), oj.Conv((90, 33), padding="VALID", kernel_dilation=(1, 2))),
     ((4, 4, 5, 5), oj.Conv((66, 99), padding="SAME", strides=(2, 3))),
     ((3, 3, 5, 6), oj.Conv((40, 40), padding=((2, 2), (2, 2)), input_dilation=2)),
-    ((3, 3, 5, 10), oj.Conv((37, 40), feature_group_count=2)),
+    ((3, 3, 5, 10), oj.Conv((37, 40), feature_group_count=2, padding="CIRCULAR")),
     ((3, 3, 1, 8), oj.Conv((64, 48), feature_group_count=8, padding="SAME")),
     ((9, 6, 7), oj.Conv((1000,), padding="SAME")),
-    ((7, 1, 6, 6), oj.Conv((196, 50))),
-    ((3, 3, 3, 5, 5), oj.Conv((32, 33, 34))),
+    ((7, 1, 6, 6), oj.Conv((196, 50), padding="CIRCULAR")),
+    ((3, 3, 3, 5, 5), oj.Conv((32, 33, 34), padding="CIRCULAR")),
     ((5, 5, 5, 5), oj.Conv((40, 40), padding=((4, 4), (4, 4)), input_dilation=2, strides=2)),
 ]
 
@@ -98,7 +98,7 @@ def wave(angle):
 def test_where_the_inequality_is_an_equality(rank, n, far):
     """The largest value is at the corner of a cell, 0.4 points beyond which is the steepest peak that there is; a value
     hardly lower stands at the centre of another cell. With blocks for Jacobi's rotations, and with larger ones."""
-    side = int(largest.levels(certifying_plan(oj.Conv((n,) * rank), (3,) * rank)).sides[0, 0])
+    side = int(largest.levels(certifying_plan(oj.Conv((n,) * rank, padding="CIRCULAR"), (3,) * rank)).sides[0, 0])
     angle = 2 * np.pi / n * (side // 2 + 2 * side * far - 0.4)
     lower = 0.9998 * np.cos(2 * np.pi / n * 0.4) ** rank
     peak = lambda angle: functools.reduce(np.kron, [wave(angle)[:, None]] * rank).reshape(*[3] * rank, *[2**rank] * 2)
@@ -152,7 +152,7 @@ def test_chunks_and_devices():
     """Of any size; a mesh of many devices divides all the frequencies instead."""
     k = np.random.default_rng(0).standard_normal((3, 3, 6, 6)).astype(np.float32)
     norm = oj.operator_norm(k, (64, 64))
-    np.testing.assert_allclose(oj.operator_norm(k, (64, 64), chunk_bytes=1000), norm, rtol=1e-6)
-    plan = certifying_plan(oj.Conv((32, 32)), (3, 3))
+    np.testing.assert_allclose(oj.operator_norm(k, (64, 64), execution=oj.Execution(chunk_bytes=1000)), norm, rtol=1e-6)
+    plan = certifying_plan(oj.Conv((32, 32), padding="CIRCULAR"), (3, 3))
     assert largest.pays(plan, 1) and not largest.pays(plan, 8)
-    assert not largest.pays(certifying_plan(oj.Conv((12, 12)), (3, 3)), 1)
+    assert not largest.pays(certifying_plan(oj.Conv((12, 12), padding="CIRCULAR"), (3, 3)), 1)

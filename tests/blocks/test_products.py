@@ -15,6 +15,7 @@ from opnorm_jax._blocks import products
 
 KERNEL = np.random.default_rng(0).standard_normal((3, 3, 5, 7)).astype(np.float32)
 SAME = oj.Conv((9, 8), padding="SAME")
+PRODUCTS = oj.Execution(factorization="products")
 
 
 def blocks(side, times, seed=0):
@@ -72,8 +73,8 @@ def test_few_squarings_bound_from_above(squarings):
 def test_not_finite_gives_nan(bad):
     """And ends."""
     for function in (oj.clip_operator_norm, oj.rescale_operator_norm, oj.project_operator_norm):
-        assert np.isnan(function(KERNEL * np.float32(bad), SAME, 1.0, method="products")).all()
-    assert np.isnan(oj.operator_norm(KERNEL * np.float32(bad), (6, 6), method="products"))
+        assert np.isnan(function(KERNEL * np.float32(bad), SAME, 1.0, execution=PRODUCTS)).all()
+    assert np.isnan(oj.operator_norm(KERNEL * np.float32(bad), (6, 6), execution=PRODUCTS))
 
 
 @pytest.mark.parametrize("name", ["clip", "rescale", "project"])
@@ -81,20 +82,20 @@ def test_constraints_are_the_other_methods(name):
     function = getattr(oj, f"{name}_operator_norm")
     tolerance = {"clip": 2e-6, "rescale": 2e-6, "project": 1e-3}[name]
     for bound in (0.5, 5.0, 12.0):
-        found, usual = (function(KERNEL, SAME, bound, method=method) for method in ("products", "auto"))
+        found, usual = (function(KERNEL, SAME, bound, execution=execution) for execution in (PRODUCTS, oj.Execution()))
         np.testing.assert_allclose(found, usual, atol=tolerance * np.abs(KERNEL).max(), err_msg=str(bound))
     inside = KERNEL / 100
-    assert (function(inside, SAME, 5.0, method="products") == inside).all()
+    assert (function(inside, SAME, 5.0, execution=PRODUCTS) == inside).all()
     norm = float(oj.operator_norm_bounds(KERNEL, SAME).upper)
     near = KERNEL * np.float32(0.999 / norm)  # inside, but not so far that the coarse certificate says so
-    assert (function(near, SAME, 1.0, method="products") == near).all()
+    assert (function(near, SAME, 1.0, execution=PRODUCTS) == near).all()
 
 
 def test_project_is_certified():
-    found, info = oj.project_operator_norm_info(KERNEL, SAME, 2.0, method="products")
+    found, info = oj.project_operator_norm_info(KERNEL, SAME, 2.0, execution=PRODUCTS)
     assert oracle.dense_singular_values(found, (9, 8), padding="SAME")[0] <= 2 * (1 + 1e-6)
     assert 0 <= info.gap <= 1.1e-3 * info.distance
-    again = oj.project_operator_norm(found, SAME, 2.0, method="products")
+    again = oj.project_operator_norm(found, SAME, 2.0, execution=PRODUCTS)
     assert (again == found).all()
 
 
@@ -104,19 +105,19 @@ def test_every_geometry(seed):
     canonical, kernels = geometry.kernels(np.random.default_rng(seed), 3)
     for one, kernel in zip(canonical, kernels):
         truth = geometry.oracle(one)[0]
-        lower, upper = oj.operator_norm_bounds(kernel, geometry.conv, method="products")
+        lower, upper = oj.operator_norm_bounds(kernel, geometry.conv, execution=PRODUCTS)
         assert lower <= truth * (1 + 1e-6) and truth <= upper
-        small = oj.rescale_operator_norm(kernel, geometry.conv, 0.5 * truth, method="products")
+        small = oj.rescale_operator_norm(kernel, geometry.conv, 0.5 * truth, execution=PRODUCTS)
         assert oj.operator_norm_bounds(small, geometry.conv).upper <= 0.5 * truth * (1 + 1e-5)
 
 
 def test_nothing_is_factorised():
     """Nor under ``vmap``, nor in the certificate."""
     for function in (
-        lambda k: oj.operator_norm(k, (16, 16), method="products"),
-        lambda k: oj.clip_operator_norm(k, (16, 16), 1.0, method="products"),
-        lambda k: oj.project_operator_norm(k, (16, 16), 1.0, method="products"),
-        lambda k: oj.operator_norm_upper_bound(k, method="products"),
+        lambda k: oj.operator_norm(k, (16, 16), execution=PRODUCTS),
+        lambda k: oj.clip_operator_norm(k, (16, 16), 1.0, execution=PRODUCTS),
+        lambda k: oj.project_operator_norm(k, (16, 16), 1.0, execution=PRODUCTS),
+        lambda k: oj.operator_norm_upper_bound(k, execution=PRODUCTS),
     ):
         for program in (jax.make_jaxpr(function)(KERNEL), jax.make_jaxpr(jax.vmap(function))(KERNEL[None])):
             assert not re.search(r"= (eigh|svd|cholesky|geqrf|qr)\b", str(program))
@@ -124,18 +125,18 @@ def test_nothing_is_factorised():
 
 def test_vmap_is_a_loop():
     stack = np.stack([KERNEL, 3 * KERNEL, KERNEL / 100])
-    clip = lambda k: oj.clip_operator_norm(k, (12, 12), 2.0, method="products")
+    clip = lambda k: oj.clip_operator_norm(k, (12, 12), 2.0, execution=PRODUCTS)
     np.testing.assert_allclose(jax.vmap(clip)(stack), np.stack([clip(k) for k in stack]), atol=1e-5)
 
 
 def test_derivatives():
     """Of the clip and of the norm: as by the other methods."""
     functions = {
-        "norm": lambda k, method: oj.operator_norm(k, (6, 6), method=method),
-        "clip": lambda k, method: jnp.sum(oj.clip_operator_norm(k, (6, 6), 3.0, method=method) ** 2),
+        "norm": lambda k, execution: oj.operator_norm(k, (6, 6), execution=execution),
+        "clip": lambda k, execution: jnp.sum(oj.clip_operator_norm(k, (6, 6), 3.0, execution=execution) ** 2),
     }
     for name, function in functions.items():
-        one, other = jax.grad(function)(KERNEL, "products"), jax.grad(function)(KERNEL, "auto")
+        one, other = jax.grad(function)(KERNEL, PRODUCTS), jax.grad(function)(KERNEL, oj.Execution())
         np.testing.assert_allclose(one, other, atol=2e-5 * np.abs(other).max(), err_msg=name)
 
 

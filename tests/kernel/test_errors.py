@@ -123,28 +123,29 @@ OPTIONS = {
         ValueError,
         "max_iterations to be positive, got 0",
     ),
-    "zero chunk": (lambda: oj.singular_values(K, (8, 8), chunk_bytes=0), ValueError, "chunk_bytes to be positive"),
+    "zero chunk": (lambda: oj.Execution(chunk_bytes=0), ValueError, "chunk_bytes to be positive"),
     "mesh of another kind": (
-        lambda: oj.singular_values(K, (8, 8), mesh=8),
+        lambda: oj.Execution(mesh=8),
         TypeError,
         "a jax.sharding.Mesh or None, got 8",
     ),
     "unknown way to factorise": (
-        lambda: oj.operator_norm(K, (8, 8), method="qr"),
+        lambda: oj.Execution(factorization="qr"),
         ValueError,
-        "'auto', 'svd', 'eigh', 'products'",
+        "'auto', 'decompose', 'products'.*got 'qr'",
     ),
     "values by products": (
-        lambda: oj.singular_values(K, (8, 8), method="products"),
+        lambda: oj.singular_values(K, (8, 8), execution=oj.Execution(factorization="products")),
         ValueError,
-        r"one of \('auto', 'svd', 'eigh'\), got",
+        "'auto' or 'decompose', got 'products'.*operator_norm",
     ),
-    "clip by svd": (
-        lambda: oj.clip_operator_norm(K, (8, 8), 1.0, method="svd"),
-        ValueError,
-        r"one of \('auto', 'eigh', 'products'\), got",
+    "a string for an Execution": (
+        lambda: oj.clip_operator_norm(K, (8, 8), 1.0, execution="products"),
+        TypeError,
+        r"opnorm_jax.Execution, got 'products'. Write execution=opnorm_jax.Execution\(",
     ),
-    "float chunk": (lambda: oj.operator_norm(K, (8, 8), chunk_bytes=1e6), TypeError, "chunk_bytes to be an int"),
+    "float chunk": (lambda: oj.Execution(chunk_bytes=1e6), TypeError, "chunk_bytes to be an int"),
+    "positional Execution": (lambda: oj.Execution("products"), TypeError, "positional"),
     "zero slack": (lambda: oj.operator_norm_upper_bound(K, slack=0.0), ValueError, "slack to be positive, got 0.0"),
     "string slack": (lambda: oj.operator_norm_upper_bound(K, slack="1%"), TypeError, "slack to be a number"),
     "upper bound of a vector": (lambda: oj.operator_norm_upper_bound(jnp.ones(3)), ValueError, "2 to 5 axes"),
@@ -276,8 +277,8 @@ def test_wrong_call(name):
 KERNELS = {
     "wrong rank": (jnp.ones((3, 3, 2)), (8, 8), ValueError, r"4 axes \(HWIO\).*\(3, 3, 2\)"),
     "stacked": (jnp.ones((5, 3, 3, 2, 2)), (8, 8), ValueError, "jax.vmap"),
-    "integers": (jnp.ones((3, 3, 2, 2), int), (8, 8), TypeError, "real floating dtype, got int32"),
-    "complex": (jnp.ones((3, 3, 2, 2), "complex64"), (8, 8), TypeError, "real floating dtype, got complex64"),
+    "integers": (jnp.ones((3, 3, 2, 2), int), (8, 8), TypeError, "got int32.*integers times their scale"),
+    "complex": (jnp.ones((3, 3, 2, 2), "complex64"), (8, 8), TypeError, r"got complex64.*\[\[Re, Im\], \[-Im, Re\]\]"),
     "list": ([[1.0]], (8, 8), TypeError, "kernel to be an array.*got list"),
     "none": (None, (8, 8), TypeError, "kernel to be an array.*got NoneType"),
     "zero channels": (jnp.ones((3, 3, 0, 2)), (8, 8), ValueError, r"at least 1, got kernel.shape=\(3, 3, 0, 2\)"),
@@ -295,6 +296,15 @@ def test_wrong_kernel(name, function):
     kernel, conv, error, message = KERNELS[name]
     with pytest.raises(error, match=f"(?s){message}"):
         KERNEL_CALLS[function](kernel, conv)
+
+
+def test_the_advice_for_complex_kernels_is_right():
+    """The real kernel that the error recommends has the complex layer's norm."""
+    rng = np.random.default_rng(0)
+    re, im = rng.standard_normal((2, 3, 3, 2, 4)).astype(np.float32)
+    symbol = np.fft.fft2(re.astype(np.float64) + 1j * im, (8, 8), axes=(0, 1))
+    truth = np.linalg.svd(symbol, compute_uv=False).max()
+    np.testing.assert_allclose(oj.operator_norm(jnp.block([[re, im], [-im, re]]), (8, 8)), truth, rtol=1e-5)
 
 
 def test_there_are_enough_of_them():

@@ -11,29 +11,46 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from jax import lax
 
 import opnorm_jax as oj
 
 K = jnp.asarray(np.random.default_rng(0).standard_normal((3, 3, 5, 7)), jnp.float32)
 
 
-@pytest.mark.parametrize("method", ["auto", "svd", "eigh"])
-def test_methods_agree_with_the_truth(method):
+@pytest.fixture(params=["cpu", "accelerator"])
+def route(request, monkeypatch):
+    """The route taken on a CPU, or that of other platforms forced on a CPU."""
+    if request.param == "accelerator":
+        jax.clear_caches()  # of functions traced for the CPU's route
+        monkeypatch.setattr(lax, "platform_dependent", lambda *args, default, **branches: default(*args))
+    yield request.param
+    if request.param == "accelerator":
+        jax.clear_caches()
+
+
+def test_routes_agree_with_the_truth(route):
     truth = np.sort(oracle.dense_singular_values(K, (6, 6)))
-    values = np.sort(np.ravel(oj.singular_values(K, (6, 6), method=method)))
-    np.testing.assert_allclose(values, truth, atol=1e-5 * truth[-1] if method != "eigh" else 1e-3 * truth[-1])
-    np.testing.assert_allclose(oj.operator_norm(K, (6, 6), method=method), truth[-1], rtol=1e-5)
+    values = np.sort(np.ravel(oj.singular_values(K, (6, 6))))
+    np.testing.assert_allclose(values, truth, atol=1e-5 * truth[-1] if route == "cpu" else 1e-3 * truth[-1])
+    np.testing.assert_allclose(oj.operator_norm(K, (6, 6)), truth[-1], rtol=1e-5)
     zero_padded = oj.Conv((6, 6), padding="SAME")
-    lower, upper = oj.operator_norm_bounds(K, zero_padded, method=method)
+    lower, upper = oj.operator_norm_bounds(K, zero_padded)
     assert lower <= oracle.dense_singular_values(K, (6, 6), padding="SAME")[0] <= upper
-    assert truth[-1] <= oj.operator_norm_upper_bound(K, method=method) * (1 + 1e-6)
-    assert np.isfinite(jax.grad(lambda k: oj.operator_norm(k, (6, 6), method=method))(K)).all()
+    assert truth[-1] <= oj.operator_norm_upper_bound(K) * (1 + 1e-6)
+    assert np.isfinite(jax.grad(lambda k: oj.operator_norm(k, (6, 6)))(K)).all()
 
 
-def test_methods_do_what_they_say():
-    program = lambda method: str(jax.make_jaxpr(lambda k: oj.singular_values(k, (6, 6), method=method))(K))
-    assert "svd" in program("svd") and "eigh" not in program("svd")
-    assert "eigh" in program("eigh") and "svd" not in program("eigh")
+def test_the_route_is_the_one_forced(route):
+    program = str(jax.make_jaxpr(lambda k: oj.singular_values(k, (6, 6)))(K))
+    assert ("svd" in program) == (route == "cpu")
+
+
+def test_an_execution_is_static_and_hashable():
+    execution = oj.Execution(factorization="decompose")
+    assert execution == oj.Execution(factorization="decompose") != oj.Execution() and hash(execution)
+    norm = jax.jit(lambda k, execution: oj.operator_norm(k, (6, 6), execution=execution), static_argnums=1)
+    np.testing.assert_allclose(norm(K, execution), norm(K, oj.Execution(factorization="products")), rtol=1e-5)
 
 
 EIGHT_DEVICES = """
@@ -44,15 +61,15 @@ EIGHT_DEVICES = """
     k = jnp.asarray(np.random.default_rng(0).standard_normal((3, 3, 6, 5)), jnp.float32)
     same, whole = oj.Conv((9, 10), padding="SAME"), (9, 10)
     functions = {
-        "singular_values": lambda k, mesh: oj.singular_values(k, whole, mesh=mesh),
-        "in chunks": lambda k, mesh: oj.singular_values(k, whole, mesh=mesh, chunk_bytes=1000),
-        "bounds": lambda k, mesh: oj.operator_norm_bounds(k, same, mesh=mesh),
-        "upper bound": lambda k, mesh: oj.operator_norm_upper_bound(k, mesh=mesh),
-        "clip": lambda k, mesh: oj.clip_operator_norm(k, same, 1.0, mesh=mesh),
-        "project": lambda k, mesh: oj.project_operator_norm_info(k, same, 1.0, mesh=mesh)[0],
-        "rescale": lambda k, mesh: oj.rescale_operator_norm(k, same, 1.0, mesh=mesh),
-        "gradient": lambda k, mesh: jax.grad(lambda k: oj.operator_norm(k, whole, mesh=mesh))(k),
-        "vmap": lambda k, mesh: jax.vmap(lambda k: oj.clip_operator_norm(k, whole, 1.0, mesh=mesh))(jnp.stack([k, -k])),
+        "singular_values": lambda k, mesh: oj.singular_values(k, whole, execution=oj.Execution(mesh=mesh)),
+        "in chunks": lambda k, mesh: oj.singular_values(k, whole, execution=oj.Execution(mesh=mesh, chunk_bytes=1000)),
+        "bounds": lambda k, mesh: oj.operator_norm_bounds(k, same, execution=oj.Execution(mesh=mesh)),
+        "upper bound": lambda k, mesh: oj.operator_norm_upper_bound(k, execution=oj.Execution(mesh=mesh)),
+        "clip": lambda k, mesh: oj.clip_operator_norm(k, same, 1.0, execution=oj.Execution(mesh=mesh)),
+        "project": lambda k, mesh: oj.project_operator_norm_info(k, same, 1.0, execution=oj.Execution(mesh=mesh))[0],
+        "rescale": lambda k, mesh: oj.rescale_operator_norm(k, same, 1.0, execution=oj.Execution(mesh=mesh)),
+        "gradient": lambda k, mesh: jax.grad(lambda k: oj.operator_norm(k, whole, execution=oj.Execution(mesh=mesh)))(k),
+        "vmap": lambda k, mesh: jax.vmap(lambda k: oj.clip_operator_norm(k, whole, 1.0, execution=oj.Execution(mesh=mesh)))(jnp.stack([k, -k])),
     }
     for name, function in functions.items():
         for one, eight in zip(jax.tree.leaves(function(k, None)), jax.tree.leaves(jax.jit(function, static_argnums=1)(k, mesh))):
@@ -91,7 +108,7 @@ TWO_PROCESSES = """
     k = np.random.default_rng(0).standard_normal((3, 3, 6, 5)).astype(np.float32)
     everywhere = jax.sharding.NamedSharding(mesh, jax.P())
     kernel = jax.make_array_from_callback(k.shape, everywhere, lambda index: k[index])
-    clip = jax.jit(lambda k: oj.clip_operator_norm(k, (9, 10), 1.0, mesh=mesh), out_shardings=everywhere)
+    clip = jax.jit(lambda k: oj.clip_operator_norm(k, (9, 10), 1.0, execution=oj.Execution(mesh=mesh)), out_shardings=everywhere)
     both = np.asarray(clip(kernel).addressable_data(0))
     np.testing.assert_allclose(both, oj.clip_operator_norm(k, (9, 10), 1.0), atol=1e-5)
     print("equal")

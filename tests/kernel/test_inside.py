@@ -20,12 +20,12 @@ from opnorm_jax._kernel.spectrum import circular_norm
 
 RATIOS = np.float32([0.3, 0.7, 0.9, 0.99, 1 - 1e-5, 1 + 1e-5, 1.2, 1.5, 1.9, 3])
 LARGE = [
-    ((3, 3, 6, 6), oj.Conv((16, 16))),
+    ((3, 3, 6, 6), oj.Conv((16, 16), padding="CIRCULAR")),
     ((3, 3, 5, 8), oj.Conv((17, 12), padding="SAME", strides=2)),
     ((5, 3, 8, 4), oj.Conv((24, 9), padding="VALID", kernel_dilation=2)),
     ((4, 4, 5, 5), oj.Conv((10, 10), padding="SAME", input_dilation=1, strides=(2, 3))),
     ((3, 3, 3, 6), oj.Conv((8, 8), padding=((2, 2), (2, 2)), input_dilation=2)),
-    ((3, 3, 2, 8), oj.Conv((12, 12), feature_group_count=2)),
+    ((3, 3, 2, 8), oj.Conv((12, 12), feature_group_count=2, padding="CIRCULAR")),
     ((9, 6, 7), oj.Conv((64,), padding="SAME")),
     ((5, 5, 5, 5), oj.Conv((12, 12), padding=((4, 4), (4, 4)), input_dilation=2, strides=2)),  # offsets from -2 to 0
 ]
@@ -122,7 +122,7 @@ def test_a_norm_factorises_few(factorised):
 def test_the_norm_a_transformation_reports_is_exact_inside(method):
     kernel = jnp.asarray(np.random.default_rng(0).standard_normal((3, 3, 6, 6)), jnp.float32)
     norm = oj.operator_norm(kernel, (12, 12))
-    tx = oj.constrain_operator_norm(3 * float(norm), {"k": oj.Conv((12, 12))}, method=method)
+    tx = oj.constrain_operator_norm(3 * float(norm), {"k": oj.Conv((12, 12), padding="CIRCULAR")}, method=method)
     params = {"k": kernel}
     _, state = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     np.testing.assert_allclose(state.norms["k"], norm, rtol=1e-6)
@@ -138,7 +138,7 @@ def test_the_norm_a_transformation_reports_has_its_derivative(method, channels, 
     slope = left[:, 0] @ oracle.dense_matrix(direction, (5, 5)) @ right[0]
 
     def norm(kernel, bound):
-        tx = oj.constrain_operator_norm(bound, {"k": oj.Conv((5, 5))}, method=method)
+        tx = oj.constrain_operator_norm(bound, {"k": oj.Conv((5, 5), padding="CIRCULAR")}, method=method)
         params = {"k": kernel}
         return tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)[1].norms["k"]
 
@@ -148,12 +148,12 @@ def test_the_norm_a_transformation_reports_has_its_derivative(method, channels, 
     assert jax.jvp(functools.partial(norm, bound=1.0), (0 * kernel,), (direction,)) == (0, 0)
 
 
-@pytest.mark.parametrize("method", ["auto", "products"])
-def test_every_chunk_counts(method):
+@pytest.mark.parametrize("factorization", ["auto", "products"])
+def test_every_chunk_counts(factorization):
     """One frequency is above the bound, the others far below; taken one by one."""
     kernel = np.ones((3, 3, 5, 5), np.float32)  # norm 45 at frequency 0
-    options = {"chunk_bytes": 1, "method": method}
-    rescaled = oj.rescale_operator_norm(kernel, (10, 10), 40.0, **options)
+    execution = oj.Execution(factorization=factorization, chunk_bytes=1)
+    rescaled = oj.rescale_operator_norm(kernel, (10, 10), 40.0, execution=execution)
     assert oracle.dense_singular_values(rescaled, (10, 10))[0] <= 40 * (1 + 1e-6)
-    clipped = oj.clip_operator_norm(kernel, (10, 10), 40.0, **options)
+    clipped = oj.clip_operator_norm(kernel, (10, 10), 40.0, execution=execution)
     np.testing.assert_allclose(clipped, oracle.paper_clip(kernel, (10, 10), 40.0), atol=1e-5)

@@ -41,7 +41,7 @@ def test_is_scipys_convolution():
 
 
 LARGE = {  # kernel, input, geometry
-    "64 to 64, circular": ((3, 3, 64, 64), (32, 32), {}),
+    "64 to 64, circular": ((3, 3, 64, 64), (32, 32), {"padding": "CIRCULAR"}),
     "64 to 64, SAME": ((3, 3, 64, 64), (32, 32), {"padding": "SAME"}),
     "32 to 64, stride 2": ((3, 3, 32, 64), (32, 32), {"padding": ((1, 1), (1, 1)), "strides": 2}),
     "64 to 32, transposed": ((4, 4, 64, 32), (16, 16), {"padding": ((2, 2), (2, 2)), "input_dilation": 2}),

@@ -58,7 +58,7 @@ conv = oj.Conv((6, 6), padding="SAME")
 for function in (oj.rescale_operator_norm, oj.project_operator_norm):
     need(oj.operator_norm_bounds(function(kernel, conv, 1.0), conv).upper <= 1 + 1e-5)
 for call in (
-    lambda: oj.Conv((0, 6)),
+    lambda: oj.Conv((0, 6), padding="CIRCULAR"),
     lambda: oj.singular_values(kernel, conv),
     lambda: oj.operator_norm(kernel[..., 0], conv),
     lambda: oj.clip_operator_norm(kernel, conv, -1.0),

@@ -142,7 +142,7 @@ def test_same_array_as_the_paper():
 def test_layouts(layout):
     kernel = np.random.default_rng(0).standard_normal((3, 2, 2, 4)).astype(np.float32)
     moved = kernel.transpose(["HWIO".index(letter) for letter in layout])
-    got = oj.singular_values(moved, oj.Conv((5, 6), kernel_layout=layout))
+    got = oj.singular_values(moved, oj.Conv((5, 6), kernel_layout=layout, padding="CIRCULAR"))
     np.testing.assert_allclose(got, oj.singular_values(kernel, (5, 6)), atol=1e-5)
 
 
@@ -150,8 +150,9 @@ def test_chunks_do_not_matter():
     kernel = np.random.default_rng(0).standard_normal((3, 3, 4, 5)).astype(np.float32)
     whole = oj.singular_values(kernel, (6, 7))
     for chunk_bytes in (1, 1000, 3000):
-        np.testing.assert_allclose(oj.singular_values(kernel, (6, 7), chunk_bytes=chunk_bytes), whole, atol=1e-5)
-        np.testing.assert_allclose(oj.operator_norm(kernel, (6, 7), chunk_bytes=chunk_bytes), whole.max(), rtol=1e-6)
+        execution = oj.Execution(chunk_bytes=chunk_bytes)
+        np.testing.assert_allclose(oj.singular_values(kernel, (6, 7), execution=execution), whole, atol=1e-5)
+        np.testing.assert_allclose(oj.operator_norm(kernel, (6, 7), execution=execution), whole.max(), rtol=1e-6)
 
 
 def test_vmap_is_a_loop_and_jit_changes_nothing():
@@ -180,7 +181,7 @@ def test_scale_free(exponent):
     scaled = (kernel.astype(np.float64) * 10.0**exponent).astype(np.float32)
     want = oracle.dense_singular_values(scaled, (4, 4))[0]
     np.testing.assert_allclose(oj.operator_norm(scaled, (4, 4)), want, rtol=1e-5)
-    depthwise = oj.Conv((4, 4), feature_group_count=3)
+    depthwise = oj.Conv((4, 4), feature_group_count=3, padding="CIRCULAR")
     assert np.isfinite(oj.singular_values(scaled[:, :, :1], depthwise)).all()
 
 
@@ -192,13 +193,17 @@ def test_not_finite_gives_nan(value):
 
 def test_gradients(x64):
     kernel = np.random.default_rng(0).standard_normal((3, 3, 2, 3))
-    for conv in (oj.Conv((4, 5)), oj.Conv((4, 6), strides=2), oj.Conv((4, 4), kernel_dilation=2)):
+    for conv in (
+        oj.Conv((4, 5), padding="CIRCULAR"),
+        oj.Conv((4, 6), strides=2, padding="CIRCULAR"),
+        oj.Conv((4, 4), kernel_dilation=2, padding="CIRCULAR"),
+    ):
         check_first = functools.partial(
             jax.test_util.check_grads, order=1, modes=("fwd", "rev"), eps=1e-6, atol=1e-6, rtol=1e-6
         )
         check_first(jax.jit(lambda k, conv=conv: oj.operator_norm(k, conv)), (kernel,))
         check_first(jax.jit(lambda k, conv=conv: oj.singular_values(k, conv)), (kernel,))
-    groups = oj.Conv((4, 4), feature_group_count=2)
+    groups = oj.Conv((4, 4), feature_group_count=2, padding="CIRCULAR")
     check_first(lambda k: oj.operator_norm(k, groups), (np.random.default_rng(0).standard_normal((3, 3, 2, 4)),))
 
 
@@ -217,7 +222,10 @@ def test_gradient_at_ties_and_at_zero():
 
 
 def test_depthwise_and_vectors_need_no_factorisation():
-    for kernel_shape, conv in (((3, 3, 1, 6), oj.Conv((8, 8), feature_group_count=6)), ((3, 3, 4, 1), oj.Conv((8, 8)))):
+    for kernel_shape, conv in (
+        ((3, 3, 1, 6), oj.Conv((8, 8), feature_group_count=6, padding="CIRCULAR")),
+        ((3, 3, 4, 1), oj.Conv((8, 8), padding="CIRCULAR")),
+    ):
         text = str(jax.make_jaxpr(lambda k, conv=conv: oj.singular_values(k, conv))(jnp.ones(kernel_shape)))
         assert "svd" not in text and "eigh" not in text
     assert "svd" in str(jax.make_jaxpr(lambda k: oj.singular_values(k, (8, 8)))(jnp.ones((3, 3, 5, 5))))
@@ -231,15 +239,19 @@ def test_no_fft_anywhere():
 @pytest.mark.parametrize(
     "shape, conv, distinct",
     [
-        ((1, 1, 6, 5), oj.Conv((9, 8)), 1),
-        ((1, 3, 6, 5), oj.Conv((9, 8)), 5),  # half of 1 x 8
-        ((3, 3, 6, 5), oj.Conv((8, 8), kernel_dilation=2), 10),  # half of 4 x 4
-        ((3, 3, 6, 5), oj.Conv((9, 12), kernel_dilation=(2, 8)), 14),  # half of 9 x 3
-        ((2, 2, 6, 5), oj.Conv((8, 8), strides=2), 1),
-        ((3, 6, 5), oj.Conv((12,), kernel_dilation=4), 2),  # three taps on three points
-        ((4, 6, 5), oj.Conv((12,), kernel_dilation=4), 2),  # folded
-        ((2, 2, 6, 5), oj.Conv((4, 5), input_dilation=2), 1),
-        ((4, 4, 6, 5), oj.Conv((4, 5), input_dilation=2), 11),  # half of 4 x 5: nothing repeats itself
+        ((1, 1, 6, 5), oj.Conv((9, 8), padding="CIRCULAR"), 1),
+        ((1, 3, 6, 5), oj.Conv((9, 8), padding="CIRCULAR"), 5),  # half of 1 x 8
+        ((3, 3, 6, 5), oj.Conv((8, 8), kernel_dilation=2, padding="CIRCULAR"), 10),  # half of 4 x 4
+        ((3, 3, 6, 5), oj.Conv((9, 12), kernel_dilation=(2, 8), padding="CIRCULAR"), 14),  # half of 9 x 3
+        ((2, 2, 6, 5), oj.Conv((8, 8), strides=2, padding="CIRCULAR"), 1),
+        ((3, 6, 5), oj.Conv((12,), kernel_dilation=4, padding="CIRCULAR"), 2),  # three taps on three points
+        ((4, 6, 5), oj.Conv((12,), kernel_dilation=4, padding="CIRCULAR"), 2),  # folded
+        ((2, 2, 6, 5), oj.Conv((4, 5), input_dilation=2, padding="CIRCULAR"), 1),
+        (
+            (4, 4, 6, 5),
+            oj.Conv((4, 5), input_dilation=2, padding="CIRCULAR"),
+            11,
+        ),  # half of 4 x 5: nothing repeats itself
     ],
     ids=str,
 )

@@ -66,7 +66,7 @@ print("done", STEPS, not wrong)
 SOAK = """
 import resource, jax, jax.numpy as jnp, optax, opnorm_jax as oj
 params = {"a": jnp.ones((3, 3, 2, 5)), "b": jnp.ones((3, 3, 5, 6)), "c": jnp.ones((5, 6))}
-convs = {"a": oj.Conv((6, 6), padding="SAME"), "b": oj.Conv((6, 6), strides=2), "c": oj.Conv(())}
+convs = {"a": oj.Conv((6, 6), padding="SAME"), "b": oj.Conv((6, 6), strides=2, padding="CIRCULAR"), "c": oj.Conv(())}
 tx = optax.chain(optax.adam(0.01), oj.constrain_operator_norm(1.0, convs, every=2, method="rescale"))
 
 @jax.jit

@@ -183,23 +183,23 @@ def wrapped(x, low, high):
 
 
 CIRCULAR = {
-    "as Flax pads": (lambda k, x: conv(wrapped(x, (1, 1), (1, 1)), k, "VALID"), oj.Conv((8, 6))),
-    "all on one side": (lambda k, x: conv(wrapped(x, (2, 0), (0, 2)), k, "VALID"), oj.Conv((8, 6))),
+    "as Flax pads": (lambda k, x: conv(wrapped(x, (1, 1), (1, 1)), k, "VALID"), oj.Conv((8, 6), padding="CIRCULAR")),
+    "all on one side": (lambda k, x: conv(wrapped(x, (2, 0), (0, 2)), k, "VALID"), oj.Conv((8, 6), padding="CIRCULAR")),
     "a stride that divides": (
         lambda k, x: conv(wrapped(x, (1, 1), (0, 0)), k, "VALID", (2, 2)),
-        oj.Conv((8, 6), strides=2),
+        oj.Conv((8, 6), strides=2, padding="CIRCULAR"),
     ),
     "a stride that does not": (
         lambda k, x: conv(wrapped(x, (1, 1), (1, 1)), k, "VALID", (3, 4)),
-        oj.Conv((8, 6), strides=(3, 4)),
+        oj.Conv((8, 6), strides=(3, 4), padding="CIRCULAR"),
     ),
     "dilated, further than the image": (
         lambda k, x: conv(wrapped(x, (9, 7), (9, 7)), k, "VALID", rhs_dilation=(9, 7)),
-        oj.Conv((8, 6), kernel_dilation=(9, 7)),
+        oj.Conv((8, 6), kernel_dilation=(9, 7), padding="CIRCULAR"),
     ),
     "a part of the image, turned over": (
         lambda k, x: conv(wrapped(x[:, 2:, ::-1], (0, 2), (2, 0)), k[::-1], "VALID", (4, 1)),
-        oj.Conv((6, 6), strides=(4, 1)),
+        oj.Conv((6, 6), strides=(4, 1), padding="CIRCULAR"),
     ),
     "written with concatenate and a cast": (
         lambda k, x: conv(
@@ -209,7 +209,7 @@ CIRCULAR = {
             k,
             "VALID",
         ),
-        oj.Conv((8, 6)),
+        oj.Conv((8, 6), padding="CIRCULAR"),
     ),
 }
 
@@ -449,7 +449,10 @@ def test_every_dimension_and_grouping(rank, groups):
     x = jax.ShapeDtypeStruct((1, *(8, 6, 4)[:rank], 4), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), x)
     found = oj.find_convs(model.apply, variables, x)["params"]
-    assert found == {"bias": None, "kernel": oj.Conv((8, 6, 4)[:rank], strides=2, feature_group_count=groups)}
+    assert found == {
+        "bias": None,
+        "kernel": oj.Conv((8, 6, 4)[:rank], strides=2, padding="CIRCULAR", feature_group_count=groups),
+    }
 
 
 def test_flipped_kernels():

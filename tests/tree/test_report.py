@@ -15,7 +15,6 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 import opnorm_jax as oj
-from opnorm_jax._execution import Execution
 from opnorm_jax._kernel import bounds
 from opnorm_jax._tree import report
 
@@ -53,7 +52,7 @@ def test_frobenius_where_taps_fold(shape):
     kernel = RNG.standard_normal((5, 2, 3))
     for dilation in (1, 2):
         matrix = oracle.dense_matrix(kernel, shape, kernel_dilation=dilation)
-        found = report.frobenius_norm(kernel, oj.Conv(shape, kernel_dilation=dilation))
+        found = report.frobenius_norm(kernel, oj.Conv(shape, kernel_dilation=dilation, padding="CIRCULAR"))
         np.testing.assert_allclose(found, np.linalg.norm(matrix), rtol=1e-12)
 
 
@@ -77,7 +76,7 @@ def test_zero_padding_is_marked_not_claimed():
 
 def test_singular_to_working_precision():
     kernel = np.repeat(K[..., :1], 2, axis=-1)  # two equal outputs: rank one at each frequency
-    assert only(kernel, oj.Conv((8, 8))).condition == math.inf
+    assert only(kernel, oj.Conv((8, 8), padding="CIRCULAR")).condition == math.inf
     zero = only(np.zeros_like(K), oj.Conv((8, 8), padding="SAME"))
     assert (zero.upper, zero.smallest, zero.stable_rank, zero.condition) == (0, 0, 0, math.inf)
 
@@ -92,7 +91,7 @@ def test_rows_stacks_unknown_and_not_finite():
     }
     convs = {
         **{f"Conv_{n}": {"kernel": (8, 8), "bias": None} for n in (10, 2)},
-        "blocks": {"kernel": oj.Conv((8, 8), stacked=1)},
+        "blocks": {"kernel": oj.Conv((8, 8), stacked=1, padding="CIRCULAR")},
         "broken": (8, 8),
         "odd": oj.Unknown("standardised"),
     }
@@ -147,15 +146,17 @@ def test_the_spectrum_is_not_kept():
             [*sizes, *(largest(inner) for eqn in jaxpr.eqns for inner in jaxprs_in_params(eqn.params))], default=0
         )
 
-    kernel, conv = jnp.ones((3, 3, 8, 8)), oj.Conv((64, 64))
-    program = jax.make_jaxpr(lambda k: bounds.figures(k, conv, Execution(chunk_bytes=2**14)))(kernel).jaxpr
-    full = jax.make_jaxpr(lambda k: oj.singular_values(k, conv, chunk_bytes=2**14))(kernel).jaxpr
+    kernel, conv = jnp.ones((3, 3, 8, 8)), oj.Conv((64, 64), padding="CIRCULAR")
+    program = jax.make_jaxpr(lambda k: bounds.figures(k, conv, oj.Execution(chunk_bytes=2**14)))(kernel).jaxpr
+    full = jax.make_jaxpr(lambda k: oj.singular_values(k, conv, execution=oj.Execution(chunk_bytes=2**14)))(
+        kernel
+    ).jaxpr
     assert largest(program) < 64 * 64 * 8 <= largest(full)
 
 
 ERRORS = {
     "path and shape": (
-        lambda: only(K[0], oj.Conv((8, 8))),
+        lambda: only(K[0], oj.Conv((8, 8), padding="CIRCULAR")),
         ValueError,
         r"params\['kernel'\] \(3, 2, 4\): expected a ker",
     ),
@@ -167,7 +168,12 @@ ERRORS = {
         "expected an array of numb",
     ),
     "traced": (lambda: jax.jit(lambda k: only(k, (8, 8)).norm)(K), TypeError, "outside jit"),
-    "chunk": (lambda: only(K, (8, 8), chunk_bytes=0), ValueError, "chunk_bytes"),
+    "execution": (lambda: only(K, (8, 8), execution="products"), TypeError, "expected execution to be"),
+    "products": (
+        lambda: only(K, (8, 8), execution=oj.Execution(factorization="products")),
+        ValueError,
+        "got 'products'",
+    ),
     "kind": (lambda: oj.plot_spectra({"k": K}, {"k": (8, 8)}, kind="pie"), ValueError, "kind to be one of.*'pie'"),
     "nothing to draw": (
         lambda: oj.plot_spectra({"k": np.full_like(K, np.nan)}, {"k": (8, 8)}),
@@ -221,7 +227,7 @@ def test_many_layers_have_a_colour_bar_in_place_of_a_legend():
 
 SPELLED = {
     "dense": oj.Conv(()),
-    "8x9 CIRCULAR": oj.Conv((8, 9)),
+    "8x9 CIRCULAR": oj.Conv((8, 9), padding="CIRCULAR"),
     "8x9 /2 dilated 1x3 groups 2 SAME": oj.Conv(
         (8, 9), strides=2, kernel_dilation=(1, 3), feature_group_count=2, padding="SAME"
     ),

@@ -52,10 +52,10 @@ class Training:
         apply = lambda params, x: self.model.apply({"params": params, "batch_stats": self.statistics}, x, train=False)
         self.convs = oj.find_convs(apply, self.params, jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32))
         # As in the midst of training: inside the ball, and moved a little by the optimizer.
-        self.params = jax.jit(lambda params: oj.constrain(params, 1.0, self.convs, method="rescale"))(self.params)
+        self.params = jax.jit(lambda params: oj.constrain(params, 1.0, self.convs))(self.params)
 
-    def constraint(self, method, every):
-        return oj.constrain_operator_norm(1.0, self.convs, every=every, method=method, warm_start=method == "project")
+    def constraint(self, constraint, every):
+        return oj.constrain_operator_norm(1.0, self.convs, constraint=constraint, every=every)
 
     def step(self, tx):
         """One jitted step of SGD with momentum and ``tx`` last: a function of the optimizer's state, and that state."""

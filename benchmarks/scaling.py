@@ -45,7 +45,7 @@ def times(channels, n, repeats):
 def layers(count, repeats):
     """The constraint on so many layers alike."""
     params = {f"layer{n}": normal(32) * (1 + n) for n in range(count)}
-    tx = oj.constrain_operator_norm(1.0, {name: oj.Conv((16, 16), padding="SAME") for name in params}, method="rescale")
+    tx = oj.constrain_operator_norm(1.0, {name: oj.Conv((16, 16), padding="SAME") for name in params})
     update, arguments = jax.jit(tx.update), (jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     seconds = interleaved({"constraint": lambda: update(*arguments)}, repeats)
     return {"seconds": seconds, "compile_seconds": {"constraint": compile_seconds(update, *arguments)}}

@@ -15,7 +15,7 @@ import jax
 from benchmarks.measure import compile_seconds, interleaved, show
 from benchmarks.networks import Training, chained
 
-CASES = [  # network, batch, methods
+CASES = [  # network, batch, constraints
     ("ResNet-32", 128, ("clip", "rescale")),
     ("ResNet-18", 32, ("clip", "rescale")),
     ("ResNet-14, 8 times as wide", 32, ("clip", "rescale")),
@@ -23,27 +23,27 @@ CASES = [  # network, batch, methods
 QUICK = [("ResNet-8", 8, ("clip", "rescale"))]
 
 
-def measure(name, batch, methods, repeats):
+def measure(name, batch, constraints, repeats):
     training = Training(name, batch)
     step, state = training.step(None)
     functions = {"step": lambda: step(training.params, state)}
     compiling = {"step": compile_seconds(step, training.params, state)}
-    for method in methods:
+    for constraint in constraints:
         for every, when in ((1, "acting"), (1000, "in between")):
-            act, (updates, start, params) = training.alone(training.constraint(method, every))
-            compiling[f"{method}, {when}"] = compile_seconds(act, updates, start, params)
+            act, (updates, start, params) = training.alone(training.constraint(constraint, every))
+            compiling[f"{constraint}, {when}"] = compile_seconds(act, updates, start, params)
             # Its count is then 1: not due if every > 1; the dual variables are warm.
             _, state_1 = jax.block_until_ready(act(updates, start, params))
             call = functools.partial(act, updates, state_1, params)
-            functions[f"{method}, {when}"] = call if every == 1 else chained(act, updates, state_1, params)
+            functions[f"{constraint}, {when}"] = call if every == 1 else chained(act, updates, state_1, params)
     seconds = interleaved(functions, repeats)
     shares = {
-        method: {
-            "every=1": seconds[f"{method}, acting"] / seconds["step"],
-            "every=100": (seconds[f"{method}, acting"] + 99 * seconds[f"{method}, in between"])
+        constraint: {
+            "every=1": seconds[f"{constraint}, acting"] / seconds["step"],
+            "every=100": (seconds[f"{constraint}, acting"] + 99 * seconds[f"{constraint}, in between"])
             / (100 * seconds["step"]),
         }
-        for method in methods
+        for constraint in constraints
     }
     row = {"claim": "training", "network": name, "batch": batch, "share": shares, "seconds": seconds}
     row["compile_seconds"] = compiling

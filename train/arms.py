@@ -11,22 +11,22 @@ import opnorm_jax as oj
 from opnorm_jax._blocks import factorizations
 
 
-def make_constraint(method: str, max_norm: float, convs: Any, every: int) -> optax.GradientTransformation | None:
+def make_constraint(constraint: str, max_norm: float, convs: Any, every: int) -> optax.GradientTransformation | None:
     """The transformation, or None for the arm without a constraint."""
-    if method == "none":
+    if constraint == "none":
         return None
-    if method == "reshape":
+    if constraint == "reshape":
         return reshape_transformation(max_norm, convs, every)
-    return oj.constrain_operator_norm(max_norm, convs, every=every, method=method, warm_start=method == "project")
+    return oj.constrain_operator_norm(max_norm, convs, constraint=constraint, every=every)
 
 
-def make_finish(method: str, max_norm: float, convs: Any) -> Callable[[Any], Any]:
+def make_finish(constraint: str, max_norm: float, convs: Any) -> Callable[[Any], Any]:
     """Parameters to constrained parameters: the last steps of a run may have left the ball."""
-    if method == "none":
+    if constraint == "none":
         return lambda params: params
-    if method == "reshape":
+    if constraint == "reshape":
         return lambda params: clip_reshaped(params, max_norm, convs)
-    return lambda params: oj.constrain(params, max_norm, convs, method=method)
+    return lambda params: oj.constrain(params, max_norm, convs, constraint=constraint)
 
 
 class ReshapeState(NamedTuple):

@@ -2,7 +2,7 @@
 
     python train/cifar.py                                             bundled handwritten digits, no download
     python train/cifar.py --dataset cifar10 --data-dir DIR            the paper's ResNet-32, 250 epochs
-    python train/cifar.py --dataset cifar10 --data-dir DIR --method clip --max-norm 0.5 --every 100
+    python train/cifar.py --dataset cifar10 --data-dir DIR --constraint clip --max-norm 0.5 --every 100
 
 The first takes about half a minute on two CPU cores. The paper (Sedghi, Gupta and Long, ICLR 2019) reports that
 clipping every 100 steps takes ResNet-32's test error on CIFAR-10 from 6.2 % to 5.3 %; this trainer follows its recipe,
@@ -77,8 +77,8 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     first = run.seeds.split(state.params)
     console.print(
         f"ResNet-{config.depth} v2, {resnet.count_parameters(first[0]):,} parameters, {config.dataset}, "
-        f"{run.steps:,} steps on {run.layout.devices} device(s); constraint: {config.method}"
-        + ("" if config.method == "none" else f", max_norm {config.max_norm:g}")
+        f"{run.steps:,} steps on {run.layout.devices} device(s); constraint: {config.constraint}"
+        + ("" if config.constraint == "none" else f", max_norm {config.max_norm:g}")
     )
     checkpoints = open_folder(config)
     with contextlib.closing(checkpoints):
@@ -114,7 +114,7 @@ def prepare(
     decay_steps = None if config.epochs_per_decay is None else config.epochs_per_decay * per_epoch
 
     def make_tx(learning_rate, max_norm):
-        constraint = arms.make_constraint(config.method, max_norm, convs, config.every)
+        constraint = arms.make_constraint(config.constraint, max_norm, convs, config.every)
         return loop.optimizer(loop.schedule(learning_rate, steps, decay_steps), config.weight_decay, constraint)
 
     make = make_tx if hyper is None else optax.inject_hyperparams(make_tx)
@@ -236,10 +236,10 @@ def finish(
     run: Run, state: loop.TrainState, first: list[Any], record: Record, console: Console, times: dict[str, float]
 ) -> dict[str, Any]:
     """Constrains once more, tests, and leaves the weights, the summary, the spectra and the table."""
-    config, constrained = run.config, run.config.method != "none"
+    config, constrained = run.config, run.config.constraint != "none"
     steps, seconds = record.timed if record.timed[0] else (1, float("inf"))
     # The last steps may have left the ball: the network that is delivered, and tested, is inside.
-    constrain = jax.jit(run.seeds.map(arms.make_finish(config.method, config.max_norm, run.convs)))
+    constrain = jax.jit(run.seeds.map(arms.make_finish(config.constraint, config.max_norm, run.convs)))
     params = jax.block_until_ready(constrain(state.params))
     share = median_seconds(constrain, state.params) / config.every / (seconds / steps) if constrained else 0.0
     errors = run.evaluate(params, state.batch_stats, *run.test_set)

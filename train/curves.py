@@ -52,7 +52,7 @@ def read(run: Path) -> tuple[str, list[int], list[dict[str, float]]]:
         if not (run / name).is_file():
             raise FileNotFoundError(f"expected the folder of a run, with {name}, got {run}.")
     config = json.loads((run / "config.json").read_text())
-    label = config["method"] + ("" if config["method"] == "none" else f" {config['max_norm']:g}")
+    label = config["constraint"] + ("" if config["constraint"] == "none" else f" {config['max_norm']:g}")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return label, [row["epoch"] for row in rows], rows
 

@@ -31,10 +31,10 @@ from rich.console import Console
 from rich.table import Table
 
 ARMS = {
-    "none": {"method": "none"},
-    "clip 0.5": {"method": "clip", "max_norm": 0.5},
-    "clip 1.0": {"method": "clip", "max_norm": 1.0},
-    "project 1.0": {"method": "project", "max_norm": 1.0},
+    "none": {"constraint": "none"},
+    "clip 0.5": {"constraint": "clip", "max_norm": 0.5},
+    "clip 1.0": {"constraint": "clip", "max_norm": 1.0},
+    "project 1.0": {"constraint": "project", "max_norm": 1.0},
 }
 
 
@@ -72,7 +72,7 @@ def main(headline: Headline, console: Console | None = None) -> list[dict[str, A
     if headline.throughput_steps:
         for seeds in dict.fromkeys((1, headline.seeds)):
             steps = headline.throughput_steps
-            config = configure(headline, f"throughput{seeds}", seeds=seeds, method="none", max_steps=steps)
+            config = configure(headline, f"throughput{seeds}", seeds=seeds, constraint="none", max_steps=steps)
             row = run(config, console)
             console.print(f"throughput, {seeds} at once: {row['images_per_second']:,.0f} images/s in all")
     rows = []

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import resnet
 
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "digits": {"depth": 8, "epochs": 15, "method": "rescale", "every": 1, "batch_norm_momentum": 0.9},
-    "cifar10": {"depth": 32, "epochs": 250, "method": "none", "every": 100, "batch_norm_momentum": 0.997},
+    "digits": {"depth": 8, "epochs": 15, "constraint": "rescale", "every": 1, "batch_norm_momentum": 0.9},
+    "cifar10": {"depth": 32, "epochs": 250, "constraint": "none", "every": 100, "batch_norm_momentum": 0.997},
 }
 
 
@@ -45,7 +45,7 @@ class Config:
     """The learning rate falls tenfold every so many epochs, rather than at 40 %, 60 % and 80 %."""
     weight_decay: float = 2e-4
     """L2 penalty on all trainables."""
-    method: Literal["none", "clip", "rescale", "project", "reshape"] | None = None
+    constraint: Literal["none", "clip", "rescale", "project", "reshape"] | None = None
     """How the norms are constrained; reshape is the baseline that clips the kernel as an (o) x (i kh kw) matrix, which
     does not bound the operator norm. Default: none, for digits rescale."""
     max_norm: float = 1.0
@@ -141,8 +141,8 @@ def identity(config: Config) -> dict[str, Any]:
 def name_of(config: Config) -> str:
     """A folder's name for the run: readable, and different for different runs."""
     digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
-    bound = "" if config.method == "none" else f"{config.max_norm:g}"
-    return f"{config.dataset}-resnet{config.depth}-{config.method}{bound}-{digest}"
+    bound = "" if config.constraint == "none" else f"{config.max_norm:g}"
+    return f"{config.dataset}-resnet{config.depth}-{config.constraint}{bound}-{digest}"
 
 
 def check_same(config: Config, saved: dict[str, Any]) -> None:

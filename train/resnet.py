@@ -89,7 +89,11 @@ def convolutions(model: ResNet, variables: Any, image: tuple[int, ...], certify:
 
     x = jax.ShapeDtypeStruct((1, *image), jnp.float32)
     convs = oj.find_convs(apply, variables["params"], variables, x)
-    return convs if certify == "padding" else jax.tree.map(lambda conv: oj.Conv(conv.input_shape), convs)
+    return (
+        convs
+        if certify == "padding"
+        else jax.tree.map(lambda conv: oj.Conv(conv.input_shape, padding="CIRCULAR"), convs)
+    )
 
 
 def count_parameters(params: Any) -> int:

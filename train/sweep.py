@@ -65,7 +65,7 @@ class Sweep:
     """Where results/, sweep.png and the runs under way are kept."""
     grid: Literal["small", "paper"] = "small"
     """8 runs, or the paper's 150: bound (none, 0.5 to 2) x learning rate x minibatch x epochs per decay."""
-    method: Literal["clip", "rescale", "project"] = "clip"
+    constraint: Literal["clip", "rescale", "project"] = "clip"
     """How the norms are constrained where there is a bound; clip is the paper's."""
     phases: int = 4
     """Each run lasts so many times its epochs per decay."""
@@ -109,7 +109,7 @@ def main(sweep: Sweep, console: Console | None = None) -> list[dict[str, Any]]:
 def identity(sweep: Sweep, member: Member) -> dict[str, Any]:
     """All that decides what a run computes."""
     shared = {name: getattr(sweep, name) for name in ("dataset", "phases", "depth", "every", "seed")}
-    return {**shared, "method": "none" if member["max_norm"] is None else sweep.method, **member}
+    return {**shared, "constraint": "none" if member["max_norm"] is None else sweep.constraint, **member}
 
 
 def groups(sweep: Sweep) -> list[list[Member]]:
@@ -185,7 +185,7 @@ def run_group(sweep: Sweep, members: list[Member], console: Console) -> None:
             epochs=sweep.phases * members[0]["epochs_per_decay"],
             epochs_per_decay=members[0]["epochs_per_decay"],
             batch_size=members[0]["batch_size"],
-            method=rows[0]["method"],
+            constraint=rows[0]["constraint"],
             every=sweep.every,
             seed=sweep.seed,
             seeds=len(members),

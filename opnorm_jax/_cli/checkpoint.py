@@ -65,7 +65,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 @contextlib.contextmanager
-def written_whole(out: Path, like: Path | None = None) -> Iterator[Path]:
+def atomic_write(out: Path, like: Path | None = None) -> Iterator[Path]:
     """A temporary file in the folder of ``out`` that takes its place at the end, or vanishes after an error."""
     handle, name = tempfile.mkstemp(dir=out.parent, prefix=out.name + ".", suffix=".part")
     os.close(handle)
@@ -100,7 +100,7 @@ class _Safetensors:
 
     def write(self, out: Path, replaced: Mapping[str, np.ndarray]) -> None:
         # The file itself with the bytes of some arrays exchanged: order, metadata and foreign dtypes stay as they are.
-        with written_whole(out, self.path) as temporary:
+        with atomic_write(out, self.path) as temporary:
             shutil.copyfile(self.path, temporary)
             with open(temporary, "rb+") as file:
                 size = int.from_bytes(file.read(8), "little")
@@ -149,7 +149,7 @@ class _Npz:
 
     def write(self, out: Path, replaced: Mapping[str, np.ndarray]) -> None:
         with (
-            written_whole(out, self.path) as temporary,
+            atomic_write(out, self.path) as temporary,
             zipfile.ZipFile(self.path) as source,
             zipfile.ZipFile(temporary, "w") as target,
         ):
@@ -209,7 +209,7 @@ class _Orbax:
     def write(self, out: Path, replaced: Mapping[str, np.ndarray]) -> None:
         arrays = self._restore()
         arrays.update({self._full[name]: array for name, array in replaced.items()})
-        with written_whole(out) as temporary:
+        with atomic_write(out) as temporary:
             if out.suffix == ".npz":
                 with zipfile.ZipFile(temporary, "w") as target:
                     for name, array in arrays.items():

@@ -16,7 +16,7 @@ import numpy as np
 
 from opnorm_jax._cli.checkpoint import Checkpoint, Entry, UserError
 from opnorm_jax._conv import SPATIAL_LETTERS, Conv, Unknown
-from opnorm_jax._tree.layers import Layer, check_layer, natural_key
+from opnorm_jax._tree.layers import Layer, natural_key
 
 _KEYS = (
     "input_shape",
@@ -155,7 +155,7 @@ def _conv(name: str, entry: Entry, found: dict[str, Any]) -> Conv:
     except (TypeError, ValueError) as error:
         raise UserError(f"{name} {entry.shape}: {error}") from None
     try:
-        check_layer(Layer(0, 0, name, jax.ShapeDtypeStruct(entry.shape, np.float32), conv, None))
+        Layer(name, jax.ShapeDtypeStruct(entry.shape, np.float32), conv).check()
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from None
     return conv

@@ -19,9 +19,9 @@ import numpy as np
 import opnorm_jax as oj
 from opnorm_jax._cli.checkpoint import UserError, open_checkpoint
 from opnorm_jax._cli.layers import Described, add_arguments, describe
-from opnorm_jax._tree.layers import described
-from opnorm_jax._tree.report import aligned, tracked
-from opnorm_jax._tree.transform import METHODS
+from opnorm_jax._tree.layers import list_layers
+from opnorm_jax._tree.report import format_table, show_progress
+from opnorm_jax._tree.transform import CONSTRAINTS
 
 _CHECKPOINT = "a .safetensors or .npz file; or the folder of a run, its checkpoints or one step, saved by orbax"
 
@@ -87,8 +87,10 @@ def _constrain(options: argparse.Namespace) -> None:
         before = oj.spectral_report(kernels, found.convs, progress=_progress())
         items = list(kernels.items())
         after = {}
-        for name, kernel in tracked(items, options.method) if _progress() else items:
-            alone = oj.constrain({name: kernel}, options.max_norm, {name: found.convs[name]}, method=options.method)
+        for name, kernel in show_progress(items, options.constraint) if _progress() else items:
+            alone = oj.constrain(
+                {name: kernel}, options.max_norm, {name: found.convs[name]}, constraint=options.constraint
+            )
             after[name] = np.asarray(alone[name])
         report = oj.spectral_report(after, found.convs, progress=_progress())
     moved = {name: kernel for name, kernel in after.items() if kernel.tobytes() != kernels[name].tobytes()}
@@ -98,16 +100,18 @@ def _constrain(options: argparse.Namespace) -> None:
         raise UserError(f"{out}: cannot be written ({error}).") from None
     rows = []
     members = [
-        [np.asarray(kernel, np.float64) for _, kernel, _ in described(tree, found.convs)] for tree in (kernels, after)
+        [np.asarray(kernel, np.float64) for _, kernel, _ in list_layers(tree, found.convs)] for tree in (kernels, after)
     ]
     for old, new, was, now in zip(before.layers, report.layers, *members):
         distance = np.linalg.norm(now - was) / (np.linalg.norm(was) or 1)
         rows.append((old.path, f"{old.upper:#.5g}", f"{new.lower:#.5g}", f"{new.upper:#.5g}", f"{distance:.3g}"))
-    print(aligned(("layer", "upper before", "lower after", "upper after", "moved by"), rows, left=1))
+    print(format_table(("layer", "upper before", "lower after", "upper after", "moved by"), rows, left=1))
     print(f"{len(moved)} of {len(kernels)} kernels changed; wrote {out}")
     over = sum(not row.upper <= options.max_norm * (1 + 1e-5) for row in report.layers)
     if over:
-        why = "one clip, as the paper's, does not bring the norm under the bound" if options.method == "clip" else ""
+        why = (
+            "one clip, as the paper's, does not bring the norm under the bound" if options.constraint == "clip" else ""
+        )
         why = why or "kernels of a narrow dtype are rounded after they are constrained"
         print(f"{over} still above {options.max_norm:g}: {why}")
 
@@ -129,7 +133,9 @@ def _parser() -> argparse.ArgumentParser:
     constrain.add_argument("checkpoint", metavar="IN", help=_CHECKPOINT)
     constrain.add_argument("out", metavar="OUT", help="same format as IN; for orbax, .safetensors or .npz")
     constrain.add_argument("--max-norm", type=_positive, required=True, metavar="X", help="the bound")
-    constrain.add_argument("--method", choices=METHODS, default="rescale", help="default: rescale; nearest: project")
+    constrain.add_argument(
+        "--constraint", choices=CONSTRAINTS, default="rescale", help="default: rescale; nearest: project"
+    )
     constrain.add_argument("--force", action="store_true", help="replace OUT")
     constrain.set_defaults(run=_constrain)
     for command in (report, constrain):

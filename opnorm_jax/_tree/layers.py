@@ -1,10 +1,11 @@
-"""Trees of convolutions beside trees of parameters: matched, checked, and wrong ones reported by their path."""
+"""Trees of convolutions beside trees of parameters: matched leaf by leaf, checked, and errors that name the path."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,53 +13,69 @@ import jax.core
 import numpy as np
 import optax
 
-from opnorm_jax._conv import Conv, Unknown, as_conv, check_kernel, is_conv_leaf
+from opnorm_jax._conv import Conv, Unknown, check_kernel
 from opnorm_jax._kernel.bounds import check_output
 
 
 class Layer(NamedTuple):
-    """One kernel to be constrained."""
+    """A kernel, or a stack of them, and the convolution it belongs to."""
 
-    index: int  # of its leaf in the flattened parameters
-    slot: int  # of its Conv among those of convs
-    path: str
+    path: str  # as errors name it: params['conv']['kernel']
     kernel: Any
     conv: Conv
-    max_norm: Any
 
     @property
     def stack(self) -> tuple[int, ...]:
-        """Shape of the leading axes, if it is a stack of kernels."""
+        """The shape of the leading axes that count the kernels of a stack; empty for a single kernel."""
         return self.kernel.shape[: self.conv.stacked]
 
     @property
+    def count(self) -> int:
+        """The number of kernels."""
+        return math.prod(self.stack)
+
+    @property
     def member(self) -> jax.ShapeDtypeStruct:
-        """One kernel of the stack."""
+        """The shape and dtype of one kernel."""
         return jax.ShapeDtypeStruct(self.kernel.shape[len(self.stack) :], self.kernel.dtype)
 
+    def check(self) -> None:
+        """Raises an error that names the path if the kernel does not fit the convolution."""
+        kernel, conv = self.kernel, self.conv
+        try:
+            check_kernel(self.member if hasattr(kernel, "shape") else kernel, conv)
+            taps = [self.member.shape[conv.kernel_layout.index(x)] for x in "DHW" if x in conv.kernel_layout]
+            check_output(conv, [*taps, 1, 1])
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{self.path} {getattr(kernel, 'shape', '')}: {error}") from None
 
-def is_box(node: Any) -> bool:
-    """Whether a node with one child is a variable around it, rather than a container that names it."""
-    return not isinstance(node, (dict, list, tuple))
 
-
-def is_hole(node: Any) -> bool:
-    """Whether a node stands for nothing to act on."""
+def is_masked(node: Any) -> bool:
+    """Tells whether a node stands for nothing to act on."""
     return node is None or isinstance(node, (optax.MaskedNode, Unknown))
 
 
-def checked_convs(convs: Any, *, keep_unknown: bool = False) -> Any:
-    """The tree with a ``Conv`` at each layer (``Unknown``, if kept) and ``None`` elsewhere; all else is an error."""
+def check_convs(convs: Any, *, keep_unknown: bool = False) -> Any:
+    """Returns the tree with ``None`` wherever there is no ``Conv`` (or ``Unknown``, if those are kept).
 
-    def one(path, node):
-        if is_hole(node):
-            return node if keep_unknown and isinstance(node, Unknown) else None
-        try:
-            return as_conv(node)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"convs{jax.tree_util.keystr(path)}: {error}") from None
+    Everything else in the tree is an error.
+    """
 
-    convs = jax.tree_util.tree_map_with_path(one, convs, is_leaf=lambda node: is_conv_leaf(node) or is_hole(node))
+    def check(path, node):
+        if isinstance(node, Conv) or (keep_unknown and isinstance(node, Unknown)):
+            return node
+        if is_masked(node):
+            return None
+        meant = (
+            f"opnorm_jax.Conv({node!r}, padding=...)" if _is_shape(node) else "opnorm_jax.Conv((height, width), ...)"
+        )
+        raise TypeError(
+            f"convs{jax.tree_util.keystr(path)}: expected a Conv, or None where nothing is to be done, got {node!r}. "
+            f"Write {meant}: in a tree, the padding of each layer must be said."
+        )
+
+    is_leaf = lambda node: isinstance(node, Conv) or is_masked(node) or _is_shape(node)
+    convs = jax.tree_util.tree_map_with_path(check, convs, is_leaf=is_leaf)
     if not jax.tree.leaves(convs):
         raise ValueError(
             "expected convs to be a tree shaped like the parameters with a Conv at each kernel and None elsewhere; it "
@@ -67,42 +84,34 @@ def checked_convs(convs: Any, *, keep_unknown: bool = False) -> Any:
     return convs
 
 
-def layers_of(params: Any, convs: Any, max_norm: Any) -> list[Layer]:
-    """The kernels with their convolutions and bounds, checked, in the order of the flattened parameters."""
-    # Convs are numbered before holes in the parameters (optax.masked, optax.partition) hide some of them.
-    slots = iter(range(len(jax.tree.leaves(convs))))
-    numbered = jax.tree.map(lambda conv: (conv, next(slots)), convs)
-    is_numbered = lambda node: isinstance(node, tuple) and len(node) == 2 and isinstance(node[0], Conv)
-    matched = broadcast(numbered, params, "convs", lambda node: node is None or is_numbered(node))
-    bounds = broadcast(max_norm, params, "max_norm", lambda node: node is None or callable(node))
-    layers = []
-    for index, ((path, kernel, entry), (_, _, bound)) in enumerate(zip(matched, bounds, strict=True)):
-        if entry is None or bound is None or is_hole(kernel):
+def find_layers(params: Any, convs: Any) -> list[Layer | None]:
+    """Returns for each leaf of the parameters its layer, checked; ``None`` for a leaf that has none."""
+    layers: list[Layer | None] = []
+    for path, kernel, conv in broadcast(convs, params, "convs", lambda node: node is None):
+        if conv is None or is_masked(kernel):
+            layers.append(None)
             continue
-        conv, slot = entry
-        name = "params" + jax.tree_util.keystr(path)
-        layer = Layer(index, slot, name, kernel, conv, bound)
-        check_layer(layer)
-        layers.append(layer)
+        layers.append(Layer("params" + jax.tree_util.keystr(path), kernel, conv))
+        layers[-1].check()
     return layers
 
 
-def described(params: Any, convs: Any) -> list[tuple[str, Any, Conv | Unknown]]:
-    """(path, kernel, its ``Conv`` or ``Unknown``) for each layer and each member of a stack, checked.
+def list_layers(params: Any, convs: Any) -> list[tuple[str, Any, Conv | Unknown]]:
+    """Lists (path, kernel, its ``Conv`` or ``Unknown``) of each layer, and of each member of a stack, checked.
 
-    In natural order of the paths: Conv_2 before Conv_10.
+    The order is the natural one of the paths: Conv_2 comes before Conv_10.
     """
-    convs = checked_convs(convs, keep_unknown=True)
+    convs = check_convs(convs, keep_unknown=True)
     rows: list[tuple[str, Any, Conv | Unknown]] = []
     for path, kernel, conv in broadcast(convs, params, "convs", lambda node: node is None):
-        if conv is None or is_hole(kernel):
+        if conv is None or is_masked(kernel):
             continue
         name = jax.tree_util.keystr(path, simple=True, separator="/") or "params"
         if isinstance(conv, Unknown):
             rows.append((name, kernel, conv))
             continue
-        layer = Layer(0, 0, "params" + jax.tree_util.keystr(path), kernel, conv, None)
-        check_layer(layer)
+        layer = Layer("params" + jax.tree_util.keystr(path), kernel, conv)
+        layer.check()
         if isinstance(kernel, (jax.core.Tracer, jax.ShapeDtypeStruct)):
             raise TypeError(
                 f"{layer.path} {kernel.shape}: expected an array of numbers, got {type(kernel).__name__}. Call this "
@@ -116,45 +125,63 @@ def described(params: Any, convs: Any) -> list[tuple[str, Any, Conv | Unknown]]:
 
 
 def natural_key(path: str) -> list[list[Any]]:
-    """Sorts numbers inside names by value, level by level."""
+    """Returns a sorting key by which numbers inside names are ordered by value, level by level."""
     split = lambda part: [int(s) if n % 2 else s for n, s in enumerate(re.split("([0-9]+)", part))]
     return [split(part) for part in path.split("/")]
 
 
-def check_layer(layer: Layer) -> None:
-    """Raises what is wrong with a layer's kernel, with its path."""
-    kernel, conv = layer.kernel, layer.conv
-    try:
-        check_kernel(layer.member if hasattr(kernel, "shape") else kernel, conv)
-        taps = [layer.member.shape[conv.kernel_layout.index(x)] for x in "DHW" if x in conv.kernel_layout]
-        check_output(conv, [*taps, 1, 1])
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{layer.path} {getattr(kernel, 'shape', '')}: {error}") from None
-
-
 def broadcast(prefix: Any, tree: Any, name: str, is_leaf: Callable[[Any], bool], path: tuple = ()) -> list:
-    """(path, leaf of ``tree``, the node of ``prefix`` above it) for each leaf; holes of ``tree`` end the descent."""
-    if is_hole(tree):
+    """Returns (path, leaf, node of ``prefix`` at or above it) for each leaf of ``tree``, masked ones included.
+
+    ``prefix`` has the structure of ``tree`` or stops early; ``name`` is what errors call it. Mappings of different
+    types match if their keys do.
+    """
+    if is_masked(tree):
         return [(path, tree, None)]
     if is_leaf(prefix) or jax.tree_util.all_leaves([prefix]):
-        leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_hole)[0]
+        leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_masked)[0]
         return [(path + below, leaf, prefix) for below, leaf in leaves]
     children, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: node is not tree)
-    mine, my_structure = jax.tree.flatten(prefix, is_leaf=lambda node: node is not prefix)
-    if structure != my_structure:
+    nodes, prefix_structure = jax.tree.flatten(prefix, is_leaf=lambda node: node is not prefix)
+    mappings = isinstance(tree, Mapping) and isinstance(prefix, Mapping) and all(keys for keys, _ in children)
+    if mappings and tree.keys() == prefix.keys():
+        nodes = [prefix[_key(keys[0])] for keys, _ in children]
+    elif structure != prefix_structure:
         # flax.nnx.Optimizer gives init its parameters inside nnx.Param and update the bare arrays.
-        if len(mine) == 1 and is_box(prefix):
-            return broadcast(mine[0], tree, name, is_leaf, path)
-        if len(children) == 1 and children[0][1] is not tree and is_box(tree):
+        if len(nodes) == 1 and _is_wrapper(prefix):
+            return broadcast(nodes[0], tree, name, is_leaf, path)
+        if len(children) == 1 and children[0][1] is not tree and _is_wrapper(tree):
             return broadcast(prefix, children[0][1], name, is_leaf, path)
-        here = jax.tree_util.keystr(path) or "the root"
+        here = "params" + jax.tree_util.keystr(path)
         raise ValueError(
             f"expected {name} to have the structure of the parameters, or a prefix of it; at {here} the parameters "
-            f"have {structure} and {name} has {my_structure}. Give {name} the same containers and keys, None for what "
-            "is not a convolution."
+            f"have {_summary(tree, children)} and {name} has {_summary(prefix, nodes)}. Give {name} the same "
+            "containers and keys, and None for what is not a convolution."
         )
     return [
         row
-        for (key, child), node in zip(children, mine, strict=True)
+        for (key, child), node in zip(children, nodes, strict=True)
         for row in broadcast(node, child, name, is_leaf, path + key)
     ]
+
+
+def _is_shape(node: Any) -> bool:
+    return isinstance(node, (tuple, list)) and bool(node) and all(type(n) is int for n in node)
+
+
+def _is_wrapper(node: Any) -> bool:
+    """Tells whether a node with one child is a variable around it, rather than a container that names it."""
+    return not isinstance(node, (Mapping, list, tuple))
+
+
+def _key(entry: Any) -> Any:
+    return entry.key if isinstance(entry, jax.tree_util.DictKey) else entry.name
+
+
+def _summary(node: Any, children: list) -> str:
+    """Names a container's type and its keys, or its length."""
+    if isinstance(node, Mapping):
+        return f"a {type(node).__name__} with the keys {list(node)}"
+    if isinstance(node, (list, tuple)):
+        return f"a {type(node).__name__} of length {len(node)}"
+    return f"a {type(node).__name__}" + (f" of {len(children)} children" if children else "")

@@ -13,7 +13,7 @@ import numpy as np
 from opnorm_jax._conv import Conv, Unknown, canonical_kernel
 from opnorm_jax._execution import Execution, check_decomposes
 from opnorm_jax._kernel.spectrum import singular_values
-from opnorm_jax._tree.layers import described
+from opnorm_jax._tree.layers import list_layers
 
 KINDS = ("spectra", "histogram", "all")
 
@@ -80,7 +80,7 @@ def plot_spectra(
     except ImportError:
         raise ImportError("plot_spectra needs matplotlib: pip install 'opnorm-jax[plot]'.") from None
     layers, notes, left_out = [], {}, 0
-    for name, kernel, conv in described(params, convs):
+    for name, kernel, conv in list_layers(params, convs):
         if isinstance(conv, Unknown) or not np.isfinite(host := np.asarray(canonical_kernel(kernel, conv))).all():
             left_out += 1
             continue

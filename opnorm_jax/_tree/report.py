@@ -14,7 +14,7 @@ from opnorm_jax._conv import Conv, Unknown, canonical_kernel
 from opnorm_jax._execution import Execution, check_decomposes
 from opnorm_jax._kernel.bounds import figures, is_exact
 from opnorm_jax._kernel.lobpcg import explicit_padding, output_shape
-from opnorm_jax._tree.layers import described
+from opnorm_jax._tree.layers import list_layers
 
 _HEADER = ("layer", "kernel", "convolution", "lower", "upper", "smallest", "condition", "stable rank")
 _NOT_FINITE = "holds a NaN or an infinity"
@@ -70,7 +70,7 @@ class SpectralReport:
         return {"layers": [layer.as_dict() for layer in self.layers]}
 
     def __str__(self) -> str:
-        return "\n".join([aligned(_HEADER, [_cells(layer) for layer in self.layers]), *_notes(self.layers)])
+        return "\n".join([format_table(_HEADER, [_cells(layer) for layer in self.layers]), *_notes(self.layers)])
 
     def __rich__(self) -> Any:
         from rich.markup import escape
@@ -124,8 +124,8 @@ def spectral_report(
       True
     """
     check_decomposes(execution)
-    rows = described(params, convs)
-    rows = tracked(rows, "norms") if progress else rows
+    rows = list_layers(params, convs)
+    rows = show_progress(rows, "norms") if progress else rows
     return SpectralReport(tuple(_layer(path, kernel, conv, execution) for path, kernel, conv in rows))
 
 
@@ -178,7 +178,7 @@ def _layer(path: str, kernel: Any, conv: Conv | Unknown, execution: Execution) -
     )
 
 
-def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 3) -> str:
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 3) -> str:
     """A table in plain text; a row with fewer cells than the header may run over in its last."""
     whole = [row if len(row) == len(header) else row[:-1] for row in (header, *rows)]
     widths = [max(len(row[n]) for row in whole if n < len(row)) for n in range(len(header))]
@@ -187,7 +187,7 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 3)
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
-def tracked(rows: list, what: str) -> Iterable:
+def show_progress(rows: list, what: str) -> Iterable:
     """The rows, with a progress bar on stderr."""
     try:
         from rich.console import Console
@@ -200,7 +200,7 @@ def tracked(rows: list, what: str) -> Iterable:
 def _cells(layer: LayerReport) -> tuple[str, ...]:
     if layer.conv is None:
         return layer.path, "x".join(map(str, layer.shape)), f"({layer.reason})"
-    cells = layer.path, _spelled_kernel(layer.shape, layer.conv), spelled(layer.conv)
+    cells = layer.path, _format_kernel(layer.shape, layer.conv), format_conv(layer.conv)
     if layer.reason:
         return *cells[:2], f"{cells[2]} ({layer.reason})"
     mark = "" if layer.exact else "~"
@@ -215,13 +215,13 @@ def _notes(layers: tuple[LayerReport, ...]) -> list[str]:
     return ["~ of the circle that certifies the upper bound; the layer's own has no formula"]
 
 
-def _spelled_kernel(shape: tuple[int, ...], conv: Conv) -> str:
+def _format_kernel(shape: tuple[int, ...], conv: Conv) -> str:
     size = dict(zip(conv.kernel_layout, shape))
     taps = "x".join(str(size[letter]) for letter in "DHW" if letter in size)
     return f"{taps} {size['I'] * conv.feature_group_count}->{size['O']}".strip()
 
 
-def spelled(conv: Conv) -> str:
+def format_conv(conv: Conv) -> str:
     """A convolution in a few words, its defaults left out."""
     if not conv.input_shape:
         return "dense"

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+import operator
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from opnorm_jax._conv import check_max_norm, compute_dtype, prod
-from opnorm_jax._kernel.constrain import Constrained, constrained, initial_dual
-from opnorm_jax._tree.layers import Layer, checked_convs, is_hole, layers_of
+from opnorm_jax._blocks.symbol import rounding
+from opnorm_jax._conv import Conv, canonical_shape, check_max_norm, compute_dtype
+from opnorm_jax._execution import Execution, check_execution
+from opnorm_jax._kernel.clip import inside_tolerance
+from opnorm_jax._kernel.constrain import Constrained, constrained
+from opnorm_jax._tree.landing import apply_update, find_scale, round_to, round_update, single_entry, wider
+from opnorm_jax._tree.layers import Layer, broadcast, check_convs, find_layers, is_masked
 
-METHODS = ("clip", "project", "rescale")
+CONSTRAINTS = ("clip", "project", "rescale")
 
 _NO_PARAMS_MSG = (
     "You are using a transformation that requires the current value of parameters, but you are not passing `params` "
@@ -23,127 +31,155 @@ _NO_PARAMS_MSG = (
 
 
 class ConstrainOperatorNormState(NamedTuple):
-    """State of :func:`constrain_operator_norm`."""
+    """The state of :func:`constrain_operator_norm`."""
 
-    count: jax.Array  # shape=(), dtype=int32: updates so far
-    norms: Any  # shaped like convs; at each Conv shape=(), dtype=float32: its norm when last acted on, before that
-    duals: Any  # with warm_start, shaped like convs: the projections' dual variables; else None
+    count: jax.Array  # shape=(), dtype=int32: the number of updates so far
+    norms: Any  # None; with log_norms, shaped like convs with shape=(), dtype=float32 at each Conv
+
+
+class _Options(NamedTuple):
+    constraint: str
+    log_norms: bool
+    execution: Execution
 
 
 def constrain_operator_norm(
-    max_norm: Any, convs: Any, *, every: int = 1, method: str = "clip", warm_start: bool = False
+    max_norm: Any,
+    convs: Any,
+    *,
+    constraint: str = "rescale",
+    every: int = 1,
+    log_norms: bool = False,
+    execution: Execution = Execution(),
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Keeps convolutions' operator norms in check, inside the training step.
+    r"""Keeps the operator norms of convolutions under a bound, inside the training step.
 
-    In a chain of transformations this should be the **last** one: it expects signed, learning-rate-scaled updates u and
-    replaces them so that ``optax.apply_updates(params, updates)`` gives the constrained parameters. It acts on the
+    In a chain of transformations this should be the **last** one. It expects signed, learning-rate-scaled updates u,
+    and replaces them so that ``optax.apply_updates(params, updates)`` gives the constrained parameters. It acts on the
     updates number 0, ``every``, 2 ``every``, ...; the others pass through untouched, at no cost.
 
-    ``method``: ``"rescale"`` (certified, cheapest), ``"project"`` (certified, nearest), or ``"clip"`` (the paper's,
-    which leaves the norm at 1.2 to 1.4 times ``max_norm``). See the functions of those names.
+    What holds on the steps acted on, with ``"rescale"`` and ``"project"``: after ``apply_updates``, the certified norm
+    of each kernel (:func:`operator_norm_bounds`) is at most ``max_norm * (1 + 4 eps)``, with the eps of the kernel's
+    dtype, however far outside the kernel was and although ``p + u`` is rounded. A kernel whose certified norm is at
+    most ``max_norm`` keeps its update bit for bit. The kernel is not zero either, unless ``max_norm`` is, or the kernel
+    was so far outside (2^24 times in float32, 2^8 in bfloat16) that p + u reaches nothing else inside the ball.
+    ``"clip"`` gives the clip of p + u, to rounding, and keeps no bound.
 
     Args:
       max_norm: a positive float, an ``optax`` schedule, or a tree of them that is a prefix of the parameters' (``None``
-        leaves a subtree unconstrained).
-      convs: a tree shaped like the parameters, with a :class:`Conv` (or an input shape) at each kernel and ``None``
-        elsewhere; one ``None`` may stand for a whole subtree. :func:`find_convs` makes it.
+        leaves a subtree unconstrained). Where a schedule reaches 0 the kernel becomes zero; where it is negative or NaN
+        the kernel becomes NaN.
+      convs: a tree shaped like the parameters, with a :class:`Conv` at each kernel and ``None`` elsewhere; one ``None``
+        may stand for a whole subtree. :func:`find_convs` makes it.
+      constraint: ``"rescale"`` (certified, cheapest), ``"project"`` (certified, nearest), or ``"clip"`` (the paper's,
+        which leaves the norm at 1.2 to 1.4 times ``max_norm``). See :func:`rescale_operator_norm`,
+        :func:`project_operator_norm` and :func:`clip_operator_norm`.
       every: act on one update in so many.
-      method: ``"clip"``, ``"project"`` or ``"rescale"``.
-      warm_start: with ``"project"``, keep the dual variables in the state. Kernels move little between projections, so
-        that most iterations are saved, for the memory of half the frequencies' blocks per layer.
+      log_norms: keep in the state the norm that each kernel had when it was last acted on, before that. This costs the
+        norm of every kernel, also of those inside, for which a cheaper certificate would do.
+      execution: how to compute; see :class:`Execution`.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs``. Its state, a :class:`ConstrainOperatorNormState`, carries the count
-      and the norms last seen: ``optax.tree.get(opt_state, "norms")``.
+      An ``optax.GradientTransformationExtraArgs``. Its state is a :class:`ConstrainOperatorNormState`; with
+      ``log_norms``, ``optax.tree.get(opt_state, "norms")`` fetches the norms. A kernel's update is returned in the
+      dtype of the update or of the kernel, whichever is wider.
 
     Raises:
       ValueError, TypeError: here for the arguments; in ``init`` and ``update``, with the parameter's path, where
         ``convs`` and the parameters do not fit; in ``update``, if ``params`` is missing.
 
-    Cost: layers of equal shape and geometry are constrained in one batched call.
+    Cost: layers of equal shape and geometry are constrained in one batched call. A kernel inside the ball costs the
+    certificate described under :func:`clip_operator_norm`, others what the constraint costs.
 
-    What holds afterwards: with "rescale" and "project", on the steps acted on, norm <= max_norm up to rounding of the
-    parameters' own dtype. ``optax.masked``, ``optax.partition`` and ``optax.MultiSteps`` may wrap it. Under
-    ``optax.inject_hyperparams``, ``max_norm`` and ``every`` become traced, so their values are not checked.
+    ``optax.masked``, ``optax.partition`` and ``optax.MultiSteps`` may wrap it. Under ``optax.inject_hyperparams``,
+    ``max_norm`` and ``every`` become traced, so their values are not checked.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, opnorm_jax as oj
       >>> params = {"conv": {"kernel": jnp.ones((3, 3, 4, 4)), "bias": jnp.zeros(4)}}
       >>> convs = {"conv": {"kernel": oj.Conv((8, 8), padding="SAME"), "bias": None}}
-      >>> tx = optax.chain(optax.sgd(0.1), oj.constrain_operator_norm(1.0, convs, method="rescale"))
+      >>> tx = optax.chain(optax.sgd(0.1), oj.constrain_operator_norm(1.0, convs))
       >>> state = tx.init(params)
       >>> updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
       >>> params = optax.apply_updates(params, updates)
-      >>> bool(oj.operator_norm_bounds(params["conv"]["kernel"], convs["conv"]["kernel"]).upper <= 1 + 1e-5)
+      >>> bool(oj.operator_norm_bounds(params["conv"]["kernel"], convs["conv"]["kernel"]).upper <= 1)
       True
     """
-    convs = checked_convs(convs)
-    _check_method(method)
+    convs = check_convs(convs)
+    _check_constraint(constraint)
+    check_execution(execution)
     _check_max_norms(max_norm)
-    if warm_start and method != "project":
-        raise ValueError(f"expected warm_start only with method='project', got {method=}.")
-    if isinstance(every, bool) or not (isinstance(every, int) or hasattr(every, "dtype")):
-        raise TypeError(f"expected every to be an int, got {every!r} ({type(every).__name__}).")
-    if isinstance(every, int) and every < 1:
-        raise ValueError(f"expected every to be at least 1, got {every}.")
+    every = _check_every(every)
+    options = _Options(constraint, log_norms, execution)
+
+    def find(params: Any) -> list[tuple[int, Layer, Any]]:
+        """Lists the layers that have a bound: index of the leaf, layer, bound."""
+        bounds = broadcast(max_norm, params, "max_norm", lambda node: node is None or callable(node))
+        layers = enumerate(zip(find_layers(params, convs), bounds, strict=True))
+        return [(n, layer, bound) for n, (layer, (*_, bound)) in layers if layer is not None and bound is not None]
+
+    def places(params: Any) -> list[int]:
+        """Returns for each leaf of the parameters which of the norms in the state is its."""
+        leaves, treedef = jax.tree.flatten(convs)
+        numbers = treedef.unflatten(range(len(leaves)))
+        return [place for *_, place in broadcast(numbers, params, "convs", lambda node: node is None)]
 
     def init_fn(params: Any) -> ConstrainOperatorNormState:
-        norms, treedef = jax.tree.flatten(jax.tree.map(lambda _: jnp.zeros((), jnp.float32), convs))
-        duals = list(norms)
-        if jax.tree.leaves(params):  # optax.tree.map_params calls this with a placeholder that has none
-            for layer in layers_of(params, convs, max_norm):
-                norms[layer.slot] = jnp.zeros(layer.stack, jnp.float32)
-                if warm_start:
-                    dual = initial_dual(layer.member, layer.conv)
-                    duals[layer.slot] = jnp.zeros((*layer.stack, *dual.shape), dual.dtype)
-        duals = treedef.unflatten(duals) if warm_start else None
-        return ConstrainOperatorNormState(jnp.zeros((), jnp.int32), treedef.unflatten(norms), duals)
+        layers = find(params) if jax.tree.leaves(params) else []  # optax.tree.map_params gives a placeholder
+        norms = None
+        if log_norms:
+            norms, treedef = jax.tree.flatten(jax.tree.map(lambda _: jnp.zeros((), jnp.float32), convs))
+            for index, layer, _ in layers:
+                norms[places(params)[index]] = jnp.zeros(layer.stack, jnp.float32)
+            norms = treedef.unflatten(norms)
+        return ConstrainOperatorNormState(jnp.zeros((), jnp.int32), norms)
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any):
         del extra_args
         if params is None:
             raise ValueError(_NO_PARAMS_MSG)
-        leaves, treedef = jax.tree.flatten(params, is_leaf=is_hole)
+        leaves, treedef = jax.tree.flatten(params, is_leaf=is_masked)
         moves = treedef.flatten_up_to(updates)
-        layers = [layer for layer in layers_of(params, convs, max_norm) if not is_hole(moves[layer.index])]
+        found = [(index, layer, bound) for index, layer, bound in find(params) if not is_masked(moves[index])]
+        layers = [layer for _, layer, _ in found]
         norms, norms_def = jax.tree.flatten(state.norms)
-        duals, duals_def = jax.tree.flatten(state.duals)
 
         def act(operands):
-            kernels, kernel_moves, norms, duals = operands
-            targets = [(p + u).astype(p.dtype) for p, u in zip(kernels, kernel_moves, strict=True)]
-            bounds = [_bound_at(layer.max_norm, state.count) for layer in layers]
-            starts = [duals[layer.slot] if warm_start else None for layer in layers]
-            outs = _constrain_layers(targets, bounds, layers, method, starts)
-            norms, duals, kernel_moves = list(norms), list(duals), list(kernel_moves)
-            for n, (layer, out, p) in enumerate(zip(layers, outs, kernels, strict=True)):
-                wide = compute_dtype(p.dtype)
-                step = (out.kernel.astype(wide) - p.astype(wide)).astype(kernel_moves[n].dtype)
-                changed = out.changed.reshape(*layer.stack, *(1 for _ in layer.conv.kernel_layout))
-                kernel_moves[n] = jnp.where(changed, step, kernel_moves[n])
-                norms[layer.slot] = out.norm.astype(jnp.float32)
-                if warm_start and out.info is not None:
-                    duals[layer.slot] = out.info.dual
-            return kernel_moves, norms, duals
+            kernels, steps, norms = operands
+            bounds = [bound(state.count) if callable(bound) else bound for *_, bound in found]
+            steps, new_norms = _constrain_layers(layers, kernels, steps, bounds, options)
+            norms = list(norms)
+            for (index, *_), norm in zip(found, new_norms, strict=True):
+                if log_norms:
+                    norms[places(params)[index]] = norm.astype(jnp.float32)
+            return steps, norms
 
-        kernels = [jnp.asarray(leaves[layer.index]) for layer in layers]
-        operands = (kernels, [jnp.asarray(moves[layer.index]) for layer in layers], norms, duals)
+        kernels = [jnp.asarray(leaves[index]) for index, *_ in found]
+        steps = [jnp.asarray(moves[index]) for index, *_ in found]
+        # An update narrower than its kernel could not carry it inside the ball.
+        steps = [u.astype(wider(u.dtype, p.dtype)) for p, u in zip(kernels, steps, strict=True)]
         if isinstance(every, int) and every == 1:
-            kernel_moves, norms, duals = act(operands)
+            steps, norms = act((kernels, steps, norms))
         else:
             due = state.count % jnp.asarray(every).astype(jnp.int32) == 0
-            kernel_moves, norms, duals = jax.lax.cond(due, act, lambda operands: operands[1:], operands)
-        for layer, move in zip(layers, kernel_moves, strict=True):
-            moves[layer.index] = move
+            steps, norms = jax.lax.cond(due, act, lambda operands: operands[1:], (kernels, steps, norms))
+        for (index, *_), step in zip(found, steps, strict=True):
+            moves[index] = step
         count = jnp.asarray(optax.safe_increment(state.count))
-        state = ConstrainOperatorNormState(count, norms_def.unflatten(norms), duals_def.unflatten(duals))
-        return treedef.unflatten(moves), state
+        return treedef.unflatten(moves), ConstrainOperatorNormState(count, norms_def.unflatten(norms))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def constrain(params: Any, max_norm: Any, convs: Any, *, method: str = "clip") -> Any:
-    """The parameters with their convolution kernels constrained: the pure form of :func:`constrain_operator_norm`.
+def constrain(
+    params: Any,
+    max_norm: Any,
+    convs: Any,
+    *,
+    constraint: str = "rescale",
+    execution: Execution = Execution(),
+) -> Any:
+    """Constrains the convolution kernels of a tree: the pure form of :func:`constrain_operator_norm`.
 
     For use after ``optax.apply_updates``, on a checkpoint, or once at the end of training. Prefer the transformation
     where the optimizer is a chain; prefer this where something else moves the parameters last.
@@ -151,10 +187,11 @@ def constrain(params: Any, max_norm: Any, convs: Any, *, method: str = "clip") -
     Args:
       params: a tree of arrays.
       max_norm: a positive float, or a prefix tree of them (``None`` leaves a subtree unconstrained).
-      convs, method: as in :func:`constrain_operator_norm`.
+      convs, constraint, execution: as in :func:`constrain_operator_norm`.
 
     Returns:
-      A tree of the same structure, shapes and dtypes. Kernels already inside come back bit for bit.
+      A tree of the same structure, shapes and dtypes. What holds of the kernels is what holds after a step of
+      :func:`constrain_operator_norm`; a kernel inside comes back bit for bit.
 
     Raises:
       ValueError, TypeError: as :func:`constrain_operator_norm`.
@@ -164,57 +201,120 @@ def constrain(params: Any, max_norm: Any, convs: Any, *, method: str = "clip") -
     Examples:
       >>> import jax.numpy as jnp, opnorm_jax as oj
       >>> params = {"kernel": jnp.ones((3, 3, 1, 1)), "bias": jnp.zeros(1)}
-      >>> params = oj.constrain(params, 1.0, {"kernel": (8, 8), "bias": None}, method="rescale")
-      >>> bool(oj.operator_norm(params["kernel"], (8, 8)) <= 1 + 1e-5)
+      >>> convs = {"kernel": oj.Conv((8, 8), padding="SAME"), "bias": None}
+      >>> params = oj.constrain(params, 1.0, convs)
+      >>> bool(oj.operator_norm_bounds(params["kernel"], convs["kernel"]).upper <= 1)
       True
     """
-    convs = checked_convs(convs)
-    _check_method(method)
+    convs = check_convs(convs)
+    _check_constraint(constraint)
+    check_execution(execution)
     _check_max_norms(max_norm, schedules=False)
-    leaves, treedef = jax.tree.flatten(params, is_leaf=is_hole)
-    layers = layers_of(params, convs, max_norm)
-    kernels, bounds = [jnp.asarray(layer.kernel) for layer in layers], [layer.max_norm for layer in layers]
-    outs = _constrain_layers(kernels, bounds, layers, method, [None] * len(layers), norms_wanted=False)
-    for layer, out in zip(layers, outs, strict=True):
-        leaves[layer.index] = out.kernel
+    leaves, treedef = jax.tree.flatten(params, is_leaf=is_masked)
+    bounds = broadcast(max_norm, params, "max_norm", lambda node: node is None)
+    rows = enumerate(zip(find_layers(params, convs), bounds, strict=True))
+    found = [(n, layer, bound) for n, (layer, (*_, bound)) in rows if layer is not None and bound is not None]
+    layers = [layer for _, layer, _ in found]
+    kernels = [jnp.asarray(layer.kernel) for layer in layers]
+    options = _Options(constraint, False, execution)
+    kernels, _ = _constrain_layers(layers, kernels, None, [bound for *_, bound in found], options)
+    for (index, *_), kernel in zip(found, kernels, strict=True):
+        leaves[index] = kernel
     return treedef.unflatten(leaves)
 
 
 def _constrain_layers(
-    kernels: list, bounds: list, layers: list[Layer], method: str, duals: list, norms_wanted: bool = True
-) -> list[Constrained]:
-    """Every layer constrained; those alike in shape, dtype and geometry in one batched call."""
+    layers: list[Layer], kernels: list, steps: list | None, bounds: list, options: _Options
+) -> tuple[list, list]:
+    """Returns each layer's constrained update (without updates, its kernel), and its norm before.
+
+    Layers that are alike in shape, dtype and geometry share one batched call.
+    """
     alike: dict[Any, list[int]] = {}
-    for n, layer in enumerate(layers):
-        geometry = dataclasses.replace(layer.conv, stacked=0)
-        alike.setdefault((layer.member.shape, layer.member.dtype, geometry), []).append(n)
     outs: list[Any] = [None] * len(layers)
-    for (shape, dtype, conv), members in alike.items():
-        one = lambda kernel, limit, dual, conv=conv: constrained(
-            method, kernel, conv, limit, dual=dual, norm_wanted=norms_wanted
-        )
-        limits = {n: jnp.asarray(bounds[n]).astype(compute_dtype(dtype)) for n in members}
-        if len(members) == 1 and not layers[members[0]].stack:
-            outs[members[0]] = one(kernels[members[0]], limits[members[0]], duals[members[0]])
+    arrays = [(kernel,) for kernel in kernels] if steps is None else list(zip(kernels, steps, strict=True))
+    for n, layer in enumerate(layers):
+        if layer.count == 0:
+            outs[n] = (arrays[n][-1], jnp.zeros(layer.stack))
             continue
-        rows, counts = [], [prod(layers[n].stack) for n in members]
-        for n, count in zip(members, counts):
-            dual = None if duals[n] is None else duals[n].reshape(count, *duals[n].shape[len(layers[n].stack) :])
-            rows.append((kernels[n].reshape(count, *shape), jnp.full(count, limits[n]), dual))
-        batch = jax.vmap(one)(*jax.tree.map(lambda *parts: jnp.concatenate(parts), *rows))
-        for n, count, end in zip(members, counts, itertools.accumulate(counts)):
+        geometry = dataclasses.replace(layer.conv, stacked=0)
+        alike.setdefault((layer.member, geometry, arrays[n][-1].dtype), []).append(n)
+    for (member, conv, _), numbers in alike.items():
+        one = lambda bound, *arrays, conv=conv: _constrain_one(arrays, bound, conv, options)
+        limits = {n: jnp.asarray(bounds[n]).astype(compute_dtype(member.dtype)) for n in numbers}
+        if len(numbers) == 1 and not layers[numbers[0]].stack:
+            outs[numbers[0]] = one(limits[numbers[0]], *arrays[numbers[0]])
+            continue
+        counts = [layers[n].count for n in numbers]
+        rows = [
+            (jnp.full(count, limits[n]), *(a.reshape(count, *member.shape) for a in arrays[n]))
+            for n, count in zip(numbers, counts)
+        ]
+        batch = jax.vmap(one)(*map(jnp.concatenate, zip(*rows)))
+        for n, count, end in zip(numbers, counts, itertools.accumulate(counts)):
             own = lambda a, n=n, start=end - count, end=end: a[start:end].reshape(*layers[n].stack, *a.shape[1:])
             outs[n] = jax.tree.map(own, batch)
-    return outs
+    return [out[0] for out in outs], [out[1] for out in outs]
 
 
-def _bound_at(max_norm: Any, count: jax.Array) -> Any:
-    return max_norm(count) if callable(max_norm) else max_norm
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _constrain_one(arrays: tuple, bound: jax.Array, conv: Conv, options: _Options) -> tuple[jax.Array, jax.Array]:
+    """Returns the constrained update of one kernel (without an update, the kernel), and the norm before.
+
+    With r the rounding allowed for in a computed norm n, n (1 + r) is the certified norm. A kernel is left alone if
+    that is at most (1 + 2 eps) of the bound. If not, the constraint aims a little lower than the bound, by 2 r and a
+    few eps, so that n (1 + r) can be promised again after the last rounding: landing.py says how.
+    """
+    kernel, *update = arrays
+    wide = compute_dtype(kernel.dtype)
+    before = apply_update(kernel, *update, wide) if update else kernel.astype(wide)
+    reach = lambda target: round_to(target, kernel.dtype)
+    if update:
+        reach = lambda target: apply_update(kernel, round_update(target, kernel, update[0].dtype), target.dtype)
+    usable = jnp.where(bound > 0, bound, 1)
+    if options.constraint == "clip":
+        out = _call(options, before, conv, usable)
+        target, changed = out.kernel, out.changed
+    else:
+        eps, r = float(jnp.finfo(wide).eps), rounding(canonical_shape(kernel, conv), wide)
+        aim = usable * (1 - 2 * r - inside_tolerance(wide) - 8 * eps)
+        limit = usable * (1 + 2 * float(jnp.finfo(kernel.dtype).eps))
+        out = _call(options, before, conv, aim)
+        changed = ~(out.norm * (1 + r) <= limit)
+        aimed = out.kernel
+        scale = find_scale(aimed, reach, conv, aim, limit * (1 - 2 * r))
+        lone = single_entry(kernel, update[0].dtype if update else kernel.dtype, usable, wide)
+        target = jnp.where(scale > 0, scale * aimed, lone)
+    target = jnp.where(bound > 0, target, jnp.where(bound == 0, jnp.zeros_like(target), jnp.nan))
+    changed = changed | ~(bound > 0)
+    if not update:
+        return jnp.where(changed, target.astype(kernel.dtype), kernel), out.norm
+    return jnp.where(changed, round_update(target, kernel, update[0].dtype), update[0]), out.norm
 
 
-def _check_method(method: str) -> None:
-    if method not in METHODS:
-        raise ValueError(f"expected method to be one of {METHODS}, got {method!r}.")
+def _call(options: _Options, kernel: jax.Array, conv: Conv, bound: jax.Array) -> Constrained:
+    execution, norm_wanted = options.execution, options.log_norms
+    return constrained(options.constraint, kernel, conv, bound, execution=execution, norm_wanted=norm_wanted)
+
+
+def _check_constraint(constraint: str) -> None:
+    if constraint not in CONSTRAINTS:
+        raise ValueError(f"expected constraint to be one of {CONSTRAINTS}, got {constraint!r}.")
+
+
+def _check_every(every: Any) -> Any:
+    """Returns the number as an int if its value is known, else as it is, under optax.inject_hyperparams say."""
+    if isinstance(every, jax.core.Tracer):
+        return every
+    # optax.inject_hyperparams makes arrays of floats of all numbers.
+    number = float(every) if isinstance(every, jax.Array) and every.shape == () else every
+    if isinstance(number, float) and isinstance(every, jax.Array) and number.is_integer():
+        number = int(number)
+    if isinstance(number, (bool, np.bool)) or not hasattr(number, "__index__") or np.ndim(number) > 0:
+        raise TypeError(f"expected every to be an int, got {every!r} ({type(every).__name__}).")
+    if operator.index(number) < 1:
+        raise ValueError(f"expected every to be at least 1, got {every}.")
+    return operator.index(number)
 
 
 def _check_max_norms(max_norm: Any, schedules: bool = True) -> None:

@@ -160,11 +160,11 @@ def oracle_norm(kernel, layout, **geometry):
     return oracle.dense_singular_values(canonical, (8, 8), padding=((1, 1), (1, 1)), **geometry)[0]
 
 
-@pytest.mark.parametrize("method", ["rescale", "project"])
-def test_constrain_npz(npz, tmp_path, capsys, method):
+@pytest.mark.parametrize("constraint", ["rescale", "project"])
+def test_constrain_npz(npz, tmp_path, capsys, constraint):
     before, out = Path(npz).read_bytes(), tmp_path / "out.npz"
     os.chmod(npz, 0o640)
-    assert main(["constrain", npz, str(out), "--max-norm", "2", "--method", method, *LAYERS]) == 0
+    assert main(["constrain", npz, str(out), "--max-norm", "2", "--constraint", constraint, *LAYERS]) == 0
     text = capsys.readouterr().out
     assert "2 of 2 kernels changed" in text and "still above" not in text
     assert Path(npz).read_bytes() == before and out.stat().st_mode & 0o777 == 0o640
@@ -212,7 +212,7 @@ def test_constrain_orbax_writes_every_array(run, tmp_path, capsys):
 
 
 def test_one_clip_says_what_it_leaves(npz, tmp_path, capsys):
-    assert main(["constrain", npz, str(tmp_path / "o.npz"), "--max-norm", "1", "--method", "clip", *LAYERS]) == 0
+    assert main(["constrain", npz, str(tmp_path / "o.npz"), "--max-norm", "1", "--constraint", "clip", *LAYERS]) == 0
     assert "2 still above 1: one clip" in capsys.readouterr().out
 
 

@@ -259,7 +259,7 @@ def _constrain(params):
             "b": oj.Conv((5, 5), padding="CIRCULAR"),
             "c": oj.Conv((4, 4), padding="CIRCULAR"),
         },
-        method="clip",
+        constraint="clip",
     )
 
 

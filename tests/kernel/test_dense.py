@@ -31,7 +31,7 @@ def test_projection_of_a_matrix_is_its_clipping():
     u, s, v = np.linalg.svd(np.asarray(kernel, np.float64), full_matrices=False)
     truth = u @ np.diag(np.minimum(s, 1)) @ v
     for method in ("clip", "project"):
-        np.testing.assert_allclose(oj.constrain(kernel, 1.0, oj.Conv(()), method=method), truth, atol=1e-4)
+        np.testing.assert_allclose(oj.constrain(kernel, 1.0, oj.Conv(()), constraint=method), truth, atol=1e-4)
     rescaled = oj.rescale_operator_norm(kernel, oj.Conv(()), 1.0)
     np.testing.assert_allclose(rescaled, np.asarray(kernel) / s[0], rtol=1e-4)
 

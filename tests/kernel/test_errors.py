@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import opnorm_jax as oj
@@ -19,13 +18,6 @@ KERNEL_CALLS = {
     "project": functools.partial(oj.project_operator_norm, max_norm=1.0),
     "rescale": functools.partial(oj.rescale_operator_norm, max_norm=1.0),
 }
-PARAMS = {"conv": {"kernel": K, "bias": jnp.zeros(4)}}
-CONVS = {"conv": {"kernel": oj.Conv((8, 8)), "bias": None}}
-
-
-def update(params=PARAMS, convs=CONVS, max_norm=1.0, pass_params=True, **options):
-    tx = oj.constrain_operator_norm(max_norm, convs, **options)
-    return tx.update(params, tx.init(params), params if pass_params else None)
 
 
 # name: (call, error, message)
@@ -181,89 +173,7 @@ OPTIONS = {
         "at least one output pixel",
     ),
 }
-TREES = {
-    "params missing in update": (lambda: update(pass_params=False), ValueError, "not passing `params`"),
-    "no conv at all": (lambda: update(convs={"conv": None}), ValueError, "holds no Conv at all"),
-    "extra key": (lambda: update(convs={**CONVS, "other": None}), ValueError, "structure of the parameters"),
-    "missing key": (
-        lambda: update(convs={"conv": {"kernel": oj.Conv((8, 8))}}),
-        ValueError,
-        r"convs to have the structure.*at \['conv'\]",
-    ),
-    "list for dict": (lambda: update(convs={"conv": [(8, 8), None]}), ValueError, "same containers and keys"),
-    "conv at a bias": (
-        lambda: update(convs={"conv": {"kernel": None, "bias": oj.Conv((8, 8))}}),
-        ValueError,
-        r"params\['conv'\]\['bias'\] \(4,\): expected a kernel of 4 axes",
-    ),
-    "conv at a whole layer": (
-        lambda: update(convs={"conv": oj.Conv((8, 8))}),
-        ValueError,
-        r"params\['conv'\]\['bias'\]",
-    ),
-    "string for a conv": (
-        lambda: update(convs={"conv": {"kernel": "SAME", "bias": None}}),
-        TypeError,
-        r"convs\['conv'\]\['kernel'\]: expected an opnorm_jax.Conv",
-    ),
-    "bad tuple for a conv": (
-        lambda: update(convs={"conv": {"kernel": (8, 0), "bias": None}}),
-        ValueError,
-        r"convs\['conv'\]\['kernel'\]: expected input_shape to be at least 1",
-    ),
-    "1-D conv at a 2-D kernel": (
-        lambda: update(convs={"conv": {"kernel": (8,), "bias": None}}),
-        ValueError,
-        r"params\['conv'\]\['kernel'\] \(3, 3, 2, 4\)",
-    ),
-    "a container at a kernel": (
-        lambda: update(convs={"conv": {"kernel": {"inner": (8, 8)}, "bias": None}}),
-        ValueError,
-        r"at \['conv'\]\['kernel'\] the parameters have",
-    ),
-    "integer parameters": (
-        lambda: update(params={"conv": {"kernel": K.astype(int), "bias": jnp.zeros(4)}}),
-        TypeError,
-        r"params\['conv'\]\['kernel'\].*real floating dtype",
-    ),
-    "unknown method": (lambda: update(method="svd"), ValueError, r"one of \('clip', 'project', 'rescale'\), got 'svd'"),
-    "warm start of a clip": (lambda: update(warm_start=True), ValueError, "warm_start only with method='project'"),
-    "zero every": (lambda: update(every=0), ValueError, "every to be at least 1, got 0"),
-    "float every": (lambda: update(every=1.5), TypeError, "every to be an int, got 1.5"),
-    "bool every": (lambda: update(every=True), TypeError, "every to be an int, got True"),
-    "negative bound in a tree": (
-        lambda: update(max_norm={"conv": {"kernel": -2.0, "bias": None}}),
-        ValueError,
-        r"max_norm\['conv'\]\['kernel'\]: expected max_norm to be positive",
-    ),
-    "string bound in a tree": (
-        lambda: update(max_norm={"conv": "1"}),
-        TypeError,
-        r"max_norm\['conv'\]: expected max_n",
-    ),
-    "bounds of another structure": (
-        lambda: update(max_norm={"convs": 1.0}),
-        ValueError,
-        "max_norm to have the structure of the parameters",
-    ),
-    "schedule in the pure form": (
-        lambda: oj.constrain(PARAMS, lambda count: 1.0, CONVS),
-        TypeError,
-        "max_norm: expected max_norm to be a positive number",
-    ),
-    "pure form, mismatch": (lambda: oj.constrain({"x": K}, 1.0, CONVS), ValueError, "structure of the parameters"),
-    "no output, in a tree": (
-        lambda: update(convs={"conv": {"kernel": oj.Conv((2, 2), padding="VALID"), "bias": None}}),
-        ValueError,
-        r"params\['conv'\]\['kernel'\].*at least one output pixel",
-    ),
-    "updates of another structure": (
-        lambda: oj.constrain_operator_norm(1.0, CONVS).update({"conv": K}, optax.EmptyState(), PARAMS),
-        ValueError,
-        "dict",
-    ),
-}
-CALLS = {**CONV, **OPTIONS, **TREES}
+CALLS = {**CONV, **OPTIONS}
 
 
 @pytest.mark.parametrize("name", CALLS)

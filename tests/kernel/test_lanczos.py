@@ -69,7 +69,7 @@ def test_large_layers(name, kind):
     assert lower <= true <= upper, (lower / true, upper / true)
     np.testing.assert_allclose(jax.jit(lambda k: oj.operator_norm(k, conv))(kernel), true, rtol=1e-5)
     bound = 0.7 * true
-    tx = oj.constrain_operator_norm(bound, {"kernel": conv}, method="rescale")
+    tx = oj.constrain_operator_norm(bound, {"kernel": conv})
     params = {"kernel": jnp.asarray(kernel)}
     updates, _ = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     after = lanczos.norm(np.asarray(optax.apply_updates(params, updates)["kernel"]), size, **geometry)

@@ -19,7 +19,7 @@ FUNCTIONS = {
     "clip": lambda k: oj.clip_operator_norm(k, CONV, 1.0),
     "rescale": lambda k: oj.rescale_operator_norm(k, CONV, 1.0),
     "project": lambda k: oj.project_operator_norm(k, CONV, 1.0, max_iterations=10),
-    "constrain": lambda k: oj.constrain({"a": k, "b": k}, 1.0, {"a": CONV, "b": (12, 12)}),
+    "constrain": lambda k: oj.constrain({"a": k, "b": k}, 1.0, {"a": CONV, "b": oj.Conv((12, 12))}),
     "lipschitz_bound": lambda k: oj.lipschitz_bound(network, {"k": k}, jnp.ones((1, 6, 6, 3))),
 }
 

@@ -14,7 +14,7 @@ import jax, jax.numpy as jnp, optax, opnorm_jax as oj
 keys = jax.random.split(jax.random.key(0), 20)
 params = {str(n): jax.random.normal(keys[n], (3, 3, 3 + n % 5, 3 + n)) for n in range(20)}  # 20 shapes
 convs = {name: oj.Conv((5 + int(name) % 3, 6), padding="SAME") for name in params}
-tx = optax.chain(optax.sgd(0.1), oj.constrain_operator_norm(1.0, convs, method="clip"))
+tx = optax.chain(optax.sgd(0.1), oj.constrain_operator_norm(1.0, convs, constraint="clip"))
 
 @jax.jit
 def step(params, state, key):
@@ -67,7 +67,7 @@ SOAK = """
 import resource, jax, jax.numpy as jnp, optax, opnorm_jax as oj
 params = {"a": jnp.ones((3, 3, 2, 5)), "b": jnp.ones((3, 3, 5, 6)), "c": jnp.ones((5, 6))}
 convs = {"a": oj.Conv((6, 6), padding="SAME"), "b": oj.Conv((6, 6), strides=2, padding="CIRCULAR"), "c": oj.Conv(())}
-tx = optax.chain(optax.adam(0.01), oj.constrain_operator_norm(1.0, convs, every=2, method="rescale"))
+tx = optax.chain(optax.adam(0.01), oj.constrain_operator_norm(1.0, convs, every=2))
 
 @jax.jit
 def step(params, state, key):

@@ -499,14 +499,14 @@ def test_stacks_and_unknowns_go_through_the_transformation():
     fn = lambda p, x: conv(scanned(p, x), p["masked"] * MASK)
     convs = oj.find_convs(fn, params, X, on_unknown="skip")
     for method in ("rescale", "project", "clip"):
-        out = oj.constrain(params, 1.0, convs, method=method)
+        out = oj.constrain(params, 1.0, convs, constraint=method)
         assert (out["masked"] == params["masked"]).all()
         for n in range(5):
-            alone = oj.constrain(params["stack"][n], 1.0, SAME, method=method)
+            alone = oj.constrain(params["stack"][n], 1.0, SAME, constraint=method)
             np.testing.assert_allclose(out["stack"][n], alone, atol=1e-5)
             matrix = dense_matrix(out["stack"][n], (8, 6), padding=ONES)
             assert np.linalg.norm(matrix, 2) <= (1 + 1e-5 if method != "clip" else 1.6)
-    tx = oj.constrain_operator_norm(1.0, convs, every=2, method="project", warm_start=True)
+    tx = oj.constrain_operator_norm(1.0, convs, every=2, constraint="project", log_norms=True)
     state = tx.init(params)
     assert state.norms["stack"].shape == (5,)
     structure = jax.tree.structure(state)

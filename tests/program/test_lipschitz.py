@@ -188,7 +188,7 @@ def test_flax_with_running_statistics_and_a_constraint():
     statistics = {"BatchNorm_0": {"mean": jnp.ones(4), "var": VARIANCE}}
     apply = lambda params, x: model.apply({"params": params, "batch_stats": statistics}, x)
     params = variables["params"]
-    params = oj.constrain(params, 1.0, oj.find_convs(apply, params, X, dense=True), method="rescale")
+    params = oj.constrain(params, 1.0, oj.find_convs(apply, params, X, dense=True))
     bound = float(oj.lipschitz_bound(apply, params, X))
     assert largest_slope(apply, params) <= bound <= 1.001 / np.sqrt(0.1 + 1e-5)
     with pytest.raises(ValueError, match="known Lipschitz constant"):

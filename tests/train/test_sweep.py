@@ -66,7 +66,7 @@ def test_sweep_and_each_of_its_runs_alone(tiny, monkeypatch, tmp_path):
     for row in results[-1:]:
         config = options.Config(
             out_dir=tmp_path / f"alone{row['max_norm']}",
-            method=row["method"],
+            constraint=row["constraint"],
             max_norm=row["max_norm"] or 1.0,
             learning_rate=row["learning_rate"],
             batch_size=row["batch_size"],

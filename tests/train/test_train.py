@@ -339,9 +339,9 @@ def test_bad_configuration(options, message):
         cifar.main(cifar.Config(**options))
 
 
-@pytest.mark.parametrize("method", ["none", "rescale"])
-def test_end_to_end(method, tmp_path):
-    config = cifar.Config(out_dir=tmp_path, width=4, epochs=2, method=method, every=3, max_norm=0.8)
+@pytest.mark.parametrize("constraint", ["none", "rescale"])
+def test_end_to_end(constraint, tmp_path):
+    config = cifar.Config(out_dir=tmp_path, width=4, epochs=2, constraint=constraint, every=3, max_norm=0.8)
     summary = cifar.main(config)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2] and rows[1]["train_loss"] < rows[0]["train_loss"]
@@ -359,7 +359,7 @@ def test_end_to_end(method, tmp_path):
         ("stage2_block0/conv2", (2, 2), {"padding": "SAME"}),
     ):
         norms[name] = oracle.dense_singular_values(weights[f"params/{name}/kernel"], size, **options)[0]
-    if method == "rescale":
+    if constraint == "rescale":
         assert max(norms.values()) <= 0.8 * (1 + 1e-5)
         assert all(upper <= 0.8 * (1 + 1e-5) for _, upper in summary["norms_after"].values())
     else:

@@ -78,7 +78,7 @@ def test_the_batch_is_split(tmp_path):
     code = (
         "import sys; sys.path[:0] = sys.argv[1:]\n"
         "import cifar, datasets, options\n"
-        "config = options.resolve(cifar.Config(width=2, batch_size=64, method='none'))\n"
+        "config = options.resolve(cifar.Config(width=2, batch_size=64, constraint='none'))\n"
         "run, state = cifar.prepare(config, datasets.digits())\n"
         "print(run.call.lower(state, *run.train_set, steps=1).compile().as_text())\n"
     )
@@ -146,10 +146,10 @@ def test_seeds_together_are_seeds_alone(cache, one_device, tmp_path):
     assert summary["test_error_standard_error"] == pytest.approx(abs(errors[0] - errors[1]) / 2)
 
 
-@pytest.mark.parametrize("method", ["rescale", "reshape"])
-def test_seeds_keep_the_steps_in_between_free(method, tmp_path):
+@pytest.mark.parametrize("constraint", ["rescale", "reshape"])
+def test_seeds_keep_the_steps_in_between_free(constraint, tmp_path):
     """Under ``vmap`` the constraint stays behind a branch on one shared counter."""
-    config = options.resolve(cifar.Config(width=2, method=method, every=7, seeds=3, out_dir=tmp_path))
+    config = options.resolve(cifar.Config(width=2, constraint=constraint, every=7, seeds=3, out_dir=tmp_path))
     run, state = cifar.prepare(config, datasets.digits())
     assert state.step.shape == () and state.params["stem"]["kernel"].shape[0] == 3
     jaxpr = run.call.trace(state, *run.train_set, steps=1).jaxpr
@@ -177,7 +177,7 @@ def test_mean_and_standard_error():
 
 def test_bf16_and_evaluate_only(cache, tmp_path):
     folder = tmp_path / "run"
-    train_run.run(cache, "--out-dir", folder, "--epochs", 3, "--bf16", "--method", "none")
+    train_run.run(cache, "--out-dir", folder, "--epochs", 3, "--bf16", "--constraint", "none")
     weights = load_file(folder / "params.safetensors")
     assert {array.dtype for array in weights.values()} == {np.dtype(np.float32)}
     losses = figures(folder)
@@ -191,7 +191,7 @@ def test_bf16_and_evaluate_only(cache, tmp_path):
 
 
 def test_bf16_computes_in_bf16_and_losses_in_float32(tmp_path):
-    config = options.resolve(cifar.Config(width=2, method="none", bf16=True, out_dir=tmp_path))
+    config = options.resolve(cifar.Config(width=2, constraint="none", bf16=True, out_dir=tmp_path))
     run, state = cifar.prepare(config, datasets.digits())
     assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.batch_stats))} == {jnp.dtype("float32")}
     text = str(run.call.trace(state, *run.train_set, steps=1).jaxpr)
@@ -201,7 +201,7 @@ def test_bf16_computes_in_bf16_and_losses_in_float32(tmp_path):
 
 
 def test_max_steps_reports_quickly(cache, tmp_path):
-    output = train_run.run(cache, "--out-dir", tmp_path, "--epochs", 50, "--max-steps", 30, "--method", "none")
+    output = train_run.run(cache, "--out-dir", tmp_path, "--epochs", 50, "--max-steps", 30, "--constraint", "none")
     assert "stopped after 30 of 1,100 steps" in output
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["steps"] == 30 and summary["images_per_second"] > 0 and len(rows(tmp_path)) == 1

@@ -266,7 +266,7 @@ def test_the_whole_state_comes_back(seeds, tmp_path):
     """With batch statistics and a projection's dual variables; and without this code, as nested dictionaries."""
     import orbax.checkpoint as ocp
 
-    config = options.resolve(cifar.Config(width=2, method="project", seeds=seeds, out_dir=tmp_path))
+    config = options.resolve(cifar.Config(width=2, constraint="project", seeds=seeds, out_dir=tmp_path))
     _, state = cifar.prepare(config, datasets.digits())
     checkpoints = checkpoint.Checkpoints(tmp_path / "checkpoints")
     checkpoints.save(0, state, {})
@@ -330,7 +330,9 @@ def test_never_discards(saved):
 
 
 def test_the_default_folder_is_the_runs_own():
-    names = {options.resolve(cifar.Config(**o)).out_dir for o in ({}, {"seed": 1}, {"method": "none"}, {"width": 4})}
+    names = {
+        options.resolve(cifar.Config(**o)).out_dir for o in ({}, {"seed": 1}, {"constraint": "none"}, {"width": 4})
+    }
     assert len(names) == 4
     assert options.resolve(cifar.Config(keep=7, max_steps=3)).out_dir == options.resolve(cifar.Config()).out_dir
     config = options.resolve(cifar.Config(data_dir=Path("data")))

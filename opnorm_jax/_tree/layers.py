@@ -91,8 +91,9 @@ def find_layers(params: Any, convs: Any) -> list[Layer | None]:
         if conv is None or is_masked(kernel):
             layers.append(None)
             continue
-        layers.append(Layer("params" + jax.tree_util.keystr(path), kernel, conv))
-        layers[-1].check()
+        layer = Layer("params" + jax.tree_util.keystr(path), kernel, conv)
+        layer.check()
+        layers.append(layer)
     return layers
 
 

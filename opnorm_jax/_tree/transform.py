@@ -130,7 +130,7 @@ def constrain_operator_norm(
         if log_norms:
             norms, treedef = jax.tree.flatten(jax.tree.map(lambda _: jnp.zeros((), jnp.float32), convs))
             for index, layer, _ in layers:
-                norms[places(params)[index]] = jnp.zeros(layer.stack, jnp.float32)
+                norms[places(params)[index]] = _replicate(jnp.zeros(layer.stack, jnp.float32), layer.kernel)
             norms = treedef.unflatten(norms)
         return ConstrainOperatorNormState(jnp.zeros((), jnp.int32), norms)
 
@@ -233,6 +233,9 @@ def _constrain_layers(
     alike: dict[Any, list[int]] = {}
     outs: list[Any] = [None] * len(layers)
     arrays = [(kernel,) for kernel in kernels] if steps is None else list(zip(kernels, steps, strict=True))
+    given = [parts[-1] for parts in arrays]
+    # Layers that share a call may lie differently, and an explicit mesh lets no axis be reshaped that it divides.
+    arrays = [tuple(_replicate(part, part) for part in parts) for parts in arrays]
     for n, layer in enumerate(layers):
         if layer.count == 0:
             outs[n] = (arrays[n][-1], jnp.zeros(layer.stack))
@@ -254,7 +257,30 @@ def _constrain_layers(
         for n, count, end in zip(numbers, counts, itertools.accumulate(counts)):
             own = lambda a, n=n, start=end - count, end=end: a[start:end].reshape(*layers[n].stack, *a.shape[1:])
             outs[n] = jax.tree.map(own, batch)
-    return [out[0] for out in outs], [out[1] for out in outs]
+    return [_place(out[0], like) for out, like in zip(outs, given)], [out[1] for out in outs]
+
+
+def _explicit_sharding(array: Any) -> jax.sharding.NamedSharding | None:
+    """Returns the sharding that is part of an array's type, if there is one: on a mesh with explicit axes."""
+    sharding = array.sharding if isinstance(array, jax.ShapeDtypeStruct) else jax.typeof(array).sharding
+    types = getattr(getattr(sharding, "mesh", None), "axis_types", ())
+    return sharding if jax.sharding.AxisType.Explicit in types else None
+
+
+def _replicate(array: jax.Array, like: Any) -> jax.Array:
+    """Copies the array whole to every device of the explicit mesh on which ``like`` lies, if it does."""
+    sharding = _explicit_sharding(like)
+    if sharding is None:
+        return array
+    if isinstance(like, jax.core.Tracer):
+        return jax.sharding.reshard(array, jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec()))
+    return jax.device_put(array, jax.sharding.NamedSharding(like.sharding.mesh, jax.sharding.PartitionSpec()))
+
+
+def _place(array: jax.Array, like: jax.Array) -> jax.Array:
+    """Divides the array over the devices as ``like`` is, if that is part of its type."""
+    sharding = _explicit_sharding(like)
+    return array if sharding is None else jax.sharding.reshard(array, sharding)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
@@ -265,12 +291,13 @@ def _constrain_one(arrays: tuple, bound: jax.Array, conv: Conv, options: _Option
     that is at most (1 + 2 eps) of the bound. If not, the constraint aims a little lower than the bound, by 2 r and a
     few eps, so that n (1 + r) can be promised again after the last rounding: landing.py says how.
     """
-    kernel, *update = arrays
+    kernel, update = (*arrays, None)[:2]
     wide = compute_dtype(kernel.dtype)
-    before = apply_update(kernel, *update, wide) if update else kernel.astype(wide)
+    before, dtype = kernel.astype(wide), kernel.dtype
     reach = lambda target: round_to(target, kernel.dtype)
-    if update:
-        reach = lambda target: apply_update(kernel, round_update(target, kernel, update[0].dtype), target.dtype)
+    if update is not None:
+        before, dtype = apply_update(kernel, update, wide), update.dtype
+        reach = lambda target: apply_update(kernel, round_update(target, kernel, dtype), target.dtype)
     usable = jnp.where(bound > 0, bound, 1)
     if options.constraint == "clip":
         out = _call(options, before, conv, usable)
@@ -283,13 +310,13 @@ def _constrain_one(arrays: tuple, bound: jax.Array, conv: Conv, options: _Option
         changed = ~(out.norm * (1 + r) <= limit)
         aimed = out.kernel
         scale = find_scale(aimed, reach, conv, aim, limit * (1 - 2 * r))
-        lone = single_entry(kernel, update[0].dtype if update else kernel.dtype, usable, wide)
+        lone = single_entry(kernel, dtype, usable, wide)
         target = jnp.where(scale > 0, scale * aimed, lone)
     target = jnp.where(bound > 0, target, jnp.where(bound == 0, jnp.zeros_like(target), jnp.nan))
     changed = changed | ~(bound > 0)
-    if not update:
+    if update is None:
         return jnp.where(changed, target.astype(kernel.dtype), kernel), out.norm
-    return jnp.where(changed, round_update(target, kernel, update[0].dtype), update[0]), out.norm
+    return jnp.where(changed, round_update(target, kernel, dtype), update), out.norm
 
 
 def _call(options: _Options, kernel: jax.Array, conv: Conv, bound: jax.Array) -> Constrained:
@@ -303,18 +330,17 @@ def _check_constraint(constraint: str) -> None:
 
 
 def _check_every(every: Any) -> Any:
-    """Returns the number as an int if its value is known, else as it is, under optax.inject_hyperparams say."""
+    """Returns the number as an int if its value is known; a traced one is returned as it is."""
     if isinstance(every, jax.core.Tracer):
         return every
-    # optax.inject_hyperparams makes arrays of floats of all numbers.
-    number = float(every) if isinstance(every, jax.Array) and every.shape == () else every
-    if isinstance(number, float) and isinstance(every, jax.Array) and number.is_integer():
-        number = int(number)
-    if isinstance(number, (bool, np.bool)) or not hasattr(number, "__index__") or np.ndim(number) > 0:
+    if isinstance(every, jax.Array) and every.shape == () and float(every).is_integer():
+        every = int(every)  # optax.inject_hyperparams makes arrays of floats of all numbers
+    if isinstance(every, (bool, np.bool)) or not hasattr(every, "__index__") or np.ndim(every) > 0:
         raise TypeError(f"expected every to be an int, got {every!r} ({type(every).__name__}).")
-    if operator.index(number) < 1:
+    every = operator.index(every)
+    if every < 1:
         raise ValueError(f"expected every to be at least 1, got {every}.")
-    return operator.index(number)
+    return every
 
 
 def _check_max_norms(max_norm: Any, schedules: bool = True) -> None:

@@ -24,8 +24,9 @@ SIZES = [1e-30, 1e-3, 1.0, 1.01, 1.5, 3.0, 10.0, 100.0, 1e3, 1e4, 1e7, 1e10, 1e1
 
 def scaled(size, dtype):
     """The kernel with a norm of ``size``; None where the dtype cannot hold it."""
-    kernel = (KERNEL * size).astype(jnp.dtype(dtype))
-    return jnp.asarray(kernel) if np.isfinite(np.asarray(kernel, np.float64)).all() else None
+    if size > 0.5 * float(jnp.finfo(dtype).max) or size < float(jnp.finfo(dtype).smallest_normal):
+        return None
+    return jnp.asarray((KERNEL * size).astype(jnp.dtype(dtype)))
 
 
 @functools.cache
@@ -54,32 +55,27 @@ def finest_step(kernel):
     return float(np.min([x - np.nextafter(x, np.zeros_like(x)) if x else x for x in flat], initial=np.inf))
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "dtype, size", [(dtype, size) for dtype in DTYPES for size in SIZES if scaled(size, dtype) is not None]
+)
 def test_bound_holds_from_any_distance(dtype, size, x64):
     kernel = scaled(size, dtype)
-    if kernel is None:
-        with pytest.raises(FloatingPointError):  # the size is out of the dtype's range
-            np.errstate(over="raise")(lambda: (KERNEL * size).astype(np.float16))()
-        return
     for constraint in ("rescale", "project"):
         for share in (0, -0.4, 0.5):
             out = step(constraint, kernel, (share * np.asarray(kernel, np.float64)).astype(kernel.dtype))
             check(out)
             # The oracle of what is possible: some entry can be set to something other than 0 inside the ball.
             possible = finest_step(kernel) <= 0.5
-            assert np.asarray(out, np.float64).any() == possible or not possible, (constraint, share)
+            assert np.asarray(out, np.float64).any() or not possible, (constraint, share)
             pure = oj.constrain({"k": kernel}, 1.0, {"k": CONV}, constraint=constraint)["k"]
             check(pure)
             assert pure.dtype == kernel.dtype and pure.any()
-        # Within a factor of two of the target nothing is lost but one rounding.
-        if size in (1.01, 1.5):
-            pure, out = (np.asarray(a, np.float64) for a in (pure, step(constraint, kernel, 0 * kernel)))
+        out = step(constraint, kernel, 0 * kernel)
+        if size in (1.01, 1.5):  # within a factor of two of the target, an update loses nothing
             if constraint == "rescale":
-                np.testing.assert_allclose(out, pure, rtol=2 * float(jnp.finfo(dtype).eps))
-            assert oracle.dense_singular_values(out, CIRCLE)[0] > 0.98
-        # Once inside, it stays as it is.
-        np.testing.assert_array_equal(step(constraint, out_ := step(constraint, kernel, 0 * kernel), 0 * kernel), out_)
+                np.testing.assert_array_equal(out, pure)
+            assert oracle.dense_singular_values(np.asarray(out, np.float64), CIRCLE)[0] > 0.98
+        np.testing.assert_array_equal(step(constraint, out, 0 * kernel), out)  # once inside, it stays as it is
 
 
 @pytest.mark.parametrize("case", ["bfloat16-100", "bfloat16-1000", "float32-1e7", "float32-1e10", "float16-1e4"])

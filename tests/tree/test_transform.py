@@ -1,7 +1,12 @@
 """The property table of optax transformations, and what constraining a whole tree promises."""
 
 import contextlib
+import functools
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import chex
 import flax.linen as linen
@@ -47,13 +52,20 @@ def check_norms(params, bound, tolerance=1e-5):
         assert oracle.dense_singular_values(kernel, shape, **options)[0] <= bound * (1 + tolerance), name
 
 
+@functools.cache
 def transformation(**options):
     return oj.constrain_operator_norm(1.0, CONVS, **options)
 
 
+@functools.cache
+def jitted(tx):
+    """One compilation for all tests that use the same transformation."""
+    return jax.jit(tx.update)
+
+
 def run(tx, params, steps=1, state=None, updates=None):
     state = tx.init(params) if state is None else state
-    update = jax.jit(tx.update)
+    update = jitted(tx)
     for _ in range(steps):
         moves, state = update(zeros_like(params) if updates is None else updates, state, params)
         params = optax.apply_updates(params, moves)
@@ -94,7 +106,7 @@ def test_inside_with_zero_update_is_unchanged_bitwise():
 @pytest.mark.parametrize("every", [1, 2, 3])
 def test_every(every):
     params, tx = make_params(), transformation(every=every)
-    state, update = tx.init(params), jax.jit(tx.update)
+    state, update = tx.init(params), jitted(tx)
     for count in range(5):
         moves, state = update(zeros_like(params), state, params)
         acted = any((leaf != 0).any() for leaf in jax.tree.leaves(moves))
@@ -311,27 +323,77 @@ def test_a_box_around_a_subtree():
     assert oracle.dense_singular_values(out["m"].value["k"], (4, 4))[0] <= 1 + 1e-6
 
 
-def test_sharding_on_eight_devices_is_preserved(tmp_path):
-    import os
-    import subprocess
-    import sys
+MESHES = """
+import sys
+import jax, jax.numpy as jnp, numpy as np, optax, oracle, opnorm_jax as oj
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-    script = """
-import jax, jax.numpy as jnp, optax, opnorm_jax as oj
-from jax.sharding import NamedSharding, PartitionSpec as P
-mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+explicit = sys.argv[1] == "explicit"
+mesh = jax.make_mesh((4, 2), ("x", "y"), **({} if explicit else {"axis_types": (AxisType.Auto,) * 2}))
+flat = jax.make_mesh((8,), ("d",), **({} if explicit else {"axis_types": (AxisType.Auto,)}))
 put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
-params = {"k": put(jax.random.normal(jax.random.key(0), (3, 3, 8, 16)), None, None, None, "x"), "b": put(jnp.zeros(16), "x")}
-tx = oj.constrain_operator_norm(1.0, {"k": oj.Conv((6, 6), padding="SAME"), "b": None}, constraint="clip")
-state = tx.init(params)
-shardings = jax.tree.map(lambda p: p.sharding, params)
-moves, new = jax.jit(tx.update, out_shardings=(shardings, None))(jax.tree.map(jnp.zeros_like, params), state, params)
-alone = jax.tree.map(lambda p: jax.device_put(p, jax.devices()[0]), params)
-want, _ = tx.update(jax.tree.map(jnp.zeros_like, alone), tx.init(alone), alone)
-assert jnp.allclose(jax.device_get(moves["k"]), jax.device_get(want["k"]), atol=1e-6)
-assert moves["k"].sharding == params["k"].sharding
-print("same")
+conv, stacked = oj.Conv((6, 6), padding="SAME"), oj.Conv((6, 6), padding="SAME", stacked=1)
+draw = lambda n, *shape: 30 * jax.random.normal(jax.random.key(n), shape)
+host = {
+    "taps": draw(0, 4, 2, 8, 16), "in": draw(1, 3, 3, 8, 16), "out": draw(2, 3, 3, 8, 16), "both": draw(3, 3, 3, 8, 16),
+    "stack": draw(4, 4, 3, 3, 8, 16), "whole": draw(5, 3, 3, 8, 16), "bias": draw(6, 16),
+}
+specs = {
+    "taps": ("x", "y"), "in": (None, None, "y"), "out": (None, None, None, ("x", "y")),
+    "both": (None, None, "y", "x"), "stack": ("x", None, None, "y"), "whole": (), "bias": ("x",),
+}
+params = {name: put(array, *specs[name]) for name, array in host.items()}
+convs = {name: {"bias": None, "stack": stacked}.get(name, conv) for name in params}
+typed = lambda tree: jax.tree.map(lambda a: str(jax.typeof(a)), tree)  # explicit shardings are part of it
+for constraint, every, execution in [
+    ("rescale", 1, oj.Execution()),
+    ("rescale", 2, oj.Execution(factorization="products")),
+    ("clip", 2, oj.Execution()),
+]:
+    tx = oj.constrain_operator_norm(
+        1.0, convs, constraint=constraint, every=every, log_norms=True, execution=execution
+    )
+    want, want_state = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, host), tx.init(host), host)
+    state = tx.init(params)
+    where = jax.tree.map(lambda p: p.sharding, params)
+    jitted = jax.jit(tx.update, **({} if explicit else {"out_shardings": (where, None)}))
+    moves, new = jitted(jax.tree.map(jnp.zeros_like, params), state, params)
+    assert typed(new) == typed(state), (typed(new), typed(state))
+    assert typed(moves) == typed(params)
+    assert all(jax.tree.leaves(jax.tree.map(lambda m, p: m.sharding.is_equivalent_to(p.sharding, p.ndim), moves, params)))
+    jax.tree.map(lambda m, w: np.testing.assert_allclose(m, w, atol=1e-4), moves, want)
+    jax.tree.map(lambda m, w: np.testing.assert_allclose(m, w, rtol=1e-5), new.norms, want_state.norms)
+    if constraint == "rescale":
+        out = jax.device_get(optax.apply_updates(params, moves))
+        for name in ("in", "both"):
+            norm = oracle.dense_singular_values(np.asarray(out[name], np.float64), (6, 6), padding="SAME")[0]
+            assert 0.9 < norm <= 1 + 4e-7, (name, norm)
+    print(constraint, every, execution.factorization, "same")
+if explicit:
+    print("all the same")
+    sys.exit()
+# The frequencies divided among the devices.
+execution = oj.Execution(mesh=flat)
+divided = jax.jit(lambda p: oj.constrain(p, 1.0, convs, execution=execution))(host)
+jax.tree.map(lambda m, w: np.testing.assert_allclose(m, w, atol=1e-5), divided, oj.constrain(host, 1.0, convs))
+# On the very mesh on which the parameters lie.
+execution = oj.Execution(mesh=mesh)
+tx = oj.constrain_operator_norm(1.0, convs, every=2, execution=execution)
+moves, _ = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+want, _ = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, host), tx.init(host), host)
+jax.tree.map(lambda m, w: np.testing.assert_allclose(m, w, atol=1e-4), moves, want)
+print("all the same")
 """
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    out = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=300)
-    assert "same" in out.stdout, out.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", ["explicit", "auto"])
+def test_kernels_sharded_on_any_axis_of_eight_devices(axes):
+    """The same updates, where the parameters are and typed as they are; also with the frequencies divided."""
+    env = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]),
+    }
+    out = subprocess.run([sys.executable, "-c", MESHES, axes], env=env, capture_output=True, text=True, timeout=500)
+    assert "all the same" in out.stdout, out.stderr[-3000:]

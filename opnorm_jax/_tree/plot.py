@@ -68,7 +68,7 @@ def plot_spectra(
     Examples:
       >>> import jax, opnorm_jax as oj
       >>> params = {"kernel": jax.random.normal(jax.random.key(0), (3, 3, 4, 4))}
-      >>> figure = oj.plot_spectra(params, {"kernel": (16, 16)}, kind="spectra")
+      >>> figure = oj.plot_spectra(params, {"kernel": oj.Conv((16, 16))}, kind="spectra")
       >>> len(figure.axes[0].lines)
       1
     """

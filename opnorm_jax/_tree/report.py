@@ -115,7 +115,8 @@ def spectral_report(
     Examples:
       >>> import jax.numpy as jnp, opnorm_jax as oj
       >>> params = {"conv": {"kernel": jnp.ones((3, 3, 1, 1)), "bias": jnp.zeros(1)}}
-      >>> report = oj.spectral_report(params, {"conv": {"kernel": (8, 8), "bias": None}})
+      >>> convs = {"conv": {"kernel": oj.Conv((8, 8), padding="CIRCULAR"), "bias": None}}
+      >>> report = oj.spectral_report(params, convs)
       >>> print(report)
       layer        kernel    convolution   lower   upper  smallest  condition  stable rank
       -----------  --------  ------------  ------  ------  --------  ---------  -----------

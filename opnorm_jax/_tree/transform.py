@@ -284,14 +284,16 @@ def _place(array: jax.Array, like: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _constrain_one(arrays: tuple, bound: jax.Array, conv: Conv, options: _Options) -> tuple[jax.Array, jax.Array]:
+def _constrain_one(
+    arrays: tuple[Any, ...], bound: jax.Array, conv: Conv, options: _Options
+) -> tuple[jax.Array, jax.Array]:
     """Returns the constrained update of one kernel (without an update, the kernel), and the norm before.
 
     With r the rounding allowed for in a computed norm n, n (1 + r) is the certified norm. A kernel is left alone if
     that is at most (1 + 2 eps) of the bound. If not, the constraint aims a little lower than the bound, by 2 r and a
     few eps, so that n (1 + r) can be promised again after the last rounding: landing.py says how.
     """
-    kernel, update = (*arrays, None)[:2]
+    kernel, update = arrays[0], (arrays[1] if len(arrays) > 1 else None)
     wide = compute_dtype(kernel.dtype)
     before, dtype = kernel.astype(wide), kernel.dtype
     reach = lambda target: round_to(target, kernel.dtype)
@@ -335,9 +337,10 @@ def _check_every(every: Any) -> Any:
         return every
     if isinstance(every, jax.Array) and every.shape == () and float(every).is_integer():
         every = int(every)  # optax.inject_hyperparams makes arrays of floats of all numbers
-    if isinstance(every, (bool, np.bool)) or not hasattr(every, "__index__") or np.ndim(every) > 0:
-        raise TypeError(f"expected every to be an int, got {every!r} ({type(every).__name__}).")
-    every = operator.index(every)
+    try:
+        every = operator.index("" if isinstance(every, (bool, np.bool)) else every)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"expected every to be an int, got {every!r} ({type(every).__name__}).") from None
     if every < 1:
         raise ValueError(f"expected every to be at least 1, got {every}.")
     return every

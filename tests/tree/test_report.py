@@ -20,6 +20,7 @@ from opnorm_jax._tree import report
 
 RNG = np.random.default_rng(0)
 K = RNG.standard_normal((3, 3, 2, 4)).astype(np.float32)
+CIRCLE = oj.Conv((8, 8), padding="CIRCULAR")
 
 
 def only(kernel, conv, **options):
@@ -71,7 +72,7 @@ def test_zero_padding_is_marked_not_claimed():
     np.testing.assert_allclose(row.condition, circle[0] / circle[-1], rtol=1e-3)
     text = str(oj.spectral_report({"kernel": K}, {"kernel": conv}))
     assert f"~{row.smallest:.3g}" in text and f"~{row.condition:.3g}" in text and "~ of the circle" in text
-    assert "~" not in str(oj.spectral_report({"kernel": K}, {"kernel": (8, 8)}))
+    assert "~" not in str(oj.spectral_report({"kernel": K}, {"kernel": CIRCLE}))
 
 
 def test_singular_to_working_precision():
@@ -90,9 +91,9 @@ def test_rows_stacks_unknown_and_not_finite():
         "odd": K,
     }
     convs = {
-        **{f"Conv_{n}": {"kernel": (8, 8), "bias": None} for n in (10, 2)},
+        **{f"Conv_{n}": {"kernel": CIRCLE, "bias": None} for n in (10, 2)},
         "blocks": {"kernel": oj.Conv((8, 8), stacked=1, padding="CIRCULAR")},
-        "broken": (8, 8),
+        "broken": CIRCLE,
         "odd": oj.Unknown("standardised"),
     }
     report = oj.spectral_report(params, convs)
@@ -113,7 +114,7 @@ def test_rows_stacks_unknown_and_not_finite():
 def test_table_in_plain_text_and_in_rich(monkeypatch):
     from rich.console import Console
 
-    report = oj.spectral_report({"a": {"kernel": K}, "b": K}, {"a": {"kernel": (8, 8)}, "b": oj.Unknown("[odd]")})
+    report = oj.spectral_report({"a": {"kernel": K}, "b": K}, {"a": {"kernel": CIRCLE}, "b": oj.Unknown("[odd]")})
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(report)
     rich = console.export_text()
@@ -123,7 +124,7 @@ def test_table_in_plain_text_and_in_rich(monkeypatch):
         assert "a/kernel" in text and "3x3 2->4" in text and "8x8 CIRCULAR" in text and "[odd]" in text
         assert f"{report.layers[0].upper:.5g}" in text
     with pytest.raises(ImportError, match=r"pip install 'opnorm-jax\[cli\]'"):
-        oj.spectral_report({"b": K}, {"b": (8, 8)}, progress=True)
+        oj.spectral_report({"b": K}, {"b": CIRCLE}, progress=True)
 
 
 def test_equal_layers_share_a_compilation():
@@ -161,22 +162,22 @@ ERRORS = {
         r"params\['kernel'\] \(3, 2, 4\): expected a ker",
     ),
     "no convs": (lambda: oj.spectral_report({"a": K}, {"a": None}), ValueError, "holds no Conv at all"),
-    "structure": (lambda: oj.spectral_report({"a": K}, {"b": (8, 8)}), ValueError, "structure of the parameters"),
+    "structure": (lambda: oj.spectral_report({"a": K}, {"b": CIRCLE}), ValueError, "structure of the parameters"),
     "no numbers": (
-        lambda: only(jax.ShapeDtypeStruct(K.shape, K.dtype), (8, 8)),
+        lambda: only(jax.ShapeDtypeStruct(K.shape, K.dtype), CIRCLE),
         TypeError,
         "expected an array of numb",
     ),
-    "traced": (lambda: jax.jit(lambda k: only(k, (8, 8)).norm)(K), TypeError, "outside jit"),
-    "execution": (lambda: only(K, (8, 8), execution="products"), TypeError, "expected execution to be"),
+    "traced": (lambda: jax.jit(lambda k: only(k, CIRCLE).norm)(K), TypeError, "outside jit"),
+    "execution": (lambda: only(K, CIRCLE, execution="products"), TypeError, "expected execution to be"),
     "products": (
-        lambda: only(K, (8, 8), execution=oj.Execution(factorization="products")),
+        lambda: only(K, CIRCLE, execution=oj.Execution(factorization="products")),
         ValueError,
         "got 'products'",
     ),
-    "kind": (lambda: oj.plot_spectra({"k": K}, {"k": (8, 8)}, kind="pie"), ValueError, "kind to be one of.*'pie'"),
+    "kind": (lambda: oj.plot_spectra({"k": K}, {"k": CIRCLE}, kind="pie"), ValueError, "kind to be one of.*'pie'"),
     "nothing to draw": (
-        lambda: oj.plot_spectra({"k": np.full_like(K, np.nan)}, {"k": (8, 8)}),
+        lambda: oj.plot_spectra({"k": np.full_like(K, np.nan)}, {"k": CIRCLE}),
         ValueError,
         "at least one layer to draw",
     ),
@@ -192,7 +193,7 @@ def test_errors(name):
 
 def test_curves_are_the_spectra(tmp_path):
     other = RNG.standard_normal((3, 3, 3, 3)).astype(np.float32)
-    convs = {"b": oj.Conv((6, 8), padding="SAME"), "a": (5, 5), "c": oj.Unknown("odd")}
+    convs = {"b": oj.Conv((6, 8), padding="SAME"), "a": oj.Conv((5, 5), padding="CIRCULAR"), "c": oj.Unknown("odd")}
     figure = oj.plot_spectra({"a": other, "b": K, "c": K}, convs, path=tmp_path / "spectra.png", title="A title")
     raw, normalised, rows = figure.axes[:3]
     for n, (kernel, shape) in enumerate(((other, (5, 5)), (K, (6, 8)))):
@@ -215,17 +216,17 @@ def test_long_spectra_are_thinned_and_strides_that_do_not_divide_are_told():
     assert len(line.get_ydata()) == 1000 < len(expected)
     np.testing.assert_allclose(line.get_ydata()[[0, -1]], expected[[0, -1]], atol=1e-4)
     assert "without their strides" in figure.get_supxlabel()
-    assert len(oj.plot_spectra({"k": K}, {"k": (8, 8)}, kind="histogram").axes) == 2  # panel and colour bar
+    assert len(oj.plot_spectra({"k": K}, {"k": CIRCLE}, kind="histogram").axes) == 2  # panel and colour bar
 
 
 def test_many_layers_have_a_colour_bar_in_place_of_a_legend():
     names = [f"layer{n}" for n in range(9)]
-    figure = oj.plot_spectra(dict.fromkeys(names, K), dict.fromkeys(names, (4, 4)), kind="spectra")
+    figure = oj.plot_spectra(dict.fromkeys(names, K), dict.fromkeys(names, CIRCLE), kind="spectra")
     assert not any(axis.get_legend() for axis in figure.axes)
     assert any(axis.get_ylabel() == "layer: layer0 to layer8" for axis in figure.axes)
 
 
-SPELLED = {
+FORMATTED = {
     "dense": oj.Conv(()),
     "8x9 CIRCULAR": oj.Conv((8, 9), padding="CIRCULAR"),
     "8x9 /2 dilated 1x3 groups 2 SAME": oj.Conv(
@@ -236,12 +237,12 @@ SPELLED = {
 }
 
 
-@pytest.mark.parametrize("words", SPELLED)
+@pytest.mark.parametrize("words", FORMATTED)
 def test_a_conv_in_words(words):
-    assert report.spelled(SPELLED[words]) == words
+    assert report.format_conv(FORMATTED[words]) == words
 
 
 def test_plot_needs_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'opnorm-jax\[plot\]'"):
-        oj.plot_spectra({"k": K}, {"k": (8, 8)})
+        oj.plot_spectra({"k": K}, {"k": CIRCLE})

@@ -32,24 +32,25 @@ class Checkpoint(Protocol):
     """A file or folder of named arrays."""
 
     path: Path
-    entries: dict[str, Entry]
+    entries: dict[str, Entry]  # the parameters
+    names: list[str]  # of all arrays
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        """Of the files that a copy can be written to."""
+        """The suffixes of the files that a copy can be written to."""
         ...
 
     def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
-        """Some of the arrays."""
+        """Reads some of the arrays."""
         ...
 
     def write(self, out: Path, replaced: Mapping[str, np.ndarray]) -> None:
-        """All of it with some arrays replaced by others of their shape and dtype."""
+        """Writes all of it, with some arrays replaced by others of the same shape and dtype."""
         ...
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """The checkpoint at a path, its arrays listed but not kept."""
+    """Opens the checkpoint at a path: its arrays are listed, but not kept."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder.")
@@ -66,7 +67,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 @contextlib.contextmanager
 def atomic_write(out: Path, like: Path | None = None) -> Iterator[Path]:
-    """A temporary file in the folder of ``out`` that takes its place at the end, or vanishes after an error."""
+    """Gives a temporary file in the folder of ``out`` that takes its place at the end, or vanishes after an error."""
     handle, name = tempfile.mkstemp(dir=out.parent, prefix=out.name + ".", suffix=".part")
     os.close(handle)
     temporary = Path(name)
@@ -93,6 +94,7 @@ class _Safetensors:
         with self._open() as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
             self.entries = {name: Entry(tuple(s.get_shape()), _name_of(s.get_dtype())) for name, s in slices.items()}
+            self.names = list(slices)
 
     def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
         with self._open() as file:
@@ -142,6 +144,7 @@ class _Npz:
                     continue
                 if isinstance(array, np.ndarray):
                     self.entries[name] = Entry(array.shape, str(array.dtype))
+        self.names = list(self.entries)
 
     def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
         with self._open() as file:
@@ -194,6 +197,7 @@ class _Orbax:
         is_leaf = lambda node: hasattr(node, "shape")
         leaves = jax.tree_util.tree_flatten_with_path(self._tree, is_leaf=is_leaf)[0]
         self._flat = {_joined(at): Entry(tuple(leaf.shape), str(leaf.dtype)) for at, leaf in leaves if is_leaf(leaf)}
+        self.names = list(self._flat)
         # The parameters alone, where they can be told: optimizers keep arrays of the same shapes.
         split = [name.split("/") for name in self._flat]
         found = {tuple(parts[: parts.index("params") + 1]) for parts in split if "params" in parts[:-1]}
@@ -250,7 +254,7 @@ def _write_npy(target: zipfile.ZipFile, info: zipfile.ZipInfo, array: np.ndarray
 
 
 def _item_folder(path: Path) -> Path:
-    """The folder of the saved tree, from a run's, its checkpoints', a step's or that folder itself."""
+    """Returns the folder of the saved tree, given that of a run, its checkpoints or a step, or that folder itself."""
     at = path
     if not _is_item(at) and (at / "checkpoints").is_dir():
         at = at / "checkpoints"
@@ -278,9 +282,10 @@ def _joined(path: tuple) -> str:
 
 
 def _name_of(dtype: str) -> str:
-    """A safetensors dtype, as NumPy spells it."""
-    names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-    return names.get(dtype, dtype)
+    """Returns NumPy's name of a safetensors dtype."""
+    found = re.fullmatch(r"(BF|F|I|U|C)(16|32|64|128|8)", dtype)
+    kinds = {"BF": "bfloat", "F": "float", "I": "int", "U": "uint", "C": "complex"}
+    return kinds[found[1]] + found[2] if found else dtype
 
 
 def _line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""From a checkpoint's arrays, and what the user says of them, to a ``Conv`` at each kernel."""
+"""Finds the kernels among a checkpoint's arrays, and a ``Conv`` for each by what the user says of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import difflib
 import fnmatch
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,129 +28,154 @@ _KEYS = (
     "kernel_layout",
     "stacked",
 )
-_SHORT = {
-    "stride": "strides",
-    "dilation": "kernel_dilation",
-    "groups": "feature_group_count",
-    "layout": "kernel_layout",
-}
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
+_KERNEL_NAMES = {"weight": "OIHW", "kernel": "HWIO", "w": "HWIO"}  # PyTorch and Equinox; Flax; Haiku
 _WIDEST = 11  # taps of the largest kernels in wide use
 
 
-class Described(NamedTuple):
-    """A checkpoint's layers."""
+class Kernels(NamedTuple):
+    """What a checkpoint holds."""
 
     convs: dict[str, Conv]
-    unknown: dict[str, Unknown]  # shaped like kernels, but no input shape was given
-    skipped: list[str]  # no kernels of convolutions
+    unknown: dict[str, Unknown]  # kernels that no Conv describes, with the reason
+    skipped: list[str]  # arrays that are no kernels of convolutions
     notes: list[str]  # what was assumed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that describe the layers."""
+    """Adds the flags that describe the layers."""
     group = parser.add_argument_group("the layers")
     group.add_argument(
         "--input-shape", type=int, nargs="+", metavar="N", help="spatial shape of every layer's input, e.g. 32 32"
     )
-    group.add_argument("--strides", type=_ints, default=1, metavar="N", help="of every layer (default 1)")
+    group.add_argument(
+        "--strides", type=int, nargs="+", metavar="N", help="of every layer: one number, or one per axis (default 1)"
+    )
     group.add_argument(
         "--padding",
-        type=parse_padding,
-        default="SAME",
+        nargs="+",
+        default=["SAME"],
         metavar="P",
-        help="of every layer: SAME (default), VALID, CIRCULAR, 1, 1x2 per axis, or 0:1 for low and high",
+        help="of every layer: SAME (default), VALID, CIRCULAR, ...; or a number of pixels, or one per axis",
     )
     group.add_argument("--layout", metavar="L", help="of the kernels: HWIO or OIHW (default: told by names and shapes)")
     group.add_argument(
-        "--input-shapes",
+        "--layers",
         type=Path,
         metavar="FILE.json",
         help='{"PATTERN": {"input_shape": [32, 32], "strides": 2, ...}, ...}: the arguments of opnorm_jax.Conv for the '
-        "kernels a pattern matches; where several match, later ones prevail",
-    )
-    group.add_argument(
-        "--layer",
-        action="append",
-        default=[],
-        metavar="PATTERN=H,W[:stride=2,padding=1,...]",
-        help="the same for one pattern; prevails over the file. May be repeated",
+        "kernels whose path, or layer, a pattern matches; they override the flags, and later patterns earlier ones",
     )
     group.add_argument("--include", metavar="REGEX", help="only kernels whose path matches")
     group.add_argument("--exclude", metavar="REGEX", help="no kernels whose path matches")
 
 
-def parse_padding(text: str) -> Any:
-    """``SAME``, ``1``, ``1x2``, ``0:1`` or ``0:1x0:1`` as :class:`Conv` takes it."""
-    if text.upper() in ("SAME", "VALID", "CIRCULAR"):
-        return text.upper()
-    if not re.fullmatch(r"-?\d+(:-?\d+)?(x-?\d+(:-?\d+)?)*", text):
-        raise argparse.ArgumentTypeError(
-            f"expected SAME, VALID, CIRCULAR, a number, one per axis (1x2), or low:high, got {text!r}."
-        )
-    parts = [tuple(map(int, part.split(":"))) for part in text.split("x")]
-    pads = [part if len(part) == 2 else part * 2 for part in parts]
-    return pads if len(pads) > 1 else pads[0][0] if len(parts[0]) == 1 else _EveryAxis(pads[0])
-
-
-def describe(checkpoint: Checkpoint, options: argparse.Namespace) -> Described:
-    """The layers of a checkpoint, from the flags of :func:`add_arguments`."""
+def find_kernels(checkpoint: Checkpoint, options: argparse.Namespace) -> Kernels:
+    """Describes the kernels of a checkpoint by the flags of :func:`add_arguments`."""
     entries = checkpoint.entries
-    rules = [*_from_file(options.input_shapes), *map(_from_flag, options.layer)]
-    defaults: dict[str, Any] = {"strides": options.strides, "padding": options.padding}
+    rules = _read_rules(options.layers)
+    defaults: dict[str, Any] = {"strides": _one_or_all(options.strides or [1]), "padding": _padding(options.padding)}
     if options.input_shape is not None:
         defaults["input_shape"] = options.input_shape
-    chosen = _chosen(entries, options)
-    for pattern, _ in rules:
+    for pattern in rules:
         if not any(_matches(pattern, name) for name in entries):
             close = difflib.get_close_matches(pattern, [*entries, *map(_stem, entries)], n=1, cutoff=0)
-            raise UserError(f"{pattern!r} matches no array of {checkpoint.path}{_hint(close)}.")
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise UserError(f"{pattern!r} matches no array of {checkpoint.path}{hint}.")
 
+    factors = find_factors(checkpoint.names)
+    chosen = _choose(entries, options)
     settings: dict[str, dict[str, Any]] = {}
     unknown, skipped = {}, []
     for name in sorted(chosen, key=natural_key):
-        found, entry = dict(defaults), chosen[name]
-        named = False
-        for pattern, given in rules:
+        entry, found = chosen[name], dict(defaults)
+        for pattern, given in rules.items():
             if _matches(pattern, name):
                 found |= given
-                named |= pattern in (name, _stem(name))
-        if "input_shape" not in found:
-            if len(entry.shape) > 2 and entry.dtype in _FLOATS:
-                unknown[name] = Unknown("no input shape given: --input-shape, --layer or --input-shapes")
+        axes = _axes(name, found) if "input_shape" in found else None
+        shaped = len(entry.shape) > 2 if axes is None else len(entry.shape) == axes
+        named = any(pattern in (name, _stem(name)) for pattern in rules)
+        if name in factors and (shaped or named or len(entry.shape) > 2):
+            unknown[name] = Unknown(factors[name])
+        elif shaped and entry.dtype not in _FLOATS and (named or _last(name) in _KERNEL_NAMES):
+            unknown[name] = Unknown(_wrong_dtype(entry.dtype))
+        elif shaped and entry.dtype in _FLOATS:
+            if axes is None:
+                unknown[name] = Unknown("no input shape given: --input-shape, or --layers with a file")
             else:
-                skipped.append(name)
-        elif _axes(name, found) == len(entry.shape) and entry.dtype in _FLOATS:
-            settings[name] = found
-        elif named:
+                settings[name] = found
+        elif named and axes is not None:
             raise UserError(
-                f"{name}: expected a kernel of {_axes(name, found)} axes for input_shape={found['input_shape']}, got "
+                f"{name}: expected a kernel of {axes} axes for input_shape={found['input_shape']}, got "
                 f"shape {entry.shape}, {entry.dtype}. It is no convolution of that kind."
             )
         else:
             skipped.append(name)
     if not settings:
-        if unknown:
-            raise UserError(
-                f"expected an input shape for some of the {len(unknown)} kernels: pass --input-shape 32 32."
-            )
+        reasons = "; ".join(f"{name}: {found.reason}" for name, found in [*unknown.items()][:4])
         raise UserError(
-            f"no convolution kernels are left: {len(entries)} arrays in {checkpoint.path}, {len(chosen)} of them "
-            "selected, none a floating array of as many axes as the input shape plus 2."
+            f"no convolution kernels are left to look at, of {len(entries)} arrays in {checkpoint.path}, "
+            f"{len(chosen)} of them selected. "
+            + (reasons or "None is a floating array of as many axes as the input shape plus 2.")
         )
     notes = _set_layouts(settings, entries, options.layout)
     convs = {name: _conv(name, entries[name], found) for name, found in settings.items()}
-    return Described(convs, unknown, skipped, notes)
+    return Kernels(convs, unknown, skipped, notes)
 
 
-class _EveryAxis(tuple):
-    """A (low, high) pair to be repeated for each spatial axis."""
+def find_factors(names: Iterable[str]) -> dict[str, str]:
+    """Finds arrays from which a layer's weight is computed, and which are not that weight; says what to do instead.
+
+    PyTorch's weight and spectral normalisation and its pruning, under the names of torch.nn.utils and of
+    torch.nn.utils.parametrizations; Flax's WeightNorm and SpectralNorm.
+    """
+    names = set(names)
+    remedy = "save the model after {}, which leaves the weight itself, or leave this array out with --exclude"
+    parametrized = remedy.format("torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')")
+    factors: dict[str, str] = {}
+    for name in names:
+        base, kind = name[:-2], name[-2:]
+        if kind in ("_g", "_v") and {base + "_g", base + "_v"} <= names and base + "_orig" not in names:
+            how = remedy.format("torch.nn.utils.remove_weight_norm(layer)")
+            factors[name] = f"a factor: the weight is computed from {_last(base)}_g and {_last(base)}_v; {how}"
+        elif name.endswith("_orig"):
+            base = name.removesuffix("_orig")
+            undo = "torch.nn.utils.remove_spectral_norm(layer)"
+            if base + "_mask" in names:
+                undo = f"torch.nn.utils.prune.remove(layer, {_last(base)!r})"
+            factors[name] = f"not the weight that the layer uses, which is computed from it; {remedy.format(undo)}"
+        elif re.search(r"(^|[./])parametrizations[./][^./]+[./]original\d*$", name):
+            factors[name] = f"a factor: the layer's weight is computed from it; {parametrized}"
+        elif found := re.search(r"(^|/)(WeightNorm|SpectralNorm)_\d+/(.+)/(scale|sigma|u)$", name):
+            how = "store the normalised kernel in its place, or leave this array out with --exclude"
+            for kernel in names:
+                if kernel == found[3] or kernel.endswith("/" + found[3]):
+                    factors[kernel] = f"not the kernel that the layer uses, which Flax's {found[2]} normalises; {how}"
+    return factors
+
+
+def _wrong_dtype(dtype: str) -> str:
+    if dtype.startswith("complex"):
+        advice = "a complex layer is the real one with the kernel [[Re, Im], [-Im, Re]] on its channels: store that"
+    elif re.match(r"u?int\d", dtype):
+        advice = "a quantised kernel: multiply by its scale and store it as float32"
+    else:
+        advice = "store it as float32"
+    return f"of dtype {dtype}, not one of {', '.join(_FLOATS)}; {advice}"
+
+
+def _one_or_all(numbers: list[int]) -> int | list[int]:
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def _padding(words: list[str]) -> Any:
+    if all(re.fullmatch(r"-?\d+", word) for word in words):
+        return _one_or_all([int(word) for word in words])
+    return words[0].upper() if len(words) == 1 else [word if word.isdigit() else word.upper() for word in words]
 
 
 def _conv(name: str, entry: Entry, found: dict[str, Any]) -> Conv:
     try:
-        if isinstance(found["padding"], _EveryAxis):
-            found["padding"] = (tuple(found["padding"]),) * len(found["input_shape"])
         conv = Conv(found.pop("input_shape"), **found)
     except (TypeError, ValueError) as error:
         raise UserError(f"{name} {entry.shape}: {error}") from None
@@ -172,7 +197,7 @@ def _axes(name: str, found: Mapping[str, Any]) -> int:
     return len(shape) + 2 + stacked
 
 
-def _chosen(entries: Mapping[str, Entry], options: argparse.Namespace) -> dict[str, Entry]:
+def _choose(entries: Mapping[str, Entry], options: argparse.Namespace) -> dict[str, Entry]:
     def pattern(text, flag):
         try:
             return re.compile(text)
@@ -189,46 +214,20 @@ def _chosen(entries: Mapping[str, Entry], options: argparse.Namespace) -> dict[s
     return chosen
 
 
-def _from_file(path: Path | None) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_rules(path: Path | None) -> dict[str, dict[str, Any]]:
+    """Reads the arguments of ``Conv`` by pattern."""
     if path is None:
-        return
+        return {}
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable JSON file ({error}).") from None
     if not isinstance(content, dict) or not all(isinstance(given, dict) for given in content.values()):
         raise UserError(f'{path}: expected {{"PATTERN": {{"input_shape": [32, 32], ...}}, ...}}.')
     for name, given in content.items():
         if extra := sorted(set(given) - set(_KEYS)):
             raise UserError(f"{path}, {name!r}: unknown {extra}; expected some of {', '.join(_KEYS)}.")
-        yield name, given
-
-
-def _from_flag(text: str) -> tuple[str, dict[str, Any]]:
-    found = re.fullmatch(r"(?P<name>.+?)=(?P<shape>\d+([x,]\d+)*)?(:(?P<options>.*))?", text)
-    if not found or not (found["shape"] or found["options"]):
-        raise UserError(f"--layer {text!r}: expected PATTERN=H,W[:stride=2,padding=1,...].")
-    given: dict[str, Any] = {}
-    if found["shape"]:
-        given["input_shape"] = [int(n) for n in re.split("[x,]", found["shape"])]
-    for option in filter(None, (found["options"] or "").split(",")):
-        key, _, value = option.partition("=")
-        key = _SHORT.get(key, key)
-        if key not in _KEYS or key == "input_shape":
-            close = difflib.get_close_matches(key, [*_KEYS, *_SHORT], n=1, cutoff=0)
-            raise UserError(f"--layer {text!r}: unknown option {key!r}{_hint(close)}.")
-        try:
-            given[key] = parse_padding(value) if key == "padding" else value if key == "kernel_layout" else _ints(value)
-        except argparse.ArgumentTypeError as error:
-            raise UserError(f"--layer {text!r}: {error}") from None
-    return found["name"], given
-
-
-def _ints(text: str) -> int | list[int]:
-    if not re.fullmatch(r"\d+(x\d+)*", text):
-        raise argparse.ArgumentTypeError(f"expected a number, or one per axis (1x2), got {text!r}.")
-    numbers = [int(n) for n in text.split("x")]
-    return numbers if len(numbers) > 1 else numbers[0]
+    return content
 
 
 def _matches(pattern: str, name: str) -> bool:
@@ -236,16 +235,16 @@ def _matches(pattern: str, name: str) -> bool:
 
 
 def _stem(name: str) -> str:
-    """The layer a kernel belongs to."""
+    """Returns the layer that a kernel belongs to."""
     return re.sub(r"[./](weight|kernel|w)$", "", name)
 
 
-def _hint(close: list[str]) -> str:
-    return f" (did you mean {close[0]!r}?)" if close else ""
+def _last(name: str) -> str:
+    return re.split("[./]", name)[-1]
 
 
 def _set_layouts(settings: dict[str, dict[str, Any]], entries: Mapping[str, Entry], given: str | None) -> list[str]:
-    """Fills in the layouts that were not given one by one; returns what was assumed."""
+    """Fills in the layouts that were not given one by one, and returns what was assumed."""
     open_ = {name: found for name, found in settings.items() if "kernel_layout" not in found}
     if not open_:
         return []
@@ -287,12 +286,11 @@ def _for_rank(family: str, rank: int) -> str:
 
 
 def _by_name(name: str) -> str | None:
-    last = re.split("[./]", name)[-1]
-    return {"weight": "OIHW", "kernel": "HWIO", "w": "HWIO"}.get(last)
+    return _KERNEL_NAMES.get(_last(name))
 
 
 def _by_shape(shape: tuple[int, ...]) -> str | None:
-    """The only layout with few taps; if both have few, the one with equally many on every axis."""
+    """Returns the only layout with few taps; if both have few, the one with equally many on every axis."""
     if len(shape) < 3:
         return None
     taps = {"OIHW": shape[2:], "HWIO": shape[:-2]}

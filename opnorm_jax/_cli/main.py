@@ -13,12 +13,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
+# Read when the LAPACK that jax calls is loaded, at its first use. The matrices here are small: threads of OpenBLAS
+# would only wait for each other.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import jax
 import numpy as np
 
 import opnorm_jax as oj
 from opnorm_jax._cli.checkpoint import UserError, open_checkpoint
-from opnorm_jax._cli.layers import Described, add_arguments, describe
+from opnorm_jax._cli.layers import Kernels, add_arguments, find_kernels
 from opnorm_jax._tree.layers import list_layers
 from opnorm_jax._tree.report import format_table, show_progress
 from opnorm_jax._tree.transform import CONSTRAINTS
@@ -27,7 +31,7 @@ _CHECKPOINT = "a .safetensors or .npz file; or the folder of a run, its checkpoi
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns 0; after an error, told in one line on stderr, exits with 2."""
+    """Runs one command and returns 0. An error is one line on stderr, and the exit code 2."""
     options = _parser().parse_args(argv)
     try:
         options.run(options)
@@ -43,8 +47,8 @@ def _report(options: argparse.Namespace) -> None:
     if options.plot:
         _check_plot(options.plot)
     checkpoint = open_checkpoint(options.checkpoint)
-    found = describe(checkpoint, options)
-    _tell(found)
+    found = find_kernels(checkpoint, options)
+    _print_notes(found)
     kernels = checkpoint.read(found.convs)
     with _wide_enough(kernels.values()):
         shapes = {name: checkpoint.entries[name].shape for name in found.unknown}
@@ -60,7 +64,7 @@ def _report(options: argparse.Namespace) -> None:
         facts = {"checkpoint": str(checkpoint.path), "notes": found.notes, **report.as_dict(), "skipped": found.skipped}
         print(json.dumps(facts, indent=2))
     else:
-        _print(report, str(report))
+        _print_table(report, str(report))
 
 
 def _constrain(options: argparse.Namespace) -> None:
@@ -74,12 +78,12 @@ def _constrain(options: argparse.Namespace) -> None:
         raise UserError(f"{out}: expected another file than the checkpoint itself, and no folder.")
     if out.exists() and not options.force:
         raise UserError(f"{out}: exists already. Pass --force to replace it.")
-    found = describe(checkpoint, options)
+    found = find_kernels(checkpoint, options)
     if found.unknown:
-        raise UserError(
-            f"no input shape given for {_some(found.unknown)}: give one, or leave them as they are with --exclude."
-        )
-    _tell(found)
+        (name, unknown), *others = found.unknown.items()
+        more = f" (also {_some(name for name, _ in others)})" if others else ""
+        raise UserError(f"{name}: {unknown.reason}{more}. To leave it as it is, --exclude it.")
+    _print_notes(found)
     kernels = checkpoint.read(found.convs)
     if broken := [name for name, kernel in kernels.items() if not np.isfinite(kernel.astype(np.float64)).all()]:
         raise UserError(f"NaN or infinity in {_some(broken)}: nothing to constrain.")
@@ -134,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     constrain.add_argument("out", metavar="OUT", help="same format as IN; for orbax, .safetensors or .npz")
     constrain.add_argument("--max-norm", type=_positive, required=True, metavar="X", help="the bound")
     constrain.add_argument(
-        "--constraint", choices=CONSTRAINTS, default="rescale", help="default: rescale; nearest: project"
+        "--constraint", choices=CONSTRAINTS, default="rescale", help="default: rescale; project moves the least"
     )
     constrain.add_argument("--force", action="store_true", help="replace OUT")
     constrain.set_defaults(run=_constrain)
@@ -155,8 +159,8 @@ def _fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def _tell(found: Described) -> None:
-    """What was assumed, and what was passed over."""
+def _print_notes(found: Kernels) -> None:
+    """Prints what was assumed and what was passed over."""
     for note in found.notes:
         print(f"opnorm: {note}", file=sys.stderr)
     if found.skipped:
@@ -182,7 +186,7 @@ def _check_plot(path: Path) -> None:
 
 
 def _wide_enough(kernels: Iterable[np.ndarray]) -> contextlib.AbstractContextManager:
-    """float64 for float64 kernels."""
+    """Computes in float64 if a kernel is of float64."""
     wide = any(kernel.dtype == np.float64 for kernel in kernels)
     return jax.enable_x64(True) if wide else contextlib.nullcontext()
 
@@ -191,8 +195,8 @@ def _progress() -> bool:
     return sys.stderr.isatty() and find_spec("rich") is not None
 
 
-def _print(renderable: Any, text: str) -> None:
-    """By rich where there is a terminal to colour; else the plain table, whose lines are never broken."""
+def _print_table(renderable: Any, text: str) -> None:
+    """Prints by rich on a terminal, otherwise the plain table, whose lines are never broken."""
     if not sys.stdout.isatty() or find_spec("rich") is None:
         print(text)
         return

@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -30,7 +31,9 @@ TORCH = {
     "fc.weight": RNG.standard_normal((3, 5)).astype(np.float32),
     "steps": np.asarray(7, np.int64),
 }
-LAYERS = ["--input-shape", "8", "8", "--padding", "1", "--layer", "layer2.0.conv=8,8:stride=2"]
+FILE = Path(tempfile.mkdtemp()) / "layers.json"
+FILE.write_text('{"layer2.0.conv": {"strides": 2}}')
+LAYERS = ["--input-shape", "8", "8", "--padding", "1", "--layers", str(FILE)]
 TRUE = {
     "conv1.weight": oracle.dense_singular_values(FIRST, (8, 8), padding=((1, 1), (1, 1)))[0],
     "layer2.0.conv.weight": oracle.dense_singular_values(SECOND, (8, 8), strides=2, padding=((1, 1), (1, 1)))[0],
@@ -130,12 +133,18 @@ def test_the_module_prints_a_table_and_draws(npz, tmp_path):
 
 
 def test_descriptions_by_file(npz, tmp_path, capsys):
-    """Later patterns prevail key by key, flags over the file; a dense layer is one of no spatial axes."""
+    """Later patterns prevail key by key, the file over the flags; a dense layer is one of no spatial axes."""
     path = tmp_path / "layers.json"
-    given = {"*": {"input_shape": [4, 4]}, "layer2.*": {"strides": 2}, "fc": {"input_shape": []}}
+    given = {
+        "*": {"input_shape": [4, 4]},
+        "layer2.*": {"strides": 2},
+        "fc": {"input_shape": []},
+        "layer2.0.conv": {"padding": "CIRCULAR"},
+    }
     path.write_text(json.dumps(given))
-    facts, _ = report(capsys, npz, "--input-shapes", path, "--layer", "layer2.0.conv=:padding=CIRCULAR")
+    facts, _ = report(capsys, npz, "--layers", path, "--strides", 3, "--input-shape", 5, 5)
     rows = {row["path"]: row for row in facts["layers"]}
+    assert rows["conv1.weight"]["conv"]["strides"] == [3, 3] and rows["conv1.weight"]["conv"]["input_shape"] == [4, 4]
     conv = rows["layer2.0.conv.weight"]["conv"]
     assert (conv["input_shape"], conv["strides"], conv["padding"]) == ([4, 4], [2, 2], "CIRCULAR")
     norm = np.linalg.norm(TORCH["fc.weight"], 2)
@@ -144,15 +153,124 @@ def test_descriptions_by_file(npz, tmp_path, capsys):
     assert rows["layer2.0.conv.weight"]["smallest"] == pytest.approx(exact[-1], abs=1e-5 * exact[0])
 
 
-def test_kernels_without_an_input_shape_are_named(npz, capsys):
-    facts, _ = report(capsys, npz, "--layer", "conv1=8,8")
+def test_kernels_without_an_input_shape_are_named(npz, tmp_path, capsys):
+    path = tmp_path / "layers.json"
+    path.write_text('{"conv1": {"input_shape": [8, 8]}}')
+    facts, _ = report(capsys, npz, "--layers", path)
     assert facts["layers"][1]["upper"] is None and "no input shape given" in facts["layers"][1]["reason"]
-    line = fails(capsys, "constrain", npz, Path(npz).parent / "out.npz", "--max-norm", 1, "--layer", "conv1=8,8")
-    assert "no input shape given for layer2.0.conv.weight" in line
+    line = fails(capsys, "constrain", npz, tmp_path / "out.npz", "--max-norm", 1, "--layers", path)
+    assert "layer2.0.conv.weight: no input shape given" in line
     facts, _ = report(capsys, npz, "--input-shape", 8, 8, "--exclude", "layer2")
     assert [row["path"] for row in facts["layers"]] == ["conv1.weight"]
     facts, _ = report(capsys, npz, "--input-shape", 8, 8, "--include", "layer2|bn")
     assert facts["skipped"] == ["bn.running_mean"]
+
+
+KERNEL = FIRST.transpose(3, 2, 0, 1).copy()
+# name: (arrays, those refused, what the message says)
+FACTORS = {
+    "weight norm": (
+        {"c.weight_g": np.full((4, 1, 1, 1), 5.0), "c.weight_v": KERNEL},
+        ["c.weight_g", "c.weight_v"],
+        "computed from weight_g and weight_v.*remove_weight_norm",
+    ),
+    "weight norm as a parametrization": (
+        {
+            "c.parametrizations.weight.original0": np.full((4, 1, 1, 1), 5.0),
+            "c.parametrizations.weight.original1": KERNEL,
+        },
+        ["c.parametrizations.weight.original0", "c.parametrizations.weight.original1"],
+        "a factor.*remove_parametrizations",
+    ),
+    "spectral norm as a parametrization": (
+        {
+            "c.parametrizations.weight.original": KERNEL,
+            "c.parametrizations.weight.0._u": np.ones(4),
+            "c.parametrizations.weight.0._v": np.ones(18),
+        },
+        ["c.parametrizations.weight.original"],
+        "a factor.*remove_parametrizations",
+    ),
+    "spectral norm": (
+        {"c.weight_orig": KERNEL, "c.weight_u": np.ones(4), "c.weight_v": np.ones(18)},
+        ["c.weight_orig"],
+        "not the weight that the layer uses.*remove_spectral_norm",
+    ),
+    "pruning": (
+        {"c.weight_orig": KERNEL, "c.weight_mask": np.ones(KERNEL.shape, bool)},
+        ["c.weight_orig"],
+        "not the weight that the layer uses.*prune.remove",
+    ),
+    "Flax's weight norm": (
+        {"Conv_0/kernel": FIRST, "WeightNorm_0/Conv_0/kernel/scale": np.ones(4)},
+        ["Conv_0/kernel"],
+        "Flax's WeightNorm normalises",
+    ),
+    "Flax's spectral norm": (
+        {"params/Conv_0/kernel": FIRST, "batch_stats/SpectralNorm_0/Conv_0/kernel/sigma": np.asarray(2.0)},
+        ["params/Conv_0/kernel"],
+        "Flax's SpectralNorm normalises",
+    ),
+    "complex": (
+        {"c.weight": KERNEL.astype(np.complex64)},
+        ["c.weight"],
+        r"dtype complex64.*the real one with the kernel \[\[Re, Im\], \[-Im, Re\]\]",
+    ),
+    "integers": ({"c.weight": (9 * KERNEL).astype(np.int8)}, ["c.weight"], "dtype int8.*multiply by its scale"),
+    "foreign byte order": ({"c.weight": KERNEL.astype(">f4")}, ["c.weight"], "dtype >f4.*store it as float32"),
+}
+
+
+@pytest.mark.parametrize("name", FACTORS)
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+def test_what_is_no_kernel_is_refused_by_name(name, suffix, tmp_path, capsys):
+    """Alone it is an error; beside a kernel the report has a row that says why, and constraining is an error."""
+    arrays, refused, message = FACTORS[name]
+    arrays = {
+        key: np.asarray(array, np.float32 if array.dtype == np.float64 else None) for key, array in arrays.items()
+    }
+    if suffix == ".safetensors" and name == "foreign byte order":
+        pytest.skip("the format has no byte orders")
+    path, out = tmp_path / ("net" + suffix), tmp_path / ("out" + suffix)
+    save = safetensors.numpy.save_file if suffix == ".safetensors" else lambda tree, file: np.savez(file, **tree)
+    save(arrays, path)
+    common = ["--input-shape", 8, 8, "--padding", 1]
+    assert re.search(f"{re.escape(refused[-1])}.*{message}", fails(capsys, "report", path, *common))
+    other = "d/kernel" if "Flax" in name else "d.weight"
+    save(arrays | {other: FIRST if "Flax" in name else KERNEL}, path)
+    facts, _ = report(capsys, path, *common)
+    rows = {row["path"]: row for row in facts["layers"]}
+    assert set(rows) == {other, *refused}
+    for key in refused:
+        assert re.search(message, rows[key]["reason"]) and rows[key]["upper"] is None
+    assert re.search(message, fails(capsys, "constrain", path, out, "--max-norm", 1, *common)) and not out.exists()
+    without = ["--exclude", "^(" + "|".join(map(re.escape, refused)) + ")$"]
+    assert main([*map(str, ["constrain", path, out, "--max-norm", 1, *common, *without])]) == 0
+    made = safetensors.numpy.load_file(out) if suffix == ".safetensors" else dict(np.load(out))
+    for key in arrays:
+        assert made[key].tobytes() == arrays[key].tobytes()
+    assert oracle_norm(made[other], "HWIO" if "Flax" in name else "OIHW") <= 1
+
+
+def test_masks_of_four_axes_are_no_kernels(tmp_path, capsys):
+    np.savez(tmp_path / "net.npz", **{"c.weight": KERNEL, "attention.bias": np.ones((1, 1, 8, 8), bool)})
+    facts, _ = report(capsys, tmp_path / "net.npz", "--input-shape", 8, 8)
+    assert facts["skipped"] == ["attention.bias"]
+
+
+def test_one_thread_of_openblas(npz):
+    """Set before the library that reads it is loaded: no threads but XLA's are started for a factorisation."""
+    script = (
+        "import os, sys; from opnorm_jax._cli.main import main; main(sys.argv[1:]); "
+        "print(os.environ['OPENBLAS_NUM_THREADS'], 'scipy.linalg' in sys.modules, file=sys.stderr)"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
+    env["PYTHONPATH"] = os.pathsep.join(sys.path)
+    probe = "from opnorm_jax._cli import main; import sys; sys.exit('scipy.linalg' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", probe], env=env, timeout=300).returncode == 0
+    command = [sys.executable, "-c", script, "report", npz, *LAYERS]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.stderr.splitlines()[-1].split() == ["1", "True"], done.stderr
 
 
 def oracle_norm(kernel, layout, **geometry):
@@ -234,7 +352,7 @@ def test_stacked_kernels(tmp_path, capsys):
     path, out = tmp_path / "net.npz", tmp_path / "out.npz"
     np.savez(path, **{"blocks/kernel": np.stack([FIRST, FIRST / 100])})
     (tmp_path / "layers.json").write_text('{"blocks": {"input_shape": [8, 8], "padding": [1, 1], "stacked": 1}}')
-    command = ["constrain", str(path), str(out), "--max-norm", "1", "--input-shapes", str(tmp_path / "layers.json")]
+    command = ["constrain", str(path), str(out), "--max-norm", "1", "--layers", str(tmp_path / "layers.json")]
     assert main(command) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].startswith("blocks/kernel[0]") and lines[3].startswith("blocks/kernel[1]")
@@ -273,26 +391,26 @@ def test_pickles_are_never_loaded(tmp_path, capsys, monkeypatch):
 
 # name: (arguments after the file, message)
 USAGE = {
-    "no input shape": ([], "pass --input-shape 32 32"),
+    "no input shape": ([], "conv1.weight: no input shape given: --input-shape, or --layers"),
     "batch and channels": (["--input-shape", "1", "8", "8", "3"], "no batch, no channels"),
     "zero pixels": (["--input-shape", "0", "8"], "conv1.weight.*input_shape to be at least 1"),
     "wrong layout": (["--input-shape", "2", "2", "--layout", "HWIO"], "conv1.weight.*looks like OIHW"),
     "no layout": (["--input-shape", "8", "8", "--layout", "NCHW"], "--layout to be a permutation of HWIO.*'NCHW'"),
-    "padding": (["--input-shape", "8", "8", "--padding", "reflect"], "expected SAME, VALID, CIRCULAR.*'reflect'"),
+    "padding": (["--input-shape", "8", "8", "--padding", "same-ish"], "expected padding.*'SAME-ISH'"),
     "no output": (["--input-shape", "2", "2", "--padding", "VALID"], "conv1.weight.*at least one output pixel"),
-    "unknown layer": (["--layer", "cnov1=8,8"], r"'cnov1' matches no array.*did you mean 'conv1'\?"),
-    "not a kernel": (
-        ["--input-shape", "8", "8", "--layer", "bn.running_mean=8,8"],
-        r"expected a kernel of 4 axes.*\(4,\)",
+    "too many strides": (
+        ["--input-shape", "8", "8", "--strides", "1", "2", "3"],
+        "conv1.weight.*strides to be an int or 2",
     ),
-    "layer's syntax": (["--layer", "conv1"], r"'conv1': expected PATTERN=H,W\[:stride"),
-    "layer's option": (["--layer", "conv1=8,8:strife=2"], r"unknown option 'strife' \(did you mean 'stride'"),
-    "layer's number": (["--layer", "conv1=8,8:stride=two"], "expected a number.*'two'"),
-    "groups": (["--layer", "conv1=8,8:groups=3"], "conv1.weight.*multiple of feature_group_count=3"),
+    "stride that is no number": (
+        ["--input-shape", "8", "8", "--strides", "two"],
+        "--strides: invalid int value: 'two'",
+    ),
+    "too many pads": (["--input-shape", "8", "8", "--padding", "1", "2", "3"], "conv1.weight.*padding"),
     "nothing selected": (["--input-shape", "8", "8", "--include", "fc"], "no convolution kernels are left"),
     "regex": (["--input-shape", "8", "8", "--include", "("], "not a regular expression"),
     "no such flag": (["--inputshape", "8"], "unrecognized arguments"),
-    "no such file of shapes": (["--input-shapes", "nowhere.json"], "not a readable JSON file"),
+    "no such file of shapes": (["--layers", "nowhere.json"], "not a readable JSON file"),
     "picture's format": (["--input-shape", "8", "8", "--plot", "out.txt"], "expected a picture's suffix"),
     "picture's folder": (["--input-shape", "8", "8", "--plot", "no/where.png"], "folder does not exist"),
 }
@@ -329,7 +447,7 @@ def test_broken_files(npz, tensors, run, tmp_path, capsys):
     (folder / "state" / "_METADATA").write_text("{")
     assert "not a readable orbax checkpoint" in fails(capsys, "report", folder, *shape)
     (tmp_path / "shapes.json").write_text('{"*": {"input_shape": [8, 8], "stride": 2}}')
-    assert "unknown ['stride']" in fails(capsys, "report", npz, "--input-shapes", tmp_path / "shapes.json")
+    assert "unknown ['stride']" in fails(capsys, "report", npz, "--layers", tmp_path / "shapes.json")
 
 
 @pytest.mark.parametrize(
@@ -339,16 +457,22 @@ def test_broken_files(npz, tensors, run, tmp_path, capsys):
         ('{"*": 8}', r'expected \{"PATTERN": \{"input_shape"'),
         ('{"*": {"input_shape": 8}}', "input_shape to be a list of ints.*8"),
         ('{"*": {"input_shape": [8, 8], "stacked": "1"}}', "stacked an int.*'1'"),
+        ('{"cnov1": {"input_shape": [8, 8]}}', r"'cnov1' matches no array.*did you mean 'conv1'\?"),
+        ('{"bn.running_mean": {"input_shape": [8, 8]}}', r"bn.running_mean: expected a kernel of 4 axes.*\(4,\)"),
+        ('{"conv1": {"input_shape": [8, 8], "strife": 2}}', "unknown .'strife'.; expected some of input_shape"),
+        ('{"conv1": {"input_shape": [8, 8], "strides": "two"}}', "conv1.weight.*strides to be made of ints"),
+        ('{"conv1": {"input_shape": [8, 8], "feature_group_count": 3}}', "multiple of feature_group_count=3"),
+        ("[" * 100_000, "not a readable JSON file"),
     ],
 )
 def test_odd_files_of_shapes(npz, tmp_path, capsys, content, message):
     (tmp_path / "shapes.json").write_text(content)
-    assert re.search(message, fails(capsys, "report", npz, "--input-shapes", tmp_path / "shapes.json"))
+    assert re.search(message, fails(capsys, "report", npz, "--layers", tmp_path / "shapes.json"))
 
 
 def test_layouts_given_one_by_one_are_not_assumed(npz, tmp_path, capsys):
     (tmp_path / "shapes.json").write_text('{"conv*": {"input_shape": [8, 8], "kernel_layout": "OIHW"}}')
-    facts, _ = report(capsys, npz, "--input-shapes", tmp_path / "shapes.json", "--include", "conv1")
+    facts, _ = report(capsys, npz, "--layers", tmp_path / "shapes.json", "--include", "conv1")
     assert facts["layers"][0]["conv"]["kernel_layout"] == "OIHW" and not facts["notes"]
 
 
@@ -460,20 +584,28 @@ def test_names_and_shapes_must_agree(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "text, expected",
-    [("same", "SAME"), ("1", 1), ("1x2", [(1, 1), (2, 2)]), ("0:1x1", [(0, 1), (1, 1)]), ("-1:2", (-1, 2))],
+    "given, expected",
+    [
+        (["same"], "SAME"),
+        (["1"], [[1, 1], [1, 1]]),
+        (["1", "2"], [[1, 1], [2, 2]]),
+        (["-1"], [[-1, -1], [-1, -1]]),
+    ],
+    ids=str,
 )
-def test_padding_spelled(text, expected):
-    assert layers.parse_padding(text) == expected
+def test_padding_by_flag(given, expected, npz, capsys):
+    facts, _ = report(capsys, npz, "--input-shape", 8, 8, "--padding", *given)
+    assert facts["layers"][0]["conv"]["padding"] == expected
 
 
-def test_a_pair_of_pads_goes_to_every_axis(npz, capsys):
-    facts, _ = report(capsys, npz, "--input-shape", 8, 8, "--padding", "0:1")
-    assert facts["layers"][0]["conv"]["padding"] == [[0, 1], [0, 1]]
+def test_pads_of_two_sides_by_file(npz, tmp_path, capsys):
+    (tmp_path / "layers.json").write_text('{"conv1": {"input_shape": [8, 8], "padding": [[0, 1], 2]}}')
+    facts, _ = report(capsys, npz, "--layers", tmp_path / "layers.json", "--include", "conv1")
+    assert facts["layers"][0]["conv"]["padding"] == [[0, 1], [2, 2]]
 
 
 def test_temporary_files_vanish_after_an_error(tmp_path):
-    with pytest.raises(ZeroDivisionError), checkpoint.written_whole(tmp_path / "out") as temporary:
+    with pytest.raises(ZeroDivisionError), checkpoint.atomic_write(tmp_path / "out") as temporary:
         assert temporary.parent == tmp_path
         raise ZeroDivisionError
     assert not list(tmp_path.iterdir())

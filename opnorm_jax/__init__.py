@@ -5,7 +5,7 @@ Start with :func:`singular_values`, :func:`operator_norm_bounds` and :func:`cons
 
 from opnorm_jax._conv import Conv, Unknown
 from opnorm_jax._execution import Execution
-from opnorm_jax._kernel.bounds import Bounds, operator_norm, operator_norm_bounds, operator_norm_upper_bound
+from opnorm_jax._kernel.bounds import Bounds, operator_norm_bounds, operator_norm_upper_bound
 from opnorm_jax._kernel.constrain import (
     clip_operator_norm,
     project_operator_norm,
@@ -13,6 +13,7 @@ from opnorm_jax._kernel.constrain import (
     rescale_operator_norm,
 )
 from opnorm_jax._kernel.nearest import ProjectionInfo
+from opnorm_jax._kernel.norm import operator_norm
 from opnorm_jax._kernel.spectrum import singular_values
 from opnorm_jax._program.find_convs import find_convs
 from opnorm_jax._program.lipschitz import lipschitz_bound

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import operator
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -228,11 +227,6 @@ def layout(kernel_layout: str | None, rank: int) -> str:
             f"{'OI' + SPATIAL_LETTERS[rank]!r}."
         )
     return kernel_layout
-
-
-def prod(values: Sequence[int]) -> int:
-    """Product of static ints."""
-    return math.prod(values)
 
 
 def _canonical_layout(rank: int) -> str:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 import opnorm_jax as oj
-from opnorm_jax._blocks import factorizations
+from opnorm_jax._blocks import factor
 
 
 def make_constraint(constraint: str, max_norm: float, convs: Any, every: int) -> optax.GradientTransformation | None:
@@ -72,7 +72,7 @@ def clip_reshaped(params: Any, max_norm: float, convs: Any) -> Any:
 
 def clip_matrices(stack: jax.Array, max_norm: float) -> jax.Array:
     """Singular values of (c, m, n) matrices cut at ``max_norm``; a matrix with none above it comes back bit for bit."""
-    square, vectors = factorizations.eigh(factorizations.gram(stack))
+    square, vectors = factor.eigh(factor.gram(stack))
     values = jnp.sqrt(jnp.maximum(square, 0))
     excess = jnp.where(values > max_norm, 1 - max_norm / values, 0)[:, None, :]
     product = lambda a, b: jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

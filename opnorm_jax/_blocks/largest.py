@@ -1,18 +1,22 @@
-r"""The largest singular value over a large grid of frequencies, most of which are never looked at.
+r"""The largest singular value of a stack of blocks, or of all blocks of a frequency grid.
 
-Let s be the largest value on the grid, u and v its singular vectors, S >= s the supremum over all frequencies. Along
-each axis :math:`\mathrm{Re}\, u^H F(\omega) v`, once centred, is a real function of exponential type d, half the span
-of the taps, and at most S in modulus. By Bernstein and Szegő's inequality (Duffin and Schaeffer's for such functions)
-it is :math:`S \cos\theta` with :math:`|\theta'| \le d`, so that at distances :math:`\delta_a` along the axes
+**Elimination.** Blocks are taken in the order of a rough estimate. One that a Cholesky factorisation shows to be below
+the largest value so far is not decomposed. That costs a third of all values.
+
+**Branch and bound** over a large grid, most of whose frequencies are never looked at. Let s be the largest value on the
+grid, u and v its singular vectors, S >= s the supremum over all frequencies. Along each axis
+:math:`\mathrm{Re}\, u^H F(\omega) v`, once centred, is a real function of exponential type d, half the span of the
+taps, and at most S in modulus. By the inequality of Bernstein and Szegő (of Duffin and Schaeffer for such functions) it
+is :math:`S \cos\theta` with :math:`|\theta'| \le d`, so that at distances :math:`\delta_a` along the axes
 
 .. math:: \|F(\omega + \delta)\| \ge S \cos(\arccos(s / S) + r)
     \ge s\, (\cos r - \sqrt{(S/s)^2 - 1}\, \sin r), \qquad r = \textstyle\sum_a d_a |\delta_a|,
 
-where S / s is bounded by M. Riesz's lemma, as in :func:`operator_norm_upper_bound`. So a frequency whose norm is below
-that share of a value already found is not within :math:`\delta` of the largest. Cells of frequencies shrink by halves
-from level to level; of each level only the cells' centres are looked at, and of those only the ones that no earlier
-level has ruled out. The value found is that of one of the grid's own blocks: the answer is exact, and its cost depends
-little on the size of the grid.
+where S / s is bounded by M. Riesz's lemma, as in :func:`operator_norm_upper_bound`. So if the norm at a frequency is
+below that share of a value already found, then no frequency within :math:`\delta` of it holds the largest value. Cells
+of frequencies shrink by halves from level to level. On each level only the centres of cells are looked at, and of those
+only the ones that no earlier level has ruled out. The value found is that of one of the grid's own blocks: the answer
+is exact, and its cost depends little on the size of the grid.
 """
 
 from __future__ import annotations
@@ -25,15 +29,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Complex, Float
 
-from opnorm_jax._blocks import factorizations
-from opnorm_jax._blocks.symbol import Plan, half_grid, overshoot, phases, rounding, span, symbol
+from opnorm_jax._blocks import factor
+from opnorm_jax._blocks.batching import one_by_one, stackwise
+from opnorm_jax._blocks.symbol import phases, symbol
+from opnorm_jax._geometry import Plan, half_grid, overshoot, span
+from opnorm_jax._rounding import elimination_limit, possible_limit, rounding
+
+_HIGHEST = lax.Precision.HIGHEST
 
 _POINTS = 4
-"""Centres an axis and unit of span on the first level: fewer rule out hardly a cell."""
+"""Centres per axis and unit of span on the first level. With fewer, hardly a cell is ruled out."""
 _CHUNK = 32
-"""Blocks looked at together."""
+"""Number of blocks that are looked at together."""
 
 
 class Levels(NamedTuple):
@@ -53,7 +62,7 @@ class Found(NamedTuple):
 
 @functools.lru_cache(maxsize=128)
 def levels(plan: Plan) -> Levels | None:
-    """None if the grid is too small for a search to pay."""
+    """Returns the cells of a plan's grid, or None if the grid is too small for a search to pay."""
     grid = plan.grid
     spans = [span(axis) for axis in plan.axes]
     if any(n <= width for n, width in zip(grid, spans, strict=True)):
@@ -69,9 +78,9 @@ def levels(plan: Plan) -> Levels | None:
 
 
 def pays(plan: Plan, devices: int) -> bool:
-    """Whether a search is likely to be faster than all frequencies divided among so many devices.
+    """Decides whether a search is likely to be faster than all frequencies divided among this number of devices.
 
-    They would search all alike, and on a CPU in one another's way.
+    In a search all devices would do the same work, and on a CPU they would hinder one another.
     """
     found = levels(plan)
     if found is None:
@@ -80,27 +89,12 @@ def pays(plan: Plan, devices: int) -> bool:
     return (2 if devices == 1 else 32 * devices) * first < math.prod(plan.grid)
 
 
-def largest(taps: Float[Array, "tau g m n"], plan: Plan, chunk_bytes: int) -> Found:
-    """The largest singular value. For CPUs.
-
-    ``vmap`` takes one kernel after the other. Not differentiable.
-    """
-    return _largest(plan, chunk_bytes)(taps)
+def search(taps: Float[Array, "tau g m n"], plan: Plan, chunk_bytes: int) -> Found:
+    """Finds the largest singular value over the plan's grid by branch and bound. For CPUs; not differentiable."""
+    return one_by_one(_search, plan, chunk_bytes)(taps)
 
 
-@functools.lru_cache(maxsize=512)
-def _largest(plan, chunk_bytes):
-    one = jax.custom_batching.custom_vmap(jax.jit(functools.partial(_search, plan=plan, chunk_bytes=chunk_bytes)))
-
-    @one.def_vmap
-    def rule(axis_size, in_batched, taps):
-        found = lax.map(one, taps)
-        return found, jax.tree.map(lambda _: True, found)
-
-    return one
-
-
-def _search(taps, plan, chunk_bytes):
+def _search(plan, chunk_bytes, taps):
     found = levels(plan)
     assert found is not None
     g, m, n = taps.shape[1:]
@@ -129,7 +123,7 @@ def _search(taps, plan, chunk_bytes):
             picked = lax.dynamic_slice(order, (done,), (chunk,))
             blocks = symbol(taps, phases(frequencies[picked], plan, taps.dtype)).reshape(-1, m, n)
             valid = jnp.repeat(done + jnp.arange(chunk, dtype=jnp.int32) < left, g)
-            norms, some = factorizations.largest_above(blocks, valid, best.value, share)
+            norms, some = largest_above(blocks, valid, best.value, share)
             at = lax.argmax(norms, 0, jnp.int32)
             new = Found(norms[at], picked[at // g], at % g)
             better = ~(new.value <= best.value)  # NaN counts as the largest, and ends the search
@@ -145,3 +139,93 @@ def _search(taps, plan, chunk_bytes):
     items = np.int32(found.sides), jnp.asarray(shares, taps.dtype), last
     (best, *_), _ = lax.scan(level, (nothing, jnp.ones(count, bool), jnp.zeros(count, bool)), items)
     return best
+
+
+def largest_singular_values(blocks: Complex[Array, "c m n"]) -> Float[Array, " c"]:
+    """Computes the largest singular value of each block. Returns 0 for a block whose own is not the largest of all.
+
+    By elimination; accurate to a few eps, at near ties too (which projections make). Not differentiable.
+    """
+    if min(blocks.shape[-2:]) <= factor.JACOBI_SIDE:
+        return factor.singular_values(blocks)[:, 0]
+    return _largest(blocks[None])[0]
+
+
+def largest_above(
+    blocks: Complex[Array, "c m n"],
+    valid: Bool[Array, " c"],
+    best: Float[Array, ""],
+    share: Float[Array, ""],
+) -> tuple[Float[Array, " c"], Bool[Array, " c"]]:
+    """Computes the largest singular value of each block, by elimination. Only ``valid`` blocks count.
+
+    Returns 0 for every block whose largest value is not above ``best`` and above those of all other blocks. Also
+    returns whether a block's largest value may be as large as that ``share`` of the largest of all. For a CPU, and not
+    under ``vmap``.
+    """
+    if min(blocks.shape[-2:]) <= factor.JACOBI_SIDE:
+        norms = jnp.where(valid, factor.singular_values(blocks)[:, 0], 0)
+        return norms, valid & ~(norms < share * jnp.maximum(best, jnp.max(norms)))
+    return _eliminate(factor.gram(blocks), valid, best, share)
+
+
+def _eliminate(grams, valid, best, share):
+    """:func:`largest_above` of Gram matrices; without a ``share`` every valid block counts as possible."""
+
+    def one(best, at):
+        def look(_):
+            if share is None:
+                return _root_unless_below(grams[at], best), True
+            low = factor.is_below(grams[at], possible_limit(share * best))
+            value = lax.cond(low, lambda *_: jnp.zeros((), best.dtype), _root_unless_below, grams[at], best)
+            return value, ~low
+
+        value, possible = lax.cond(valid[at], look, lambda _: (jnp.zeros((), best.dtype), False), None)
+        return jnp.maximum(best, value), (at, value, possible)
+
+    order = jnp.argsort(jnp.where(valid, -_estimates(grams), 0))
+    _, (at, values, possible) = lax.scan(one, best, order)
+    return jnp.zeros_like(values).at[at].set(values), jnp.zeros_like(valid).at[at].set(possible)
+
+
+@stackwise
+def _largest(stacks: Complex[Array, "b c m n"]) -> Float[Array, "b c"]:
+    def eliminate(blocks):
+        grams = factor.gram(blocks)
+        return _eliminate(grams, jnp.ones(len(grams), bool), jnp.zeros((), grams.real.dtype), None)[0]
+
+    return lax.platform_dependent(stacks, cpu=lambda stacks: lax.map(eliminate, stacks), default=_largest_together)
+
+
+def _estimates(grams):
+    """Estimates the Gram matrices' largest eigenvalues roughly, from below, up to a factor common to all."""
+    v = jnp.asarray(np.random.default_rng(0).standard_normal((grams.shape[-1], 1)), grams.dtype)
+    v = jnp.broadcast_to(v, (*grams.shape[:-1], 1))
+    size = jnp.ones((*grams.shape[:-2], 1, 1), grams.real.dtype)
+    for _ in range(3):
+        v = jnp.matmul(grams, v / size.astype(grams.dtype), precision=_HIGHEST)
+        length = jnp.sqrt(jnp.sum(v.real**2 + v.imag**2, axis=(-1, -2), keepdims=True))
+        size = jnp.where(length > 0, length, 1)
+    return length[..., 0, 0]
+
+
+def _root_unless_below(gram, value):
+    """Returns the root of the largest eigenvalue, or 0 if a Cholesky factorisation shows that ``value`` is as large."""
+    nothing = lambda _: jnp.zeros((), value.dtype)
+    root = lambda gram: jnp.sqrt(jnp.maximum(factor.batched_eigh(gram)[0][-1], 0))
+    return lax.cond(factor.is_below(gram, elimination_limit(value)), nothing, root, gram)
+
+
+def _largest_together(stacks: Complex[Array, "b c m n"]) -> Float[Array, "b c"]:
+    """Treats all blocks at once, for accelerators: decomposes an eighth of them, and all if that is not enough."""
+    grams = factor.gram(stacks)
+    root = lambda grams: jnp.sqrt(jnp.maximum(factor.batched_eigh(grams)[0][..., -1], 0))
+    _, picked = lax.top_k(_estimates(grams), -(-grams.shape[1] // 8))
+    some = root(jnp.take_along_axis(grams, picked[..., None, None], axis=1))
+    settled = factor.is_below(
+        grams, jnp.broadcast_to(elimination_limit(jnp.max(some, axis=1, keepdims=True)), grams.shape[:2])
+    )
+    # The picked ones themselves may fail the test by a rounding error.
+    settled = jnp.put_along_axis(settled, picked, True, axis=1, inplace=False)
+    values = jnp.put_along_axis(jnp.zeros(grams.shape[:2], some.dtype), picked, some, axis=1, inplace=False)
+    return lax.cond(settled.all(), lambda _: values, root, grams)

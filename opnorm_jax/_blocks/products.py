@@ -29,7 +29,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Complex, Float
 
-from opnorm_jax._blocks.factorizations import gram
+from opnorm_jax._blocks.factor import gram
 
 _HIGHEST = lax.Precision.HIGHEST
 _LARGEST_STRETCH = 1.4
@@ -38,7 +38,7 @@ ROUGH = 6
 
 
 def norms(blocks: Complex[Array, "*c m n"], squarings: int | None = None) -> Float[Array, "*c"]:
-    """The largest singular value of each block, from above: to a rounding error, unless ``squarings`` are fewer."""
+    """Computes each block's largest singular value from above: to a rounding error, unless ``squarings`` are fewer."""
     power = gram(blocks)
     if squarings is None:
         squarings = _exact_squarings(power.shape[-1], power.real.dtype)
@@ -58,8 +58,10 @@ def norms(blocks: Complex[Array, "*c m n"], squarings: int | None = None) -> Flo
 def excess(
     blocks: Complex[Array, "c m n"], bound: Float[Array, ""], squarings: int | None = None
 ) -> tuple[Complex[Array, "c m n"], Float[Array, " c"], Float[Array, " c"]]:
-    """What a clip at ``bound`` takes off each block; the sum of the singular values of that; the block's largest, as
-    :func:`norms` has it."""
+    """Computes what a clip at ``bound`` takes off each block.
+
+    Also returns the sum of the singular values of that, and each block's largest, as :func:`norms` has it.
+    """
     if blocks.shape[-1] > blocks.shape[-2]:
         part, nuclear, largest = excess(blocks.swapaxes(-1, -2), bound, squarings)
         return part.swapaxes(-1, -2), nuclear, largest
@@ -80,7 +82,7 @@ def excess(
 
 
 def _sign(x, lowest, square):
-    """Every singular value (or eigenvalue) of ``x`` from ``lowest`` (at least 4 eps) to 1 in modulus taken to 1, or -1.
+    """Takes every singular value (or eigenvalue) of ``x`` from ``lowest`` (at least 4 eps) to 1 in modulus to 1, or -1.
 
     ``square`` gives xᴴx.
     """

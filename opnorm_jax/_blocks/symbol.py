@@ -1,27 +1,14 @@
-r"""From a kernel to its symbol's blocks, one small matrix per frequency, and back.
+"""From a kernel to its symbol's blocks, one small matrix per frequency, and back (see _geometry.py for the formula).
 
-Any convolution on a circle of ``period`` pixels, with stride s, input dilation e and kernel dilation d,
-
-.. math:: y_t = \sum_j K_j\, x_p \quad\text{over all taps with } s t + d j - lo \equiv e p \pmod{period},
-
-is block-circulant once outputs are gathered in runs of L/s and inputs in runs of L/e, L = lcm(s, e): write
-t = (L/s) t' + u and p = (L/e) p' + v, then tap j couples input phase v to output phase u at offset
-tau = (s u - e v + d j - lo) / L (where that is an integer), on a coarse grid of period / L. So *every* case is an
-ordinary stride-1 convolution on the coarse grid with (L/e) i inputs and (L/s) o outputs, and its singular values are
-those of the matrices
-
-.. math:: F(\omega) = \sum_\tau B_\tau \exp(2 \pi i\, \omega \cdot \tau), \qquad \omega \in \text{coarse grid}.
-
-A real kernel has F(-omega) = conj F(omega), so half of the grid is enough. Frequencies are evaluated by direct phases,
-one real matrix product; no FFT (``jnp.fft`` crops kernels larger than the image, and can deadlock on a CPU).
+Frequencies are evaluated by direct phases, one real matrix product. No FFT is used: ``jnp.fft`` crops kernels larger
+than the image, and it can deadlock on a CPU.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,137 +16,21 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Complex, Float
 
-from opnorm_jax._conv import Conv, prod
 from opnorm_jax._execution import Execution
-
-
-class Axis(NamedTuple):
-    """One spatial axis of a convolution on a circle; static and hashable."""
-
-    period: int  # pixels of the (dilated) input's circle
-    taps: int
-    stride: int
-    input_dilation: int
-    kernel_dilation: int
-    low: int  # offset of the first tap; matters only where stride and input dilation both exceed 1
-
-    @property
-    def run(self) -> int:
-        """L: pixels of the circle per point of the coarse grid."""
-        return math.lcm(self.stride, self.input_dilation)
-
-
-class Plan(NamedTuple):
-    """What turns a kernel into blocks: one ``Axis`` per spatial axis, and the number of groups."""
-
-    axes: tuple[Axis, ...]
-    groups: int
-
-    @property
-    def grid(self) -> tuple[int, ...]:
-        return tuple(axis.period // axis.run for axis in self.axes)
-
-
-class _Couplings(NamedTuple):
-    """How one axis' taps enter its block taps: ``place[tau, v, u, j]`` is 1 where tap j does."""
-
-    offsets: tuple[int, ...]
-    place: np.ndarray
-
-
-class Half(NamedTuple):
-    """Half of a frequency grid: one of each pair (omega, -omega)."""
-
-    frequencies: np.ndarray  # (nf, D) integers
-    weights: np.ndarray  # (nf,) 2 for a pair, 1 for a self-conjugate frequency, over the number of grid points
-    expand: np.ndarray  # (number of grid points,) where each grid point's representative stands
-
-
-def circular_plan(conv: Conv, taps: tuple[int, ...]) -> Plan | None:
-    """The plan of a circular convolution on its own grid; ``None`` if a stride does not divide that grid."""
-    axes = []
-    for n, k, s, e, d in zip(
-        conv.input_shape, taps, conv.strides, conv.input_dilation, conv.kernel_dilation, strict=True
-    ):
-        if (n * e) % s:
-            return None
-        axes.append(Axis(n * e, k, s, e, d, (d * (k - 1)) // 2))
-    return Plan(tuple(axes), conv.feature_group_count)
-
-
-def span(axis: Axis) -> int:
-    """Largest less smallest offset of the block taps (read off a circle too large for any of them to fold)."""
-    large = axis._replace(period=axis.run * 10**6)
-    signed = [tau - 10**6 if tau > 10**6 // 2 else tau for tau in couplings(large).offsets]
-    return max(signed) - min(signed)
-
-
-def overshoot(span: int, grid: int) -> float:
-    """How far the supremum over all frequencies can be above the largest norm on a grid (M. Riesz): a factor."""
-    return 1 / math.cos(math.pi * span / (2 * grid))
-
-
-def distinct(plan: Plan) -> Plan:
-    """The plan with each different block once, but for phases: norms, clips and projections need no more.
-
-    A single tap has the same block at every frequency. Taps d pixels apart, on a circle of N pixels, have the blocks of
-    adjacent taps on N / gcd(d, N) pixels, in another order.
-    """
-    axes = []
-    for axis in plan.axes:
-        if len(couplings(axis).offsets) == 1:
-            axis = axis._replace(period=axis.run)
-        elif axis.run == 1:
-            axis = axis._replace(period=axis.period // math.gcd(axis.kernel_dilation, axis.period), kernel_dilation=1)
-        axes.append(axis)
-    return Plan(tuple(axes), plan.groups)
-
-
-@functools.lru_cache(maxsize=128)
-def positions(plan: Plan) -> np.ndarray:
-    """Where the block of each of the plan's grid points stands in the half grid of :func:`distinct`."""
-    once = distinct(plan).grid
-    flat = np.zeros((), np.int32)
-    for axis, own, size in zip(plan.axes, plan.grid, once, strict=True):
-        step = axis.kernel_dilation // (own // size) if axis.run == 1 else 1
-        flat = flat[..., None] * size + np.arange(own) * step % size
-    return half_grid(once).expand[flat]
-
-
-@functools.lru_cache(maxsize=512)
-def couplings(axis: Axis) -> _Couplings:
-    """Offsets on the coarse grid, and the 0/1 array that places each tap there."""
-    run, grid = axis.run, axis.period // axis.run
-    ins, outs = run // axis.input_dilation, run // axis.stride
-    if min(axis.stride, axis.input_dilation) > 1:
-        low = axis.low
-    else:  # a shift, which is unitary: chosen so that the taps meet at as few offsets as they can
-        low = axis.kernel_dilation * (axis.taps - 1) if axis.input_dilation > 1 else 0
-    entries: list[tuple[int, int, int, int]] = []
-    for j in range(axis.taps):
-        for u in range(outs):
-            for v in range(ins):
-                tau, rest = divmod(axis.stride * u - axis.input_dilation * v + axis.kernel_dilation * j - low, run)
-                if rest == 0:
-                    entries.append((tau % grid, v, u, j))
-    offsets = tuple(dict.fromkeys(entry[0] for entry in entries)) or (0,)
-    place = np.zeros((len(offsets), ins, outs, axis.taps), np.int8)
-    for tau, v, u, j in entries:
-        place[offsets.index(tau), v, u, j] += 1
-    return _Couplings(offsets, place)
+from opnorm_jax._geometry import Plan, couplings, half_grid
 
 
 def block_taps(kernel: Float[Array, "*taps i o"], plan: Plan) -> Float[Array, "tau g m n"]:
-    """The kernel as taps of the coarse, stride-1 convolution (B above); m inputs and n outputs per group."""
+    """Returns the kernel as taps of the coarse convolution of stride 1, with m inputs and n outputs per group."""
     return _couple(kernel, plan, [couplings(axis).place for axis in plan.axes])
 
 
 def kernel_from_block_taps(
     blocks: Float[Array, "tau g m n"], plan: Plan, channels: tuple[int, ...], *, adjoint: bool = False
 ) -> Float[Array, "*taps i o"]:
-    """The kernel whose block taps are nearest to ``blocks`` (or, with ``adjoint``, the transpose of block_taps).
+    """Returns the kernel whose block taps are nearest to ``blocks``; with ``adjoint``, the transpose of block_taps.
 
-    The two agree unless taps fold onto one another, i.e. the kernel is larger than the circle.
+    The two agree unless taps fold onto one another, that is, unless the kernel is larger than the circle.
     """
     factors = []
     for axis in plan.axes:
@@ -171,7 +42,7 @@ def kernel_from_block_taps(
 
 
 def squared_norm_of_coupling(plan: Plan) -> float:
-    """Squared operator norm of :func:`block_taps`: 1 unless taps fold onto one another."""
+    """Returns the squared operator norm of :func:`block_taps`: 1 unless taps fold onto one another."""
     matrices = [couplings(axis).place.reshape(-1, axis.taps).astype(np.float64) for axis in plan.axes]
     return float(np.prod([np.linalg.norm(matrix, 2) ** 2 for matrix in matrices]))
 
@@ -184,7 +55,7 @@ def _couple(kernel: jax.Array, plan: Plan, places: list[np.ndarray]) -> jax.Arra
     *taps, i, o = kernel.shape
     g, rank = plan.groups, len(taps)
     if all(_trivial(place) for place in places):
-        blocks = kernel.reshape(prod(taps), i, g, o // g)
+        blocks = kernel.reshape(math.prod(taps), i, g, o // g)
         return blocks.swapaxes(1, 2)
     out = kernel
     for place in reversed(places):  # each step consumes the last tap axis and puts (tau, v, u) in front
@@ -196,8 +67,8 @@ def _couple(kernel: jax.Array, plan: Plan, places: list[np.ndarray]) -> jax.Arra
     shape = out.shape
     out = out.reshape(*shape[:-1], g, o // g)
     out = out.transpose(*taus, 3 * rank + 1, *vs, 3 * rank, *us, 3 * rank + 2)
-    m, n = prod([shape[a] for a in vs]) * i, prod([shape[a] for a in us]) * (o // g)
-    return out.reshape(prod([shape[a] for a in taus]), g, m, n)
+    m, n = math.prod([shape[a] for a in vs]) * i, math.prod([shape[a] for a in us]) * (o // g)
+    return out.reshape(math.prod([shape[a] for a in taus]), g, m, n)
 
 
 def _uncouple(blocks: jax.Array, plan: Plan, channels: tuple[int, ...], factors: list[np.ndarray]) -> jax.Array:
@@ -220,20 +91,8 @@ def _uncouple(blocks: jax.Array, plan: Plan, channels: tuple[int, ...], factors:
     return out
 
 
-@functools.lru_cache(maxsize=128)
-def half_grid(grid: tuple[int, ...]) -> Half:
-    """Representatives of the pairs (omega, -omega) of a frequency grid."""
-    points = np.moveaxis(np.indices(grid), 0, -1).reshape(prod(grid), len(grid))
-    flat = np.arange(len(points))
-    mirrored = flat.reshape(grid)[tuple((-points % np.asarray(grid, int)).T)]
-    kept = flat <= mirrored
-    position = np.cumsum(kept) - 1
-    weights = np.where(flat == mirrored, 1.0, 2.0)[kept] / len(points)
-    return Half(points[kept].astype(np.int32), weights, position[np.minimum(flat, mirrored)].astype(np.int32))
-
-
 def phases(frequencies: jax.Array, plan: Plan, dtype: Any) -> Float[Array, "2c tau"]:
-    """Cosines, then sines, of the angle omega . tau, for the rows of ``frequencies`` and every block tap."""
+    """Returns cosines, then sines, of the angle omega . tau, for the rows of ``frequencies`` and every block tap."""
     cos, sin = jnp.ones((frequencies.shape[0], 1), dtype), jnp.zeros((frequencies.shape[0], 1), dtype)
     for a, axis in enumerate(plan.axes):
         n = plan.grid[a]
@@ -254,28 +113,17 @@ def phases(frequencies: jax.Array, plan: Plan, dtype: Any) -> Float[Array, "2c t
 
 
 def symbol(taps: Float[Array, "tau g m n"], phase: Float[Array, "2c tau"]) -> Complex[Array, "c g m n"]:
-    """The blocks at the frequencies whose phases are given."""
+    """Computes the blocks at the frequencies whose phases are given."""
     t, *block = taps.shape
     parts = jnp.matmul(phase, taps.reshape(t, -1), precision=lax.Precision.HIGHEST).reshape(2, -1, *block)
     return lax.complex(parts[0], parts[1])
 
 
 def symbol_adjoint(blocks: Complex[Array, "c g m n"], phase: Float[Array, "2c tau"]) -> Float[Array, "tau g m n"]:
-    """The transpose of :func:`symbol` over the reals."""
+    """Applies the transpose of :func:`symbol` over the reals."""
     c, *block = blocks.shape
     parts = jnp.concatenate([blocks.real.reshape(c, -1), blocks.imag.reshape(c, -1)])
     return jnp.matmul(phase.T, parts, precision=lax.Precision.HIGHEST).reshape(-1, *block)
-
-
-def rounding(kernel_shape: Sequence[int], dtype: Any) -> float:
-    r"""Relative rounding error allowed for in a computed norm, when it is to be a bound.
-
-    The symbol is a sum of ``taps`` products and the factorisation of an r x r matrix is backward stable: the
-    first-order worst cases are about taps and r units of rounding; what is seen is their square roots.
-    """
-    *taps, i, o = kernel_shape
-    side = min(i, o)
-    return float(jnp.finfo(dtype).eps) * (16 + prod(taps) ** 0.5 + 4 * side**0.5)
 
 
 def scan_frequencies(
@@ -290,11 +138,12 @@ def scan_frequencies(
 
     ``weights`` are zero on the padding of the last chunk (which repeats the frequency 0). ``xs`` is an optional tree
     with one row per frequency. Returns the last carry and the outs, one row per frequency of the half grid. The carry
-    is a sum that starts at zero: with a mesh, each device has its own share of the frequencies, and they are added.
+    must be a sum that starts at zero: with a mesh, each device has its own share of the frequencies, and the devices'
+    sums are added.
     """
     half = half_grid(plan.grid)
     nf, devices = len(half.frequencies), execution.mesh.size if execution.mesh else 1
-    fitting = execution.chunk_bytes // (2 * taps.dtype.itemsize * prod(taps.shape[1:]))
+    fitting = execution.chunk_bytes // (2 * taps.dtype.itemsize * math.prod(taps.shape[1:]))
     chunk = max(1, min(-(-nf // devices), fitting))
     chunks = -(-nf // (devices * chunk))
     pad = devices * chunks * chunk - nf

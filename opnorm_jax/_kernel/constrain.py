@@ -1,4 +1,4 @@
-"""Bringing a kernel's operator norm down: the paper's clip, the nearest projection, and plain rescaling."""
+"""Three ways to bring a kernel's operator norm down: the paper's clip, the nearest projection, and rescaling."""
 
 from __future__ import annotations
 
@@ -13,25 +13,37 @@ from jaxtyping import Array, Float
 from opnorm_jax._conv import (
     Conv,
     as_conv,
-    canonical_kernel,
     canonical_shape,
     check_max_norm,
     compute_dtype,
-    restore_kernel,
 )
 from opnorm_jax._execution import Execution, check_execution
-from opnorm_jax._kernel.bounds import certifying_plan, check_output
-from opnorm_jax._kernel.clip import clip, fit, inside_tolerance
+from opnorm_jax._geometry import Geometry, resolve
+from opnorm_jax._kernel.clip import clip, fit
 from opnorm_jax._kernel.inside import norm_unless_inside
 from opnorm_jax._kernel.nearest import ProjectionInfo, dual_shape, nearest
-from opnorm_jax._kernel.spectrum import circular_norm, normalise
+from opnorm_jax._kernel.norm import circular_norm
+from opnorm_jax._kernel.prepare import prepare, restore
+from opnorm_jax._rounding import inside_tolerance
+
+
+class Options(NamedTuple):
+    """Static options of a constraint."""
+
+    tolerance: float = 1e-3  # of a projection
+    max_iterations: int = 200  # of a projection
+    norm_wanted: bool = False  # whether ``Constrained.norm`` must be the norm for kernels inside too
+    execution: Execution = Execution()
+
+
+DEFAULTS = Options()
 
 
 class Constrained(NamedTuple):
-    """A kernel after a constraint, with what was learnt on the way."""
+    """A kernel after a constraint, and what was found on the way."""
 
     kernel: jax.Array
-    norm: jax.Array  # shape=(): its norm before, on the certifying circle
+    norm: jax.Array  # shape=(): its norm before, on the circulant embedding; 0 if it is inside and that is not wanted
     changed: jax.Array  # shape=(), bool: False if the kernel was inside and came back as it was
     info: ProjectionInfo | None  # of a projection
 
@@ -43,11 +55,11 @@ def rescale_operator_norm(
     *,
     execution: Execution = Execution(),
 ) -> Float[Array, ...]:
-    """kernel * min(1, max_norm / upper bound): the cheapest way inside the ball, and a certified one.
+    """Computes kernel * min(1, max_norm / upper bound): the cheapest way inside the ball, and a certified one.
 
     The upper bound is :func:`operator_norm_bounds`'s, so the norm of the layer really used, padding and strides
     included, is at most ``max_norm``, besides the final rounding to the kernel's dtype. A kernel inside already (its
-    norm on the certifying circle at most ``max_norm``, to 32 eps) comes back bit for bit.
+    norm on the circulant embedding is at most ``max_norm``, to 32 eps) comes back bit for bit.
 
     Args:
       kernel: any real floating dtype, in ``conv.kernel_layout``; computed in float32, or float64 if it is float64.
@@ -72,8 +84,7 @@ def rescale_operator_norm(
       >>> bool(abs(oj.operator_norm(kernel, (8, 8)) - 1) < 1e-5)
       True
     """
-    check_execution(execution)
-    return constrained("rescale", kernel, conv, max_norm, execution=execution, norm_wanted=False).kernel
+    return constrained("rescale", kernel, conv, max_norm, Options(execution=execution)).kernel
 
 
 def clip_operator_norm(
@@ -83,13 +94,13 @@ def clip_operator_norm(
     *,
     execution: Execution = Execution(),
 ) -> Float[Array, ...]:
-    r"""The paper's clip (Appendix A), one shot: it does **not** bring the norm under ``max_norm``.
+    r"""Applies the paper's clip (Appendix A) once. It does **not** bring the norm under ``max_norm``.
 
     Every singular value of every frequency's block is cut at ``max_norm``, and of the resulting convolution only the
     kernel's own taps are kept. Keeping them moves the values again: the result's norm is typically 1.2 to 1.4 times
     ``max_norm``. For a bound that holds use :func:`project_operator_norm` (nearest) or :func:`rescale_operator_norm`.
 
-    For zero padding the blocks are those of the certifying circle (see :func:`operator_norm_bounds`).
+    For zero padding the blocks are those of the circulant embedding (see :func:`operator_norm_bounds`).
 
     Args:
       kernel: any real floating dtype, in ``conv.kernel_layout``; computed in float32, or float64 if it is float64.
@@ -120,8 +131,7 @@ def clip_operator_norm(
     References:
       Sedghi, Gupta and Long, `The Singular Values of Convolutional Layers <https://arxiv.org/abs/1805.10408>`_, 2019.
     """
-    check_execution(execution)
-    return constrained("clip", kernel, conv, max_norm, execution=execution, norm_wanted=False).kernel
+    return constrained("clip", kernel, conv, max_norm, Options(execution=execution)).kernel
 
 
 def project_operator_norm(
@@ -133,9 +143,9 @@ def project_operator_norm(
     max_iterations: int = 200,
     execution: Execution = Execution(),
 ) -> Float[Array, ...]:
-    r"""The nearest kernel (Frobenius distance) whose operator norm is at most ``max_norm``.
+    r"""Computes the nearest kernel (Frobenius distance) whose operator norm is at most ``max_norm``.
 
-    The norm is that on the certifying circle of :func:`operator_norm_bounds`, so the bound holds for the layer really
+    The norm is that on the circulant embedding of :func:`operator_norm_bounds`, so the bound holds for the layer really
     used. Solves
 
     .. math:: \min_{K'} \tfrac12 \|K' - K\|^2 \quad\text{subject to}\quad \|F_{K'}(\omega)\| \le max\_norm
@@ -176,9 +186,8 @@ def project_operator_norm(
       Beck and Teboulle, A fast iterative shrinkage-thresholding algorithm, 2009.
       O'Donoghue and Candes, Adaptive restart for accelerated gradient schemes, 2015.
     """
-    options = _checked_options(tolerance, max_iterations)
-    check_execution(execution)
-    return constrained("project", kernel, conv, max_norm, options, execution=execution, norm_wanted=False).kernel
+    options = _checked_options(tolerance, max_iterations, False, execution)
+    return constrained("project", kernel, conv, max_norm, options).kernel
 
 
 def project_operator_norm_info(
@@ -191,7 +200,7 @@ def project_operator_norm_info(
     dual: Float[Array, "2 nf g m n"] | None = None,
     execution: Execution = Execution(),
 ) -> tuple[Float[Array, ...], ProjectionInfo]:
-    """:func:`project_operator_norm`, with its certificate.
+    """Computes what :func:`project_operator_norm` does, and its certificate.
 
     Args: as there, and
 
@@ -211,82 +220,79 @@ def project_operator_norm_info(
       >>> bool(info.gap <= 1e-3 * info.distance)
       True
     """
-    options = _checked_options(tolerance, max_iterations)
-    check_execution(execution)
-    out = constrained("project", kernel, conv, max_norm, options, dual, execution)
-    assert out.info is not None  # the method is "project"
+    options = _checked_options(tolerance, max_iterations, True, execution)
+    out = constrained("project", kernel, conv, max_norm, options, dual)
+    assert out.info is not None  # the constraint is "project"
     return out.kernel, out.info
 
 
-def _checked_options(tolerance: float, max_iterations: int) -> tuple[float, int]:
+def _checked_options(tolerance: float, max_iterations: int, norm_wanted: bool, execution: Execution) -> Options:
     for name, value in (("tolerance", tolerance), ("max_iterations", max_iterations)):
         if isinstance(value, bool) or not isinstance(value, (int, float) if name == "tolerance" else int):
             raise TypeError(f"expected {name} to be a number that is static under jit, got {value!r}.")
         if not value > 0:
             raise ValueError(f"expected {name} to be positive, got {value}.")
-    return float(tolerance), max_iterations
+    return Options(float(tolerance), max_iterations, norm_wanted, execution)
 
 
 def initial_dual(kernel, conv: Conv) -> jax.Array:
-    """Zeros in the shape of a projection's dual variable, for a kernel or its ``ShapeDtypeStruct``."""
+    """Returns zeros in the shape of a projection's dual variable, for a kernel or its ``ShapeDtypeStruct``."""
     shape = canonical_shape(kernel, conv)
-    return jnp.zeros(dual_shape(shape, certifying_plan(conv, shape[:-2])), compute_dtype(kernel.dtype))
+    return jnp.zeros(dual_shape(shape, resolve(conv, shape).plan), compute_dtype(kernel.dtype))
 
 
 def constrained(
-    method: str,
-    kernel,
-    conv,
-    max_norm,
-    options: tuple[float, int] = (1e-3, 200),
-    dual=None,
-    execution: Execution = Execution(),
-    norm_wanted: bool = True,
+    constraint: str,
+    kernel: Float[Array, ...],
+    conv: Conv | Sequence[int],
+    max_norm: float | Float[Array, ""],
+    options: Options = DEFAULTS,
+    dual: jax.Array | None = None,
 ) -> Constrained:
-    """One of the three constraints by name, with what was found on the way.
-
-    If its norm is not wanted, a kernel inside the ball may be found so by a cheaper certificate, and the norm given is
-    then 0.
-    """
+    """Applies one of the three constraints by name, and returns what was found on the way."""
     conv = as_conv(conv)
+    check_execution(options.execution)
     check_max_norm(max_norm)
-    shape = canonical_shape(kernel, conv)
-    check_output(conv, shape)
-    if dual is not None and dual.shape != (expected := dual_shape(shape, certifying_plan(conv, shape[:-2]))):
+    geometry = resolve(conv, canonical_shape(kernel, conv))
+    if dual is not None and dual.shape != (expected := dual_shape(geometry.kernel_shape, geometry.plan)):
         raise ValueError(
             f"expected dual of shape {expected}, got {dual.shape}: pass info.dual of a call for the same kernel shape "
             "and Conv, or None."
         )
-    return _constrained(jnp.asarray(kernel), jnp.asarray(max_norm), dual, method, conv, options, execution, norm_wanted)
+    return _constrained(jnp.asarray(kernel), jnp.asarray(max_norm), dual, constraint, geometry, options)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7))
-def _constrained(kernel, max_norm, dual, method, conv, options, execution, norm_wanted):
-    small, scale = normalise(canonical_kernel(kernel, conv))
-    plan = certifying_plan(conv, small.shape[:-2])
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _constrained(kernel, max_norm, dual, constraint, geometry: Geometry, options: Options):
+    small, scale = prepare(kernel, geometry)
+    plan, execution = geometry.plan, options.execution
     bound = max_norm.astype(small.dtype) / scale
     info = None
-    before = lambda: (
-        circular_norm(small, plan, execution) if norm_wanted else norm_unless_inside(small, bound, plan, execution)
-    )
-    if method == "rescale":
-        norm = before()
-        moved = fit(small, norm, bound)
-    elif method == "clip":
-        correction, norm = clip(small, bound, plan, execution, norm_wanted)
+    if constraint == "clip":
+        correction, norm = clip(small, bound, plan, execution)
         moved = small + correction
     else:
-        shape = dual_shape(small.shape, plan)
-        start = jnp.zeros(shape, small.dtype) if dual is None else dual.astype(small.dtype) / scale
-        norm = before()
-        moved, info = nearest(small, norm, bound, start, plan, options, execution)
+        norm = (
+            circular_norm(small, plan, execution)
+            if options.norm_wanted
+            else norm_unless_inside(small, bound, plan, execution)
+        )
+        if constraint == "rescale":
+            moved = fit(small, norm, bound)
+        else:
+            shape = dual_shape(small.shape, plan)
+            start = jnp.zeros(shape, small.dtype) if dual is None else dual.astype(small.dtype) / scale
+            limits = options.tolerance, options.max_iterations
+            moved, info = nearest(small, norm, bound, start, plan, limits, execution)
     # NaN compares false, so that a NaN kernel takes the changed branch and comes out NaN throughout.
     changed = ~(norm <= bound * (1 + inside_tolerance(small.dtype)))
     finite = jnp.isfinite(norm)
-    result = restore_kernel(scale * jnp.where(finite, moved, jnp.nan), conv, kernel.dtype)
+    result = restore(scale * jnp.where(finite, moved, jnp.nan), geometry, kernel.dtype)
     result = jnp.where(changed, result, kernel)
     if info is not None:
         scaled = lambda value: scale * jnp.where(changed, value, 0)
         kept = scale * jnp.where(changed & finite, info.dual, 0)  # a NaN must not outlive its step
         info = ProjectionInfo(scaled(info.distance), scaled(info.gap), info.iterations, scale * norm, kept)
+    if constraint == "clip" and options.norm_wanted:
+        norm = circular_norm(small, plan, execution)
     return Constrained(result, scale * norm, changed, info)

@@ -1,9 +1,8 @@
-"""Certificates that a kernel is inside the ball, cheaper than its norm, and work done only where they fail."""
+"""Certificates that a kernel is inside the ball, cheaper than its norm, and work that is done only where they fail."""
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,83 +11,75 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from opnorm_jax._blocks import factorizations, products
-from opnorm_jax._blocks.symbol import Plan, block_taps, half_grid, overshoot, rounding, scan_frequencies, span
+from opnorm_jax._blocks import factor, products
+from opnorm_jax._blocks.batching import one_by_one
+from opnorm_jax._blocks.symbol import block_taps, scan_frequencies
 from opnorm_jax._execution import Execution
-from opnorm_jax._kernel.spectrum import circular_norm
-
-
-@functools.lru_cache(maxsize=512)
-def coarse_plan(plan: Plan) -> tuple[Plan, float]:
-    """The same convolution on the smallest grid of use, and the factor by which norms on any grid can exceed its."""
-    axes, factor = [], 1.0
-    for axis, own in zip(plan.axes, plan.grid, strict=True):
-        width = span(axis)
-        grid = max(1, math.ceil(2.5 * width))  # 1.24 an axis; five points for three taps
-        if grid < own:
-            axis, factor = axis._replace(period=axis.run * grid), factor * overshoot(width, grid)
-        axes.append(axis)
-    return Plan(tuple(axes), plan.groups), factor
+from opnorm_jax._geometry import Plan, coarse_plan, half_grid
+from opnorm_jax._kernel.norm import circular_norm
+from opnorm_jax._rounding import certificate_margin
 
 
 def certified_inside(
     kernel: Float[Array, "*taps i o"], bound: Float[Array, ""], plan: Plan, execution: Execution
 ) -> Bool[Array, ""]:
-    """True only if the norm is at most ``bound``; often False all the same. On a coarse grid, without factorisations
-    but Cholesky's."""
-    coarse, factor = coarse_plan(plan)
-    limit = bound / (factor * (1 + 2 * rounding(kernel.shape, kernel.dtype)))
+    """Decides on a coarse grid whether the norm is at most ``bound``. True is certain; False says nothing.
+
+    It takes only Cholesky factorisations (or matrix products).
+    """
+    coarse, excess = coarse_plan(plan)
+    limit = bound / (excess * (1 + certificate_margin(kernel.shape, kernel.dtype)))
 
     def step(carry, blocks, phase, weights, x):
         stack = blocks.reshape(-1, *blocks.shape[2:])
         if execution.factorization == "products":
             below = jnp.all(products.norms(stack, products.ROUGH) < limit)
         else:
-            below = factorizations.all_below(factorizations.gram(stack), limit**2)
+            below = factor.all_below(factor.gram(stack), limit**2)
         return carry, jnp.broadcast_to(below, blocks.shape[:1])
 
     _, below = scan_frequencies(step, (), block_taps(kernel, coarse), coarse, execution)
     return jnp.all(below)
 
 
-def unless_inside(inside: Callable[..., Any], outside: Callable[..., Any], plan: Plan, execution: Execution):
-    """A function of a kernel, a bound (and more arrays): ``inside`` of them if that is certified, ``outside`` if not.
+def unless_inside(
+    inside: Callable[..., Any], outside: Callable[..., Any], plan: Plan, execution: Execution
+) -> Callable[..., Any]:
+    """Makes a function of a kernel and a bound: ``inside`` of them where that is certified, ``outside`` of them if not.
 
-    ``vmap`` would turn the condition into the computation of both. Instead a CPU takes the batch's members one by one,
-    which loses nothing there; other devices do without ``outside`` if all are inside. ``outside`` must be right for
-    kernels inside too. Not differentiable.
+    Both are functions of modules, called as ``inside(plan, execution, kernel, bound)``; ``outside`` must be right for
+    kernels inside too. ``vmap`` would turn the condition into the computation of both. Instead a CPU takes the members
+    of the batch one by one, and other devices leave ``outside`` out if all are inside. Not differentiable.
     """
     if len(half_grid(coarse_plan(plan)[0].grid).weights) > 0.7 * len(half_grid(plan.grid).weights):
-        return outside  # the certificate costs about as much as the answer
-    certain = lambda kernel, bound, *_: certified_inside(kernel, bound, plan, execution)
+        return functools.partial(outside, plan, execution)  # the certificate costs about as much as the answer
+    return one_by_one(_one, inside, outside, plan, execution, together=_together)
 
-    @jax.custom_batching.custom_vmap
-    @jax.jit  # see factorizations._stackwise
-    def one(*args):
-        return lax.cond(certain(*args), inside, outside, *args)
 
-    @one.def_vmap
-    def rule(axis_size, in_batched, *args):
-        full = lambda arg, batched: arg if batched else jnp.broadcast_to(arg, (axis_size, *jnp.shape(arg)))
-        args = tuple(map(full, args, in_batched))
-        one_by_one = lambda *args: lax.map(lambda item: one(*item), args)
-        together = lambda *args: lax.cond(jax.vmap(certain)(*args).all(), jax.vmap(inside), jax.vmap(outside), *args)
-        outs = lax.platform_dependent(*args, cpu=one_by_one, default=together)
-        return outs, jax.tree.map(lambda _: True, outs)
+def _one(inside, outside, plan, execution, kernel, bound):
+    certain = certified_inside(kernel, bound, plan, execution)
+    inside, outside = (functools.partial(function, plan, execution) for function in (inside, outside))
+    return lax.cond(certain, inside, outside, kernel, bound)
 
-    return one
+
+def _together(inside, outside, plan, execution, kernels, bounds):
+    certain = jax.vmap(lambda kernel, bound: certified_inside(kernel, bound, plan, execution))(kernels, bounds).all()
+    inside, outside = (jax.vmap(functools.partial(function, plan, execution)) for function in (inside, outside))
+    return lax.cond(certain, inside, outside, kernels, bounds)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def norm_unless_inside(kernel: Float[Array, "*taps i o"], bound: Float[Array, ""], plan: Plan, execution: Execution):
-    """The norm on the plan's grid, or 0 if the kernel is certified to be inside the ball."""
-    return _norm_unless_inside(plan, execution)(kernel, bound)
+    """Computes the norm on the plan's grid, or returns 0 if the kernel is certified to be inside the ball."""
+    return unless_inside(_zero, _norm, plan, execution)(kernel, bound)
 
 
-@functools.lru_cache(maxsize=512)
-def _norm_unless_inside(plan, execution):
-    outside = lambda kernel, _: circular_norm(kernel, plan, execution)
-    return unless_inside(lambda kernel, _: jnp.zeros((), kernel.dtype), outside, plan, execution)
+def _zero(plan, execution, kernel, bound):
+    return jnp.zeros((), kernel.dtype)
+
+
+def _norm(plan, execution, kernel, bound):
+    return circular_norm(kernel, plan, execution)
 
 
 @norm_unless_inside.defjvp

@@ -1,9 +1,8 @@
-"""The norm of the convolution really applied, through the operator and its transpose: converged from below."""
+"""The norm of the convolution really applied, through the operator and its transpose: it converges from below."""
 
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -11,49 +10,18 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from opnorm_jax._conv import Conv
+from opnorm_jax._geometry import Geometry
+from opnorm_jax._rounding import progress
 
 MAX_ITERATIONS = 500
 _PATIENCE = 50
 
 
-def explicit_padding(conv: Conv, taps: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """The (low, high) pairs in effect; for circular padding, those of Flax's wrap-around."""
-    pairs = []
-    for a, (n, k, s, d) in enumerate(zip(conv.input_shape, taps, conv.strides, conv.kernel_dilation, strict=True)):
-        span = d * (k - 1)
-        if conv.padding == "CIRCULAR":
-            pairs.append((span // 2, span - span // 2))
-        elif conv.padding == "SAME":
-            total = max((math.ceil(n / s) - 1) * s + span + 1 - n, 0)
-            pairs.append((total // 2, total - total // 2))
-        elif conv.padding == "VALID":
-            pairs.append((0, 0))
-        else:
-            pairs.append(conv.padding[a])  # type: ignore[arg-type]
-    return tuple(pairs)  # type: ignore[return-value]
-
-
-def output_shape(conv: Conv, taps: tuple[int, ...]) -> tuple[int, ...]:
-    """Spatial shape of the output."""
-    if conv.padding == "CIRCULAR":
-        return tuple(
-            math.ceil(n * e / s) for n, e, s in zip(conv.input_shape, conv.input_dilation, conv.strides, strict=True)
-        )
-    pads = explicit_padding(conv, taps)
-    return tuple(
-        ((n - 1) * e + 1 + low + high - d * (k - 1) - 1) // s + 1
-        for n, e, s, d, k, (low, high) in zip(
-            conv.input_shape, conv.input_dilation, conv.strides, conv.kernel_dilation, taps, pads, strict=True
-        )
-    )
-
-
-def apply(kernel: Float[Array, "*taps i o"], x: Float[Array, "*n i"], conv: Conv) -> Float[Array, "*m o"]:
-    """The layer itself, without batch or bias."""
-    rank, taps = len(conv.input_shape), kernel.shape[:-2]
-    pads, dilation = explicit_padding(conv, taps), conv.input_dilation
-    if conv.padding == "CIRCULAR":
+def apply(kernel: Float[Array, "*taps i o"], x: Float[Array, "*n i"], geometry: Geometry) -> Float[Array, "*m o"]:
+    """Applies the layer itself, without batch or bias."""
+    conv, pads = geometry.conv, geometry.pads
+    rank, dilation = len(conv.input_shape), conv.input_dilation
+    if geometry.circular:
         for a, (n, e, (low, high)) in enumerate(zip(conv.input_shape, conv.input_dilation, pads, strict=True)):
             index = np.arange(-low, n * e + high) % (n * e)
             # Pixels between those of the input are the dilation's zeros.
@@ -75,31 +43,31 @@ def apply(kernel: Float[Array, "*taps i o"], x: Float[Array, "*n i"], conv: Conv
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def norm(kernel: Float[Array, "*taps i o"], conv: Conv) -> Float[Array, ""]:
-    """|A x| / |x| at the best x found: never above the true norm but by the rounding of one application."""
-    return _top_vector(kernel, conv)[0]
+def norm(kernel: Float[Array, "*taps i o"], geometry: Geometry) -> Float[Array, ""]:
+    """Computes |A x| / |x| at the best x found. Only the rounding of one application can put it above the true norm."""
+    return _lobpcg(kernel, geometry)[0]
 
 
 @norm.defjvp
-def _norm_jvp(conv, primals, tangents):
+def _norm_jvp(geometry, primals, tangents):
     (kernel,), (tangent,) = primals, tangents
-    value, x = _top_vector(kernel, conv)
-    y = apply(kernel, x, conv)
-    slope = jnp.sum(y * apply(tangent, x, conv)) / jnp.where(value > 0, value, 1)
+    value, x = _lobpcg(kernel, geometry)
+    y = apply(kernel, x, geometry)
+    slope = jnp.sum(y * apply(tangent, x, geometry)) / jnp.where(value > 0, value, 1)
     return value, jnp.where(value > 0, slope, 0)
 
 
-def _top_vector(kernel: jax.Array, conv: Conv) -> tuple[jax.Array, jax.Array]:
-    r"""Locally optimal conjugate gradient for the largest eigenvalue of AᵀA.
+def _lobpcg(kernel: jax.Array, geometry: Geometry) -> tuple[jax.Array, jax.Array]:
+    r"""Finds the largest eigenvalue of AᵀA, and its vector, by LOBPCG with one vector (Knyazev 2001).
 
-    Each step maximises :math:`|Av|` over the span of the iterate x, the gradient there and the last direction (a 3 x 3
-    problem): Krylov-like convergence with three vectors of memory. It stops once the value has gained less than two
-    units of rounding over ``_PATIENCE`` steps in a row, or after ``MAX_ITERATIONS``.
+    Each step maximises :math:`|Av|` over the span of the iterate x, the gradient there and the last direction: a 3 x 3
+    problem. This converges like a Krylov method with three vectors of memory. It stops once the value has gained
+    less than two units of rounding over ``_PATIENCE`` steps in a row, or after ``MAX_ITERATIONS``.
     """
     kernel = lax.stop_gradient(kernel)
-    dtype, groups = kernel.dtype, conv.feature_group_count
-    shape = (*conv.input_shape, kernel.shape[-2] * groups)
-    forward = lambda x: apply(kernel, x, conv)
+    dtype, conv = kernel.dtype, geometry.conv
+    shape = (*conv.input_shape, kernel.shape[-2] * conv.feature_group_count)
+    forward = lambda x: apply(kernel, x, geometry)
     transpose = jax.linear_transpose(forward, jax.ShapeDtypeStruct(shape, dtype))
     backward = lambda y: transpose(y)[0]
     length = lambda v: jnp.sqrt(jnp.sum(v * v))
@@ -125,7 +93,7 @@ def _top_vector(kernel: jax.Array, conv: Conv) -> tuple[jax.Array, jax.Array]:
         new = jnp.tensordot(weights, basis, 1)
         new = new / length(new)
         size = length(ax)
-        gained = size > value * (1 + 2 * jnp.finfo(dtype).eps)
+        gained = size > value * (1 + progress(dtype))
         best_x = jnp.where(size > value, x, best_x)
         move = new - jnp.sum(new * x) * x
         return new, move, jnp.maximum(size, value), best_x, jnp.where(gained, 0, stale + 1), i + 1
@@ -134,7 +102,7 @@ def _top_vector(kernel: jax.Array, conv: Conv) -> tuple[jax.Array, jax.Array]:
         *_, stale, i = state
         return (stale < _PATIENCE) & (i < MAX_ITERATIONS)
 
-    # A fixed pseudo-random start: it is not orthogonal to the top vector but on a set of measure zero.
+    # A fixed pseudo-random start is orthogonal to the top vector only for a set of kernels of measure zero.
     x = jnp.asarray(np.random.default_rng(0).standard_normal(shape), dtype)
     x = x / length(x)
     state = (x, jnp.zeros_like(x), jnp.zeros((), dtype), x, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
@@ -143,7 +111,7 @@ def _top_vector(kernel: jax.Array, conv: Conv) -> tuple[jax.Array, jax.Array]:
 
 
 def _top_of_three(matrix: Float[Array, "3 3"]) -> Float[Array, 3]:
-    """Top eigenvector of a symmetric matrix by repeated squaring, then its best column: no LAPACK call."""
+    """Returns the top eigenvector of a symmetric matrix: the best column after repeated squaring. No LAPACK call."""
 
     def square(m, _):
         m = m / jnp.maximum(jnp.max(jnp.abs(m)), jnp.finfo(m.dtype).tiny)

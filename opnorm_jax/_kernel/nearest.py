@@ -9,18 +9,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from opnorm_jax._blocks.clip import excess
 from opnorm_jax._blocks.symbol import (
-    Plan,
     block_taps,
-    half_grid,
     kernel_from_block_taps,
     scan_frequencies,
     squared_norm_of_coupling,
     symbol_adjoint,
 )
 from opnorm_jax._execution import Execution
-from opnorm_jax._kernel.clip import excess, fit, inside_tolerance, weigh
-from opnorm_jax._kernel.spectrum import circular_norm
+from opnorm_jax._geometry import Plan, half_grid
+from opnorm_jax._kernel.clip import fit, weigh
+from opnorm_jax._kernel.norm import circular_norm
+from opnorm_jax._rounding import inside_tolerance
 
 
 class ProjectionInfo(NamedTuple):
@@ -29,7 +30,7 @@ class ProjectionInfo(NamedTuple):
     distance: jax.Array  # shape=(): |result - kernel|, Frobenius
     gap: jax.Array  # shape=(): distance less a lower bound on the distance of *any* kernel inside the ball; >= 0
     iterations: jax.Array  # shape=(), int32
-    norm: jax.Array  # shape=(): the kernel's norm before, on the certifying circle
+    norm: jax.Array  # shape=(): the kernel's norm before, on the circulant embedding
     dual: jax.Array  # the dual variable: opaque, real; passed back, a warm start
 
     def __repr__(self) -> str:  # the dual has one block a frequency: too long to print

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from opnorm_jax._conv import Conv, Unknown, check_kernel
-from opnorm_jax._kernel.bounds import check_output
+from opnorm_jax._geometry import resolve
 
 
 class Layer(NamedTuple):
@@ -45,7 +45,7 @@ class Layer(NamedTuple):
         try:
             check_kernel(self.member if hasattr(kernel, "shape") else kernel, conv)
             taps = [self.member.shape[conv.kernel_layout.index(x)] for x in "DHW" if x in conv.kernel_layout]
-            check_output(conv, [*taps, 1, 1])
+            resolve(conv, (*taps, 1, 1))
         except (TypeError, ValueError) as error:
             raise type(error)(f"{self.path} {getattr(kernel, 'shape', '')}: {error}") from None
 

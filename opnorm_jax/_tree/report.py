@@ -12,8 +12,8 @@ import numpy as np
 
 from opnorm_jax._conv import Conv, Unknown, canonical_kernel
 from opnorm_jax._execution import Execution, check_decomposes
-from opnorm_jax._kernel.bounds import figures, is_exact
-from opnorm_jax._kernel.lobpcg import explicit_padding, output_shape
+from opnorm_jax._geometry import resolve
+from opnorm_jax._kernel.bounds import norm_statistics
 from opnorm_jax._tree.layers import list_layers
 
 _HEADER = ("layer", "kernel", "convolution", "lower", "upper", "smallest", "condition", "stable rank")
@@ -30,7 +30,7 @@ class LayerReport:
       conv: what it was taken to be; ``None`` where it is unknown.
       lower, upper: certified bounds on the operator norm, as :func:`operator_norm_bounds`.
       norm: the operator norm as :func:`operator_norm`: exact if ``exact``, else converged from below.
-      smallest: the smallest singular value *of the certifying circle*, which is the layer itself if ``exact``. If not
+      smallest: the smallest singular value *of the circulant embedding*, which is the layer itself if ``exact``. If not
         it is neither the layer's own nor a bound on it, but tells how near to singular the kernel's symbol comes.
       condition: the circle's largest singular value over its smallest; infinite where the smallest is no larger than
         its rounding error (5e-6 of the largest in float32 at 64 channels; on GPU and TPU the root of that).
@@ -92,7 +92,7 @@ def spectral_report(
     What is exact: the bounds are certified for every padding, and the Frobenius norm, :math:`\sum_j n_j |K_j|^2` with
     :math:`n_j` the pairs of an output and an input pixel that meet at tap j, is that of the layer really used; so the
     stable rank is as good as the norm. The smallest value and the condition have a formula only for circular padding
-    with strides that divide the grid; for all else they are those of the certifying circle (see
+    with strides that divide the grid; for all else they are those of the circulant embedding (see
     :class:`LayerReport`), and the table marks them with ``~``.
 
     Args:
@@ -109,7 +109,7 @@ def spectral_report(
       ValueError, TypeError: ``convs`` does not fit the parameters (with the path), or the call is under ``jit``.
       ImportError: ``progress`` without rich.
 
-    Cost: one layer at a time: the spectrum of its certifying circle, of which only the extremes are kept, and for zero
+    Cost: one layer at a time: the spectrum of its circulant embedding, of which only the extremes are kept, and for zero
     padding some 50 to 500 applications of the layer. Layers of equal shape and geometry share a compilation.
 
     Examples:
@@ -132,10 +132,11 @@ def spectral_report(
 
 def frobenius_norm(kernel: np.ndarray, conv: Conv) -> float:
     """Of the layer itself, in float64; ``kernel`` is HWIO."""
-    taps = kernel.shape[:-2]
+    geometry = resolve(conv, kernel.shape)
+    taps = geometry.taps
     scale = float(np.max(np.abs(kernel))) or 1.0
     kernel = kernel.astype(np.float64) / scale
-    circular, outs, pads = conv.padding == "CIRCULAR", output_shape(conv, taps), explicit_padding(conv, taps)
+    circular, outs, pads = geometry.circular, geometry.output_shape, geometry.pads
     counts = []
     for a, (n, s, e, d) in enumerate(zip(conv.input_shape, conv.strides, conv.input_dilation, conv.kernel_dilation)):
         length = n * e if circular else (n - 1) * e + 1
@@ -162,7 +163,8 @@ def _layer(path: str, kernel: Any, conv: Conv | Unknown, execution: Execution) -
     host = np.asarray(wide)
     if not np.isfinite(host).all():
         return LayerReport(path, shape, conv, reason=_NOT_FINITE)
-    found = jax.tree.map(float, figures(wide, plain, execution))
+    geometry = resolve(plain, host.shape)
+    found = jax.tree.map(float, norm_statistics(wide, geometry, execution))
     frobenius = frobenius_norm(host, plain)
     return LayerReport(
         path,
@@ -175,7 +177,7 @@ def _layer(path: str, kernel: Any, conv: Conv | Unknown, execution: Execution) -
         condition=found.largest / found.smallest if found.smallest > found.resolution else math.inf,
         frobenius=frobenius,
         stable_rank=(frobenius / found.norm) ** 2 if found.norm else 0.0,
-        exact=is_exact(plain, host.shape[:-2]),
+        exact=geometry.exact,
     )
 
 

@@ -14,11 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from opnorm_jax._blocks.symbol import rounding
 from opnorm_jax._conv import Conv, canonical_shape, check_max_norm, compute_dtype
 from opnorm_jax._execution import Execution, check_execution
-from opnorm_jax._kernel.clip import inside_tolerance
-from opnorm_jax._kernel.constrain import Constrained, constrained
+from opnorm_jax._kernel.constrain import Constrained, Options, constrained
+from opnorm_jax._rounding import inside_tolerance, rounding
 from opnorm_jax._tree.landing import apply_update, find_scale, round_to, round_update, single_entry, wider
 from opnorm_jax._tree.layers import Layer, broadcast, check_convs, find_layers, is_masked
 
@@ -323,7 +322,7 @@ def _constrain_one(
 
 def _call(options: _Options, kernel: jax.Array, conv: Conv, bound: jax.Array) -> Constrained:
     execution, norm_wanted = options.execution, options.log_norms
-    return constrained(options.constraint, kernel, conv, bound, execution=execution, norm_wanted=norm_wanted)
+    return constrained(options.constraint, kernel, conv, bound, Options(norm_wanted=norm_wanted, execution=execution))
 
 
 def _check_constraint(constraint: str) -> None:

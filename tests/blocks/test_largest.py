@@ -9,8 +9,8 @@ import pytest
 from conftest import THOROUGH
 
 import opnorm_jax as oj
-from opnorm_jax._blocks import factorizations, largest
-from opnorm_jax._kernel.bounds import certifying_plan
+from opnorm_jax._blocks import factor, largest
+from opnorm_jax._geometry import resolve
 
 GEOMETRIES = [
     ((3, 3, 6, 5), oj.Conv((33, 32), padding="SAME")),
@@ -50,7 +50,7 @@ def kernels(shape, rng):
 @pytest.mark.parametrize("shape, conv", GEOMETRIES, ids=str)
 def test_the_same_as_every_frequency(shape, conv, monkeypatch):
     """Bit for bit but for rounding, with its derivative, one by one and in a batch."""
-    plan = certifying_plan(conv, shape[:-2])
+    plan = resolve(conv, shape).plan
     assert largest.pays(plan, 1)
     stack = jnp.asarray(np.stack([*kernels(shape, np.random.default_rng(0))]), jnp.float32)
     upper = lambda k: oj.operator_norm_bounds(k, conv).upper
@@ -98,7 +98,7 @@ def wave(angle):
 def test_where_the_inequality_is_an_equality(rank, n, far):
     """The largest value is at the corner of a cell, 0.4 points beyond which is the steepest peak that there is; a value
     hardly lower stands at the centre of another cell. With blocks for Jacobi's rotations, and with larger ones."""
-    side = int(largest.levels(certifying_plan(oj.Conv((n,) * rank, padding="CIRCULAR"), (3,) * rank)).sides[0, 0])
+    side = int(largest.levels(resolve(oj.Conv((n,) * rank, padding="CIRCULAR"), (*(3,) * rank, 1, 1)).plan).sides[0, 0])
     angle = 2 * np.pi / n * (side // 2 + 2 * side * far - 0.4)
     lower = 0.9998 * np.cos(2 * np.pi / n * 0.4) ** rank
     peak = lambda angle: functools.reduce(np.kron, [wave(angle)[:, None]] * rank).reshape(*[3] * rank, *[2**rank] * 2)
@@ -115,14 +115,14 @@ def test_where_the_inequality_is_an_equality(rank, n, far):
 def looks(monkeypatch):
     """Counts the Cholesky factorisations at run time."""
     counts = [0]
-    is_below = factorizations._is_below
+    is_below = factor.is_below
 
     def counting(matrix, limit):
         jax.debug.callback(lambda: counts.__setitem__(0, counts[0] + 1))
         return is_below(matrix, limit)
 
     jax.clear_caches()
-    monkeypatch.setattr(factorizations, "_is_below", counting)
+    monkeypatch.setattr(factor, "is_below", counting)
 
     def count(function, *args):
         counts[0] = 0
@@ -153,6 +153,6 @@ def test_chunks_and_devices():
     k = np.random.default_rng(0).standard_normal((3, 3, 6, 6)).astype(np.float32)
     norm = oj.operator_norm(k, (64, 64))
     np.testing.assert_allclose(oj.operator_norm(k, (64, 64), execution=oj.Execution(chunk_bytes=1000)), norm, rtol=1e-6)
-    plan = certifying_plan(oj.Conv((32, 32), padding="CIRCULAR"), (3, 3))
+    plan = resolve(oj.Conv((32, 32), padding="CIRCULAR"), (3, 3, 1, 1)).plan
     assert largest.pays(plan, 1) and not largest.pays(plan, 8)
-    assert not largest.pays(certifying_plan(oj.Conv((12, 12), padding="CIRCULAR"), (3, 3)), 1)
+    assert not largest.pays(resolve(oj.Conv((12, 12), padding="CIRCULAR"), (3, 3, 1, 1)).plan, 1)

@@ -11,12 +11,12 @@ from conftest import THOROUGH
 from geometries import generate
 
 import opnorm_jax as oj
-from opnorm_jax._blocks import factorizations
+from opnorm_jax._blocks import factor
 from opnorm_jax._conv import canonical_kernel
 from opnorm_jax._execution import Execution
+from opnorm_jax._geometry import coarse_plan, resolve
 from opnorm_jax._kernel import inside
-from opnorm_jax._kernel.bounds import certifying_plan
-from opnorm_jax._kernel.spectrum import circular_norm
+from opnorm_jax._kernel.norm import circular_norm
 
 RATIOS = np.float32([0.3, 0.7, 0.9, 0.99, 1 - 1e-5, 1 + 1e-5, 1.2, 1.5, 1.9, 3])
 LARGE = [
@@ -39,8 +39,8 @@ def test_certificate_on_large_maps(shape, conv):
     kernels[6] = 0
     kernels[6][tuple(n // 2 for n in shape[:-2])] = np.eye(*shape[-2:])  # the norm is the same at every frequency
     check_certificate(kernels, conv)
-    plan = certifying_plan(conv, shape[:-2])
-    assert np.prod(inside.coarse_plan(plan)[0].grid) < np.prod(plan.grid)
+    plan = resolve(conv, shape).plan
+    assert np.prod(coarse_plan(plan)[0].grid) < np.prod(plan.grid)
 
 
 @pytest.mark.parametrize("seed", range(120 if THOROUGH else 8))
@@ -56,8 +56,8 @@ def test_certificate_for_every_geometry(seed):
 def check_certificate(kernels, conv):
     def one(kernel):
         canonical = canonical_kernel(kernel, conv)
-        plan = certifying_plan(conv, canonical.shape[:-2])
-        coarse, factor = inside.coarse_plan(plan)
+        plan = resolve(conv, canonical.shape).plan
+        coarse, factor = coarse_plan(plan)
         norm = circular_norm(canonical, plan, Execution())
         far = 1.01 * factor * circular_norm(canonical, coarse, Execution())
         bounds = jnp.append(norm * RATIOS, far)
@@ -83,7 +83,7 @@ def factorised(monkeypatch):
         return wrapped
 
     jax.clear_caches()  # of functions traced without the counting
-    monkeypatch.setattr(factorizations, "_one_eigh", counting("eigh", factorizations._one_eigh))
+    monkeypatch.setattr(factor, "batched_eigh", counting("eigh", factor.batched_eigh))
     monkeypatch.setattr(jnp.linalg, "svd", counting("svd", jnp.linalg.svd))
 
     def count(function, *args):

@@ -15,6 +15,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 import opnorm_jax as oj
+from opnorm_jax._geometry import resolve
 from opnorm_jax._kernel import bounds
 from opnorm_jax._tree import report
 
@@ -132,9 +133,9 @@ def test_equal_layers_share_a_compilation():
     layers["pytorch"] = layers["0"].transpose(3, 2, 0, 1)
     convs = {name: oj.Conv((6, 5), padding="SAME") for name in "012"}
     convs["pytorch"] = oj.Conv((6, 5), padding="SAME", kernel_layout="OIHW")
-    before = bounds.figures._cache_size()
+    before = bounds.norm_statistics._cache_size()
     rows = oj.spectral_report(layers, convs).layers
-    assert bounds.figures._cache_size() == before + 1
+    assert bounds.norm_statistics._cache_size() == before + 1
     assert rows[0].upper == rows[3].upper
 
 
@@ -148,7 +149,9 @@ def test_the_spectrum_is_not_kept():
         )
 
     kernel, conv = jnp.ones((3, 3, 8, 8)), oj.Conv((64, 64), padding="CIRCULAR")
-    program = jax.make_jaxpr(lambda k: bounds.figures(k, conv, oj.Execution(chunk_bytes=2**14)))(kernel).jaxpr
+    program = jax.make_jaxpr(
+        lambda k: bounds.norm_statistics(k, resolve(conv, k.shape), oj.Execution(chunk_bytes=2**14))
+    )(kernel).jaxpr
     full = jax.make_jaxpr(lambda k: oj.singular_values(k, conv, execution=oj.Execution(chunk_bytes=2**14)))(
         kernel
     ).jaxpr

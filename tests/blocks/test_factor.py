@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 
 import opnorm_jax as oj
-from opnorm_jax._blocks import factorizations
+from opnorm_jax._blocks import factor, largest
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_jacobi_against_lapack(x64, shape, dtype, tolerance):
     blocks[700:800] = 0
     blocks = blocks.astype(dtype)
     truth = np.linalg.svd(blocks.astype(np.complex128), compute_uv=False)
-    values = factorizations.singular_values(jnp.asarray(blocks))
+    values = factor.singular_values(jnp.asarray(blocks))
     assert values.dtype == np.finfo(dtype).dtype
     assert (np.abs(np.asarray(values) - truth) <= tolerance * truth[:, :1]).all()
 
@@ -88,18 +88,18 @@ def test_jacobi_against_lapack(x64, shape, dtype, tolerance):
 def test_jacobi_spreads_what_is_not_finite():
     blocks = np.ones((3, 2, 2), np.complex64)
     blocks[0, 1, 1], blocks[1, 0, 0] = np.nan, np.inf
-    values = factorizations.singular_values(jnp.asarray(blocks))
+    values = factor.singular_values(jnp.asarray(blocks))
     assert np.isnan(values[:2]).all() and np.isfinite(values[2]).all()
 
 
 def test_eigh_above_leaves_out_only_what_is_below():
     rng = np.random.default_rng(0)
     blocks = (rng.standard_normal((40, 5, 5)) + 1j * rng.standard_normal((40, 5, 5))).astype(np.complex64)
-    gram = factorizations.gram(jnp.asarray(blocks * rng.uniform(0, 1, (40, 1, 1)).astype(np.float32)))
-    values, vectors = factorizations.eigh(gram)
+    gram = factor.gram(jnp.asarray(blocks * rng.uniform(0, 1, (40, 1, 1)).astype(np.float32)))
+    values, vectors = factor.eigh(gram)
     limit = jnp.median(values[:, -1])
-    for function in (factorizations.eigh_above, jax.vmap(factorizations.eigh_above, (0, None))):
-        batched = function is not factorizations.eigh_above
+    for function in (factor.eigh_above, jax.vmap(factor.eigh_above, (0, None))):
+        batched = function is not factor.eigh_above
         some, their = function(gram[None] if batched else gram, limit)
         some, their = (some[0], their[0]) if batched else (some, their)
         above = np.asarray(values[:, -1] > limit)
@@ -137,11 +137,11 @@ def test_elimination_finds_the_largest(x64, kind, dtype):
     blocks = _blocks(kind).astype(dtype)
     truth = np.linalg.svd(blocks.astype(np.complex128), compute_uv=False)[:, 0].max()
     tolerance = 20 * np.finfo(dtype).eps * truth
-    alone = np.asarray(factorizations.largest_singular_values(jnp.asarray(blocks)))
+    alone = np.asarray(largest.largest_singular_values(jnp.asarray(blocks)))
     assert abs(alone.max() - truth) <= tolerance
-    batch = jax.vmap(factorizations.largest_singular_values)(jnp.stack([blocks, np.roll(blocks, 5, 0) / 4]))
+    batch = jax.vmap(largest.largest_singular_values)(jnp.stack([blocks, np.roll(blocks, 5, 0) / 4]))
     np.testing.assert_allclose(np.max(batch, axis=1), [truth, truth / 4], atol=tolerance)
-    together = factorizations._largest_together(jnp.stack([blocks, np.roll(blocks, 5, 0) / 4]))
+    together = largest._largest_together(jnp.stack([blocks, np.roll(blocks, 5, 0) / 4]))
     np.testing.assert_allclose(np.max(together, axis=1), [truth, truth / 4], atol=2 * tolerance)
 
 
@@ -155,13 +155,11 @@ def test_norm_at_near_ties(spread, route, request):
     left, values, right = np.linalg.svd(rng.standard_normal((100, 5, 6)) + 1j * rng.standard_normal((100, 5, 6)), False)
     blocks = ((left * (1 - spread * rng.random((100, 1, 5)))) @ right).astype(np.complex64)
     truth = np.linalg.svd(blocks.astype(np.complex128), compute_uv=False)[:, 0]
-    each = jax.vmap(lambda block: factorizations.largest_singular_values(block[None])[0])(jnp.asarray(blocks))
+    each = jax.vmap(lambda block: largest.largest_singular_values(block[None])[0])(jnp.asarray(blocks))
     np.testing.assert_allclose(each, truth, rtol=10 * float(jnp.finfo(jnp.float32).eps))
 
 
-@pytest.mark.parametrize(
-    "route", [factorizations._largest_by_elimination, lambda x: factorizations._largest_together(x[None])[0]]
-)
+@pytest.mark.parametrize("route", [largest.largest_singular_values, lambda x: largest._largest_together(x[None])[0]])
 def test_elimination_keeps_what_is_not_finite(route):
     blocks = _blocks("random").astype(np.complex64)
     blocks[50, 0, 0] = np.nan

@@ -1,0 +1,321 @@
+r"""The static geometry of a convolution: everything that follows from a ``Conv`` and its kernel's shape alone.
+
+:func:`resolve` computes it once, in each public function; all that is below takes its result. This module holds
+integers and NumPy arrays, and no jax.
+
+The central idea: *every* convolution on a circle of ``period`` pixels, with stride s, input dilation e and kernel
+dilation d,
+
+.. math:: y_t = \sum_j K_j\, x_p \quad\text{over all taps with } s t + d j - lo \equiv e p \pmod{period},
+
+is block-circulant once outputs are gathered in runs of L/s and inputs in runs of L/e, L = lcm(s, e). Write
+t = (L/s) t' + u and p = (L/e) p' + v. Then tap j couples input phase v to output phase u at offset
+tau = (s u - e v + d j - lo) / L, where that is an integer, on a coarse grid of period / L points. So it is an ordinary
+convolution of stride 1 on the coarse grid, with (L/e) i inputs and (L/s) o outputs, and its singular values are those
+of
+
+.. math:: F(\omega) = \sum_\tau B_\tau \exp(2 \pi i\, \omega \cdot \tau), \qquad \omega \in \text{coarse grid}.
+
+A real kernel has F(-omega) = conj F(omega), so half of the grid is enough.
+
+A zero-padded layer is no such convolution. But it is a part (a compression) of one on a larger circle, its *circulant
+embedding*, whose norm is therefore an upper bound on the layer's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from opnorm_jax._conv import Conv
+
+COARSE_POINTS = 2.5
+"""Points of the coarse grid for each unit of the taps' span: the factor is then at most 1.24 for each axis."""
+
+
+class Axis(NamedTuple):
+    """One spatial axis of a convolution on a circle."""
+
+    period: int  # pixels of the (dilated) input's circle
+    taps: int
+    stride: int
+    input_dilation: int
+    kernel_dilation: int
+    low: int  # offset of the first tap; it matters only where stride and input dilation both exceed 1
+
+    @property
+    def run(self) -> int:
+        """L: pixels of the circle per point of the coarse grid."""
+        return math.lcm(self.stride, self.input_dilation)
+
+
+class Plan(NamedTuple):
+    """What turns a kernel into blocks: one ``Axis`` per spatial axis, and the number of groups."""
+
+    axes: tuple[Axis, ...]
+    groups: int
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """The number of frequencies along each axis."""
+        return tuple(axis.period // axis.run for axis in self.axes)
+
+
+class Couplings(NamedTuple):
+    """How the taps of one axis enter its block taps."""
+
+    offsets: tuple[int, ...]  # of the block taps, on the coarse grid
+    place: np.ndarray  # (offsets, input phases, output phases, taps), 1 where a tap enters
+
+
+class HalfGrid(NamedTuple):
+    """Half of a frequency grid: one frequency of each pair (omega, -omega)."""
+
+    frequencies: np.ndarray  # (nf, axes), integers
+    weights: np.ndarray  # (nf,), 2 for a pair and 1 for a self-conjugate frequency, over the number of grid points
+    expand: np.ndarray  # (grid points,), the position of each grid point's representative
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """A convolution and a kernel's shape, resolved. Frozen and hashable, so it can be static under ``jit``."""
+
+    conv: Conv
+    kernel_shape: tuple[int, ...]  # spatial axes first: (*taps, i, o)
+    pads: tuple[tuple[int, int], ...]  # the (low, high) pairs in effect; for circular padding those of the wrap-around
+    output_shape: tuple[int, ...]
+    plan: Plan  # the circulant embedding, with each different block once
+    own_plan: Plan | None  # that of the layer itself, on its own grid, where it is circular and strides divide the grid
+    attained: bool  # whether the norm of the circulant embedding is the norm of the layer
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """The number of taps along each axis."""
+        return self.kernel_shape[:-2]
+
+    @property
+    def circular(self) -> bool:
+        """Whether the layer wraps around, rather than pads with zeros."""
+        return self.conv.padding == "CIRCULAR"
+
+    @property
+    def exact(self) -> bool:
+        """Whether the circulant embedding is the layer itself, so that all singular values are known."""
+        return self.own_plan is not None
+
+
+@functools.lru_cache(maxsize=1024)
+def resolve(conv: Conv, kernel_shape: tuple[int, ...]) -> Geometry:
+    """Resolves a convolution for a kernel of the given shape (spatial axes first).
+
+    Raises:
+      ValueError: if the layer would have no output pixel.
+    """
+    taps = kernel_shape[:-2]
+    circular = conv.padding == "CIRCULAR"
+    pads = _explicit_padding(conv, taps)
+    outputs = _output_shape(conv, taps, pads)
+    if min(outputs, default=1) < 1:
+        raise ValueError(
+            f"expected a convolution with at least one output pixel, got output shape {outputs} from "
+            f"input_shape={conv.input_shape}, taps {taps} and padding {conv.padding!r}. Check input_shape and padding."
+        )
+    own_plan = _circular_plan(conv, taps, conv.strides) if circular else None
+    if own_plan is not None:
+        embedding = own_plan
+    elif circular:
+        # A stride that does not divide the grid keeps some of the outputs of stride 1.
+        embedding = _circular_plan(conv, taps, (1,) * len(taps))
+        assert embedding is not None  # a stride of 1 divides everything
+    else:
+        embedding = _embedding(conv, taps, pads, outputs)
+    plan = deduplicate(embedding)
+    # Without padding, where each output has a patch of the image to itself (1x1 kernels; patches no larger than the
+    # stride), the embedding has one block, and it is the layer's own.
+    patches = not any(map(any, pads)) and max([1, *plan.grid, *conv.input_dilation]) == 1
+    attained = own_plan is not None if circular else patches
+    return Geometry(conv, tuple(kernel_shape), pads, outputs, plan, own_plan, attained)
+
+
+def _explicit_padding(conv: Conv, taps: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    pairs = []
+    for a, (n, k, s, d) in enumerate(zip(conv.input_shape, taps, conv.strides, conv.kernel_dilation, strict=True)):
+        reach = d * (k - 1)
+        if conv.padding == "CIRCULAR":
+            pairs.append((reach // 2, reach - reach // 2))
+        elif conv.padding == "SAME":
+            total = max((math.ceil(n / s) - 1) * s + reach + 1 - n, 0)
+            pairs.append((total // 2, total - total // 2))
+        elif conv.padding == "VALID":
+            pairs.append((0, 0))
+        else:
+            pairs.append(conv.padding[a])
+    return tuple(pairs)
+
+
+def _output_shape(conv: Conv, taps: tuple[int, ...], pads: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
+    sizes = zip(conv.input_shape, conv.input_dilation, conv.strides, conv.kernel_dilation, taps, pads, strict=True)
+    if conv.padding == "CIRCULAR":
+        return tuple(math.ceil(n * e / s) for n, e, s, *_ in sizes)
+    return tuple(((n - 1) * e + low + high - d * (k - 1)) // s + 1 for n, e, s, d, k, (low, high) in sizes)
+
+
+def _circular_plan(conv: Conv, taps: tuple[int, ...], strides: tuple[int, ...]) -> Plan | None:
+    """Returns the plan of a circular convolution on its own grid, or None if a stride does not divide that grid."""
+    axes = []
+    for n, k, s, e, d in zip(conv.input_shape, taps, strides, conv.input_dilation, conv.kernel_dilation, strict=True):
+        if (n * e) % s:
+            return None
+        axes.append(Axis(n * e, k, s, e, d, (d * (k - 1)) // 2))
+    return Plan(tuple(axes), conv.feature_group_count)
+
+
+def _embedding(conv: Conv, taps: tuple[int, ...], pads: tuple[tuple[int, int], ...], outputs: tuple[int, ...]) -> Plan:
+    """Returns the circulant embedding of a zero-padded layer on the smallest circle that is large enough.
+
+    No output may reach an input pixel by wrapping around, and the outputs must be distinct pixels of the circle, which
+    must hold a whole number of strides (and of input dilations).
+    """
+    axes = []
+    for n, k, s, e, d, (low, high), m in zip(
+        conv.input_shape, taps, conv.strides, conv.input_dilation, conv.kernel_dilation, pads, outputs, strict=True
+    ):
+        held = (n - 1) * e + 1 + min(low, 0) + min(high, 0)  # negative padding crops
+        circle = max(held + max(low, high, 0), s * (m - 1) + 1)
+        run = math.lcm(s, e)
+        axes.append(Axis(-(-circle // run) * run, k, s, e, d, low))
+    return Plan(tuple(axes), conv.feature_group_count)
+
+
+def deduplicate(plan: Plan) -> Plan:
+    """Shrinks the grid so that each block occurs once, up to phases. Norms, clips and projections need no more.
+
+    A single tap has the same block at every frequency. Taps that are d pixels apart, on a circle of N pixels, have the
+    blocks of adjacent taps on N / gcd(d, N) pixels, in another order.
+    """
+    axes = []
+    for axis in plan.axes:
+        if len(couplings(axis).offsets) == 1:
+            axis = axis._replace(period=axis.run)
+        elif axis.run == 1:
+            axis = axis._replace(period=axis.period // math.gcd(axis.kernel_dilation, axis.period), kernel_dilation=1)
+        axes.append(axis)
+    return Plan(tuple(axes), plan.groups)
+
+
+@functools.lru_cache(maxsize=128)
+def positions(plan: Plan) -> np.ndarray:
+    """Returns where the block of each of the plan's grid points stands in the half grid of :func:`deduplicate`."""
+    once = deduplicate(plan).grid
+    flat = np.zeros((), np.int32)
+    for axis, own, size in zip(plan.axes, plan.grid, once, strict=True):
+        step = axis.kernel_dilation // (own // size) if axis.run == 1 else 1
+        flat = flat[..., None] * size + np.arange(own) * step % size
+    return half_grid(once).expand[flat]
+
+
+@functools.lru_cache(maxsize=512)
+def couplings(axis: Axis) -> Couplings:
+    """Returns the offsets on the coarse grid, and the 0/1 array that places each tap there."""
+    run, grid = axis.run, axis.period // axis.run
+    ins, outs = run // axis.input_dilation, run // axis.stride
+    if min(axis.stride, axis.input_dilation) > 1:
+        low = axis.low
+    else:  # a shift, which is unitary: chosen so that the taps meet at as few offsets as they can
+        low = axis.kernel_dilation * (axis.taps - 1) if axis.input_dilation > 1 else 0
+    entries: list[tuple[int, int, int, int]] = []
+    for j in range(axis.taps):
+        for u in range(outs):
+            for v in range(ins):
+                tau, rest = divmod(axis.stride * u - axis.input_dilation * v + axis.kernel_dilation * j - low, run)
+                if rest == 0:
+                    entries.append((tau % grid, v, u, j))
+    offsets = tuple(dict.fromkeys(entry[0] for entry in entries)) or (0,)
+    place = np.zeros((len(offsets), ins, outs, axis.taps), np.int8)
+    for tau, v, u, j in entries:
+        place[offsets.index(tau), v, u, j] += 1
+    return Couplings(offsets, place)
+
+
+@functools.lru_cache(maxsize=128)
+def half_grid(grid: tuple[int, ...]) -> HalfGrid:
+    """Returns representatives of the pairs (omega, -omega) of a frequency grid."""
+    points = np.moveaxis(np.indices(grid), 0, -1).reshape(math.prod(grid), len(grid))
+    flat = np.arange(len(points))
+    mirrored = flat.reshape(grid)[tuple((-points % np.asarray(grid, int)).T)]
+    kept = flat <= mirrored
+    position = np.cumsum(kept) - 1
+    weights = np.where(flat == mirrored, 1.0, 2.0)[kept] / len(points)
+    return HalfGrid(points[kept].astype(np.int32), weights, position[np.minimum(flat, mirrored)].astype(np.int32))
+
+
+def span(axis: Axis) -> int:
+    """Returns the largest less the smallest offset of the block taps."""
+    large = axis._replace(period=axis.run * 10**6)  # too large for any of them to fold
+    signed = [tau - 10**6 if tau > 10**6 // 2 else tau for tau in couplings(large).offsets]
+    return max(signed) - min(signed)
+
+
+def overshoot(span: int, grid: int) -> float:
+    """Returns the factor by which the supremum over all frequencies can exceed the largest norm on a grid (M. Riesz).
+
+    Along an axis the symbol is a trigonometric polynomial of this span.
+    """
+    return 1 / math.cos(math.pi * span / (2 * grid))
+
+
+@functools.lru_cache(maxsize=512)
+def coarse_plan(plan: Plan) -> tuple[Plan, float]:
+    """Returns the same convolution on the smallest useful grid, and the factor by which its norm elsewhere is larger.
+
+    For three taps the grid has five points an axis.
+    """
+    axes, factor = [], 1.0
+    for axis, own in zip(plan.axes, plan.grid, strict=True):
+        width = span(axis)
+        grid = max(1, math.ceil(COARSE_POINTS * width))
+        if grid < own:
+            axis, factor = axis._replace(period=axis.run * grid), factor * overshoot(width, grid)
+        axes.append(axis)
+    return Plan(tuple(axes), plan.groups), factor
+
+
+def plans_for_every_size(conv: Conv, taps: tuple[int, ...], slack: float) -> list[tuple[Plan, float]]:
+    """Returns plans, each with a factor: the largest product of a plan's norm and its factor bounds every input size.
+
+    That bound is at most ``1 + slack`` times the supremum of the symbol's norm over all frequencies. There are several
+    plans where stride and input dilation share a divisor: then the padding's parity matters, and each is tried.
+    """
+    choices = [
+        _axes_for_every_size(*axis, (1 + slack) ** (1 / len(taps)))
+        for axis in zip(taps, conv.strides, conv.input_dilation, conv.kernel_dilation, strict=True)
+    ]
+    return [
+        (Plan(tuple(axis for axis, _ in picked), conv.feature_group_count), math.prod(factor for _, factor in picked))
+        for picked in itertools.product(*choices)
+    ]
+
+
+def _axes_for_every_size(
+    k: int, stride: int, input_dilation: int, dilation: int, factor: float
+) -> list[tuple[Axis, float]]:
+    if min(stride, input_dilation) == 1:
+        # Only pixels that are multiples of gcd(stride, dilation) meet a tap. Beyond that the spacing of the taps
+        # substitutes one frequency for another (and multiplies rows by phases): the supremum is the same.
+        shared = math.gcd(max(stride, input_dilation), dilation)
+        stride, input_dilation, dilation = max(1, stride // shared), max(1, input_dilation // shared), 1
+    run = math.lcm(stride, input_dilation)
+    axes = []
+    for low in range(math.gcd(stride, input_dilation)):
+        axis = Axis(run, k, stride, input_dilation, dilation, low)
+        width = span(axis)
+        grid = width + 1
+        if width:
+            grid = max(grid, math.ceil(math.pi * width / (2 * math.acos(1 / factor))))
+        axes.append((axis._replace(period=run * grid), overshoot(width, grid)))
+    return axes

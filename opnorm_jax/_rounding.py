@@ -1,0 +1,75 @@
+"""Every allowance for rounding errors, in one place, each with its reason. Certificates rest on these numbers.
+
+All are relative, and eps is that of the computing dtype (float32 or float64).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+def eps(dtype: Any) -> float:
+    """Returns the distance from 1 to the next larger number of a computing dtype."""
+    return float(np.finfo(dtype).eps)
+
+
+def tiny(dtype: Any) -> float:
+    """Returns the smallest normal number of a computing dtype."""
+    return float(np.finfo(dtype).tiny)
+
+
+def rounding(kernel_shape: Sequence[int], dtype: Any) -> float:
+    r"""Returns the error allowed for in a computed norm that is to be a bound.
+
+    The symbol is a sum of ``taps`` products, and the factorisation of an r x r matrix is backward stable. The
+    first-order worst cases are about taps and r units of rounding; what is seen is their square roots.
+    """
+    *taps, i, o = kernel_shape
+    return eps(dtype) * (16 + math.prod(taps) ** 0.5 + 4 * min(i, o) ** 0.5)
+
+
+def inside_tolerance(dtype: Any) -> float:
+    """Returns the excess of a computed norm over the bound that is attributed to rounding: 32 eps (4e-6 in float32).
+
+    Without it a kernel on the sphere, such as the result of an earlier projection, would not come back bit for bit.
+    """
+    return 32 * eps(dtype)
+
+
+def certificate_margin(kernel_shape: Sequence[int], dtype: Any) -> float:
+    """Returns how much lower than the bound a coarse certificate aims.
+
+    Twice :func:`rounding`: once for the symbol and once for the Cholesky factorisation that takes the place of a norm.
+    """
+    return 2 * rounding(kernel_shape, dtype)
+
+
+def elimination_limit(value: Any) -> Any:
+    """Returns the eigenvalue below which a Gram matrix is left out, if ``value`` is the largest singular value so far.
+
+    It is the square of ``value`` times 1 + 8 eps, so that a block that ties with the largest, up to 4 eps, is not
+    factorised again. The smallest normal number keeps the limit of zero blocks positive.
+    """
+    return value**2 * (1 + 8 * eps(value.dtype)) + tiny(value.dtype)
+
+
+def possible_limit(value: Any) -> Any:
+    """Returns the eigenvalue below which no singular value of at least ``value`` is possible. It is rounded upwards."""
+    return value**2 + tiny(value.dtype)
+
+
+def progress(dtype: Any) -> float:
+    """Returns the gain below which a step of LOBPCG counts as none: two units of rounding."""
+    return 2 * eps(dtype)
+
+
+def through_gram(relative: float) -> float:
+    """Returns the error, relative to the largest value, of the root of a Gram matrix's eigenvalue.
+
+    The eigenvalue's error is relative to the largest eigenvalue; the root of a small one magnifies it.
+    """
+    return relative**0.5

@@ -62,9 +62,25 @@ def possible_limit(value: Any) -> Any:
     return value**2 + tiny(value.dtype)
 
 
+def tie_tolerance(dtype: Any) -> float:
+    """Returns the distance of two singular values, relative to the largest, below which they count as tied: 32 eps.
+
+    They are computed to a few eps, so their difference has no correct digit then, nor has a second derivative.
+    """
+    return 32 * eps(dtype)
+
+
 def progress(dtype: Any) -> float:
     """Returns the gain below which a step of LOBPCG counts as none: two units of rounding."""
     return 2 * eps(dtype)
+
+
+def linear_solve_tolerance(dtype: Any) -> float:
+    """Returns the residual, relative to the right-hand side, at which a linear solve counts as converged: eps^(2/3).
+
+    The error of the solution is at most this times the condition number, which grows as the top values come together.
+    """
+    return eps(dtype) ** (2 / 3)
 
 
 def through_gram(relative: float) -> float:

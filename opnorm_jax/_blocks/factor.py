@@ -11,6 +11,8 @@ On GPU and TPU the batched ``eigh`` is used: cuSOLVER's ``svd`` is batched only 
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,8 +20,15 @@ from jax import lax
 from jaxtyping import Array, Bool, Complex, Float
 
 from opnorm_jax._blocks.batching import stackwise
+from opnorm_jax._blocks.guard import forbid_derivative
+from opnorm_jax._rounding import tie_tolerance
 
 _HIGHEST = lax.Precision.HIGHEST
+
+_once = forbid_derivative(
+    "operator norms and singular values have no third derivative here. Take at most two: a gradient, a Hessian, or a "
+    "Hessian-vector product."
+)
 
 
 def gram(blocks: Complex[Array, "*c m n"]) -> Complex[Array, "*c r r"]:
@@ -121,25 +130,64 @@ def singular_values(blocks: Complex[Array, "c m n"]) -> Float[Array, "c r"]:
     Except at near ties: LAPACK's values-only SVD leaves values that are 1e-6 to 1e-3 apart up to 50 eps off. This
     accuracy suffices for a spectrum but not for a certified bound: see ``largest.largest_singular_values``.
 
-    Differentiable once. At ties the vectors are any basis of the tied space, which gives one element of the
-    generalised gradient; where a value is zero its tangent is zero.
+    Differentiable twice. At ties the vectors are any basis of the tied space, which gives one element of the
+    generalised gradient, and the second derivative is NaN. Where a value is zero its tangent is zero.
     """
     return _values(blocks)
 
 
 @singular_values.defjvp
 def _singular_values_jvp(primals, tangents):
-    left, values, right = singular_vectors(primals[0])
+    left, _, right = singular_vectors(primals[0])
+    values = singular_values(primals[0])
     moved = jnp.matmul(tangents[0], right, precision=_HIGHEST)
     slopes = jnp.sum((left.conj() * moved).real, axis=-2)
     return values, jnp.where(values > 0, slopes, 0)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def singular_vectors(
-    blocks: Complex[Array, "c m n"],
-) -> tuple[Complex[Array, "c m r"], Float[Array, "c r"], Complex[Array, "c n r"]]:
-    """Computes left vectors, values and right vectors, in descending order. Not differentiable."""
-    return _svd(blocks)
+    blocks: Complex[Array, "c m n"], count: int | None = None
+) -> tuple[Complex[Array, "c m k"], Float[Array, "c k"], Complex[Array, "c n k"]]:
+    """Computes left vectors, values and right vectors, in descending order: the first ``count`` (None: all) of each.
+
+    Differentiable once, for functions in which the vectors' phases cancel. A vector whose value is tied has no
+    derivative; it is NaN then.
+    """
+    return tuple(out[..., :count] for out in _svd(blocks))  # type: ignore[return-value]
+
+
+@singular_vectors.defjvp
+def _singular_vectors_jvp(count, primals, tangents):
+    r"""The derivative of singular vectors by perturbation theory, in terms of P = Uᴴ dF V.
+
+    Of the columns wanted only: so ties among the other values do no harm. Phases are chosen such that vᴴ dv = 0.
+    """
+    blocks, dots = _once(primals[0]), tangents[0]
+    left, values, right = _svd(blocks)
+    adjoint = lambda x: x.conj().swapaxes(-1, -2)
+    mul = lambda a, b: jnp.matmul(a, b, precision=_HIGHEST)
+    p = mul(adjoint(left), mul(dots, right))
+    k = values[..., :count].shape[-1]
+    rows, columns = values[..., :, None], values[..., None, :k]
+    u, v, p_right, p_left = left[..., :k], right[..., :k], p[..., :k], adjoint(p)[..., :k]
+    own = jnp.broadcast_to(np.eye(values.shape[-1], k, dtype=bool), p_right.shape)
+    tied = (jnp.abs(columns - rows) <= tie_tolerance(values.dtype) * values[..., :1, None]) & ~own
+    difference = jnp.where(own | tied, 1, (columns - rows) * (columns + rows))
+    inverse = jnp.where(own, 0, jnp.where(tied, jnp.nan, 1 / difference))
+    inverse, rows, columns = (x.astype(blocks.dtype) for x in (inverse, rows, columns))
+    safe = jnp.where(columns == 0, 1, columns)
+    outside = lambda basis, x: (x - mul(basis, mul(adjoint(basis), x))) / safe
+    v_dot = mul(right, inverse * (rows * p_right + columns * p_left))
+    u_dot = mul(left, inverse * (columns * p_right + rows * p_left))
+    if right.shape[-2] > right.shape[-1]:
+        v_dot = v_dot + outside(right, mul(adjoint(dots), u))
+    if left.shape[-2] > left.shape[-1]:
+        u_dot = u_dot + outside(left, mul(dots, v))
+    diagonal = jnp.diagonal(p_right, axis1=-2, axis2=-1)[..., None, :]
+    if jnp.iscomplexobj(blocks):
+        u_dot = u_dot + u * lax.complex(jnp.zeros_like(diagonal.imag), diagonal.imag) / safe
+    return (u, values[..., :count], v), (u_dot, diagonal.real[..., 0, :], v_dot)
 
 
 @stackwise

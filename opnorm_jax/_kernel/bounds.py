@@ -55,7 +55,7 @@ def operator_norm_bounds(
 
     Cost: upper, as a circular :func:`operator_norm`; lower, some 50 to 500 applications of the layer.
 
-    Differentiable: once, both modes, each bound as the norm it comes from.
+    Differentiable: each bound as the norm it comes from; see :func:`operator_norm`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, opnorm_jax as oj
@@ -142,7 +142,7 @@ def operator_norm_upper_bound(
 
     Cost: that of a circular :func:`operator_norm` on the N-point grid, whatever the image's size.
 
-    Differentiable: once, both modes, as the norm on the grid.
+    Differentiable: as the norm on the grid; see :func:`operator_norm`.
 
     Examples:
       >>> import jax.numpy as jnp, opnorm_jax as oj

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from opnorm_jax._blocks.clip import clip_with_derivative, excess
+from opnorm_jax._blocks.guard import forbid_derivative
 from opnorm_jax._blocks.symbol import (
     block_taps,
     kernel_from_block_taps,
@@ -19,6 +20,11 @@ from opnorm_jax._execution import Execution
 from opnorm_jax._geometry import Plan
 from opnorm_jax._kernel.inside import unless_inside
 from opnorm_jax._rounding import rounding
+
+_once = forbid_derivative(
+    "clip_operator_norm has no second derivative. Use rescale_operator_norm, or a penalty on operator_norm, where a "
+    "Hessian is needed."
+)
 
 
 def fit(kernel: jax.Array, norm: jax.Array, bound: jax.Array) -> jax.Array:
@@ -54,7 +60,7 @@ def _clip(plan, execution, kernel, bound):
 
 @clip.defjvp
 def _clip_jvp(plan, execution, primals, tangents):
-    (kernel, bound), (kernel_dot, bound_dot) = primals, tangents
+    (kernel, bound), (kernel_dot, bound_dot) = map(_once, primals), tangents
     taps, taps_dot = block_taps(kernel, plan), block_taps(kernel_dot, plan)
 
     def step(carry, blocks, phase, weights, x):

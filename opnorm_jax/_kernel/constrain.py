@@ -76,7 +76,8 @@ def rescale_operator_norm(
     Cost: one upper bound; or, far inside the ball (for 3x3 kernels, under two thirds of ``max_norm``), the certificate
     described under :func:`clip_operator_norm`.
 
-    Differentiable: once, both modes, in the kernel and in ``max_norm``; at the boundary the derivative is the inside's.
+    Differentiable: twice, as :func:`operator_norm`, in the kernel and in ``max_norm``; at the boundary the
+    derivative is that of the inside.
 
     Examples:
       >>> import jax.numpy as jnp, opnorm_jax as oj
@@ -120,7 +121,8 @@ def clip_operator_norm(
     only Cholesky factorisations on a coarse grid (25 points for 3x3 kernels): kernels far inside the ball, with norms
     under about two thirds of ``max_norm``, cost no more.
 
-    Differentiable: once, both modes, in the kernel and in ``max_norm`` (divided differences: finite at ties).
+    Differentiable: once, both modes, in the kernel and in ``max_norm`` (divided differences: finite at ties). A second
+    derivative raises ``NotImplementedError``.
 
     Examples:
       >>> import jax.numpy as jnp, opnorm_jax as oj

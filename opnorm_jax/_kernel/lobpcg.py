@@ -10,11 +10,15 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from opnorm_jax._blocks.guard import forbid_derivative
 from opnorm_jax._geometry import Geometry
-from opnorm_jax._rounding import progress
+from opnorm_jax._rounding import linear_solve_tolerance, progress
 
 MAX_ITERATIONS = 500
 _PATIENCE = 50
+MAX_SOLVE_ITERATIONS = 1000
+
+_once = forbid_derivative("operator norms have no third derivative here. Take at most two.")
 
 
 def apply(kernel: Float[Array, "*taps i o"], x: Float[Array, "*n i"], geometry: Geometry) -> Float[Array, "*m o"]:
@@ -42,19 +46,88 @@ def apply(kernel: Float[Array, "*taps i o"], x: Float[Array, "*n i"], geometry: 
     )[0]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def norm(kernel: Float[Array, "*taps i o"], geometry: Geometry) -> Float[Array, ""]:
-    """Computes |A x| / |x| at the best x found. Only the rounding of one application can put it above the true norm."""
-    return _lobpcg(kernel, geometry)[0]
+    """Computes |A x| / |x| at the best x found. Only the rounding of one application can put it above the true norm.
+
+    Differentiable twice. Where the top value is tied, or so nearly that the second derivative cannot be computed, that
+    is NaN.
+    """
+    value, x = _lobpcg(lax.stop_gradient(kernel), geometry)
+    return _value_at(kernel, value, x, geometry)
 
 
-@norm.defjvp
-def _norm_jvp(geometry, primals, tangents):
-    (kernel,), (tangent,) = primals, tangents
-    value, x = _lobpcg(kernel, geometry)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _value_at(kernel, value, x, geometry):
+    """Returns ``value``, the norm, which is reached at ``x``, with the derivatives of a function of the kernel."""
+    return value
+
+
+@_value_at.defjvp
+def _value_at_jvp(geometry, primals, tangents):
+    kernel, value, x = primals
+    value, x = _value_at(kernel, value, x, geometry), _vector_at(kernel, x, geometry)
     y = apply(kernel, x, geometry)
-    slope = jnp.sum(y * apply(tangent, x, geometry)) / jnp.where(value > 0, value, 1)
+    slope = jnp.sum(y * apply(tangents[0], x, geometry)) / jnp.where(value > 0, value, 1)
     return value, jnp.where(value > 0, slope, 0)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _vector_at(kernel, x, geometry):
+    """Returns ``x``, the top singular vector, with its derivative as a function of the kernel."""
+    return x
+
+
+@_vector_at.defjvp
+def _vector_at_jvp(geometry, primals, tangents):
+    """With s the top value, (s² I - AᵀA) dx = d(AᵀA) x, up to a multiple of x. Solved by conjugate gradients.
+
+    The same equation first improves x, which is known to half the digits of its value only.
+    """
+    kernel, x, dot = _once(primals[0]), primals[1], tangents[0]
+    power = lambda v: _transpose(kernel, apply(kernel, v, geometry), geometry)
+    image = power(x)
+    value = jnp.sum(x * image)
+    x = x + _solve(power, value, x, image - value * x)
+    x = x / jnp.sqrt(jnp.sum(x * x))
+    y = apply(kernel, x, geometry)
+    value = jnp.sum(y * y)
+    change = _transpose(dot, y, geometry) + _transpose(kernel, apply(dot, x, geometry), geometry)
+    return x, _solve(power, value, x, change)
+
+
+def _solve(power, value, x, b):
+    """Solves (value I - AᵀA) v = b for v orthogonal to x; NaN if that has not converged, as at ties."""
+    project = lambda v: v - jnp.sum(x * v) * x
+    dot = lambda a, b: jnp.sum(a * b)
+    # x itself is given the value's own weight, so that the operator is positive definite.
+    matvec = lambda v: value * (v + dot(x, v) * x) - power(v)
+
+    def conjugate_gradients(matvec, b):
+        goal = linear_solve_tolerance(b.dtype) ** 2 * dot(b, b)
+
+        def step(state):
+            v, r, p, square, n = state
+            image = matvec(p)
+            length = dot(p, image)
+            alpha = square / jnp.where(length > 0, length, 1)
+            v, r = v + alpha * p, r - alpha * image
+            new = dot(r, r)
+            return v, r, r + new / jnp.where(square > 0, square, 1) * p, new, n + 1
+
+        going = lambda state: (state[3] > goal / 16) & (state[4] < MAX_SOLVE_ITERATIONS)
+        start = (jnp.zeros_like(b), b, b, dot(b, b), jnp.zeros((), jnp.int32))
+        v = lax.while_loop(going, step, start)[0]
+        left = b - matvec(v)
+        return jnp.where(dot(left, left) <= goal, v, jnp.nan)
+
+    return project(lax.custom_linear_solve(matvec, project(b), conjugate_gradients, symmetric=True))
+
+
+def _transpose(kernel: jax.Array, y: jax.Array, geometry: Geometry) -> jax.Array:
+    """Applies the transpose of the layer."""
+    shape = (*geometry.conv.input_shape, kernel.shape[-2] * geometry.conv.feature_group_count)
+    forward = lambda x: apply(kernel, x, geometry)
+    return jax.linear_transpose(forward, jax.ShapeDtypeStruct(shape, y.dtype))(y)[0]
 
 
 def _lobpcg(kernel: jax.Array, geometry: Geometry) -> tuple[jax.Array, jax.Array]:
@@ -64,12 +137,10 @@ def _lobpcg(kernel: jax.Array, geometry: Geometry) -> tuple[jax.Array, jax.Array
     problem. This converges like a Krylov method with three vectors of memory. It stops once the value has gained
     less than two units of rounding over ``_PATIENCE`` steps in a row, or after ``MAX_ITERATIONS``.
     """
-    kernel = lax.stop_gradient(kernel)
     dtype, conv = kernel.dtype, geometry.conv
     shape = (*conv.input_shape, kernel.shape[-2] * conv.feature_group_count)
     forward = lambda x: apply(kernel, x, geometry)
-    transpose = jax.linear_transpose(forward, jax.ShapeDtypeStruct(shape, dtype))
-    backward = lambda y: transpose(y)[0]
+    backward = lambda y: _transpose(kernel, y, geometry)
     length = lambda v: jnp.sqrt(jnp.sum(v * v))
 
     def orthonormal(v, basis):

@@ -49,7 +49,10 @@ def operator_norm(
     because nearby ones show that they cannot hold it (see ``_blocks/largest.py``). Zero padding: some 50 to 500
     applications of the layer and its transpose.
 
-    Differentiable: once, both modes. At ties the gradient of one of the tied values; zero at the zero kernel.
+    Differentiable: twice, in any order of modes. At ties the gradient is that of one of the tied values; it is zero at
+    the zero kernel. The second derivative is right where the top value is simple (a frequency and its mirror image
+    count once). It is NaN where a block's top values are tied, or, for zero padding, where the layer's are too near to tell
+    apart; float64 separates values that float32 does not. A third derivative raises ``NotImplementedError``.
 
     Examples:
       >>> import jax, jax.numpy as jnp, opnorm_jax as oj
@@ -75,18 +78,37 @@ def _operator_norm(kernel, geometry: Geometry, execution):
     )
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def circular_norm(kernel: Float[Array, "*taps i o"], plan: Plan, execution: Execution) -> Float[Array, ""]:
     """Computes the largest singular value over the plan's grid.
 
-    Its gradient is at ties that of one of the tied values, and 0 at the zero kernel.
+    At ties between frequencies its derivatives are those of one of the tied values. Within a frequency the gradient is
+    that of one of the tied values, and the second derivative is NaN. The gradient is 0 at the zero kernel.
     """
-    return _largest(block_taps(kernel, plan), plan, execution)[0]
+    taps = block_taps(kernel, plan)
+    value, frequency, group = _locate(lax.stop_gradient(taps), plan, execution)
+    phase = phases(frequency[None], plan, kernel.dtype)
+    return _value_at(symbol(jnp.take(taps, group[None], axis=1), phase)[:, 0], value)
 
 
-def _largest(taps: jax.Array, plan: Plan, execution: Execution) -> tuple[jax.Array, jax.Array, jax.Array]:
+@jax.custom_jvp
+def _value_at(block, value):
+    """Returns ``value``, the largest singular value of the block, with the derivatives of a function of the block."""
+    return value
+
+
+@_value_at.defjvp
+def _value_at_jvp(primals, tangents):
+    block, value = primals
+    value = _value_at(block, value)
+    left, _, right = factor.singular_vectors(block, 1)
+    u, v = left[0, :, 0], right[0, :, 0]
+    slope = jnp.vdot(u, jnp.matmul(tangents[0][0], v, precision=lax.Precision.HIGHEST)).real
+    return value, jnp.where(value > 0, slope, 0)
+
+
+def _locate(taps: jax.Array, plan: Plan, execution: Execution) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the largest singular value, and the frequency (integers) and the group where it is found."""
-    taps, frequencies = lax.stop_gradient(taps), jnp.asarray(half_grid(plan.grid).frequencies)
+    frequencies = jnp.asarray(half_grid(plan.grid).frequencies)
     everywhere = lambda taps: _everywhere(taps, plan, execution)
     if execution.factorization != "products" and largest.pays(plan, execution.mesh.size if execution.mesh else 1):
         search = functools.partial(largest.search, plan=plan, chunk_bytes=execution.chunk_bytes)
@@ -109,20 +131,6 @@ def _everywhere(taps, plan, execution):
     _, (values, groups) = scan_frequencies(step, (), taps, plan, execution)
     at = lax.argmax(values, 0, jnp.int32)  # NaN counts as the largest, so a NaN kernel gives NaN
     return largest.Found(values[at], at, groups[at])
-
-
-@circular_norm.defjvp
-def _circular_norm_jvp(plan, execution, primals, tangents):
-    (kernel,), (tangent,) = primals, tangents
-    taps = block_taps(kernel, plan)
-    value, frequency, group = _largest(taps, plan, execution)
-    phase = phases(frequency[None], plan, kernel.dtype)
-    block = symbol(jnp.take(taps, group[None], axis=1), phase)[:, 0]
-    moved = symbol(jnp.take(block_taps(tangent, plan), group[None], axis=1), phase)[0, 0]
-    left, _, right = factor.singular_vectors(block)
-    u, v = left[0, :, 0], right[0, :, 0]
-    slope = jnp.vdot(u, jnp.matmul(moved, v, precision=lax.Precision.HIGHEST)).real
-    return value, jnp.where(value > 0, slope, 0)
 
 
 def circular_extremes(

@@ -52,7 +52,8 @@ def singular_values(
     1e-3 apart, which is LAPACK's own (the norm functions, which certify, use another routine). On GPU and TPU the
     values come from a Gram matrix: those below sqrt(eps) of the largest are noise.
 
-    Differentiable: once, both modes. At ties one element of the generalised gradient; zero values have zero tangents.
+    Differentiable: twice, in any order of modes. At ties the first derivative is one element of the generalised
+    gradient, and the second is NaN. Zero values have zero tangents.
 
     Examples:
       >>> import jax.numpy as jnp, opnorm_jax as oj

@@ -51,8 +51,8 @@ def operator_norm(
 
     Differentiable: twice, in any order of modes. At ties the gradient is that of one of the tied values; it is zero at
     the zero kernel. The second derivative is right where the top value is simple (a frequency and its mirror image
-    count once). It is NaN where a block's top values are tied, or, for zero padding, where the layer's are too near to tell
-    apart; float64 separates values that float32 does not. A third derivative raises ``NotImplementedError``.
+    count once). It is NaN where a block's top values are tied, or, for zero padding, where the layer's are too near
+    to tell apart; float64 separates values that float32 does not. A third derivative raises ``NotImplementedError``.
 
     Examples:
       >>> import jax, jax.numpy as jnp, opnorm_jax as oj

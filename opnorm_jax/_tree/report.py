@@ -109,8 +109,8 @@ def spectral_report(
       ValueError, TypeError: ``convs`` does not fit the parameters (with the path), or the call is under ``jit``.
       ImportError: ``progress`` without rich.
 
-    Cost: one layer at a time: the spectrum of its circulant embedding, of which only the extremes are kept, and for zero
-    padding some 50 to 500 applications of the layer. Layers of equal shape and geometry share a compilation.
+    Cost: one layer at a time: the spectrum of its circulant embedding, of which only the extremes are kept, and for
+    zero padding some 50 to 500 applications of the layer. Layers of equal shape and geometry share a compilation.
 
     Examples:
       >>> import jax.numpy as jnp, opnorm_jax as oj

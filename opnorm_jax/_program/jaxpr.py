@@ -1,38 +1,106 @@
-"""What this library asks of a traced program.
+"""All that this library asks of a traced program.
 
-jax promises neither the names of primitives nor the layout of their parameters: every such import is here, and the
-tests of what uses it run on the oldest supported and on the newest jax.
+jax promises neither the names of primitives nor the layout of their parameters. So every such question is asked here,
+and the tests of what uses the answers run on the oldest supported and on the newest jax.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import jax
+import jax.core
+import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, DropVar, Jaxpr, Literal
 from jax.extend.core import primitives as p
-
-from opnorm_jax._conv import SPATIAL_LETTERS, Conv
-from opnorm_jax._program.movement import Pixels, Side, input_and_padding
 
 __all__ = [
     "Literal",
-    "all_pixels",
-    "conv_of",
+    "Traced",
+    "called_program",
+    "computes_narrowly",
+    "evaluate",
     "is_identity",
-    "kernel_letters",
-    "moved_pixels",
-    "opened",
+    "open_jaxpr",
     "p",
     "programs_inside",
-    "relabelled",
     "scan_split",
+    "trace",
+    "widened",
 ]
 
-# Identity on their operands, one by one. By object where jax exports it; the names are of those it does not.
+# Primitives by object where jax exports them; the names are of those it does not export.
 _IDENTITIES = {p.convert_element_type_p, p.copy_p, p.name_p, p.reduce_precision_p, p.sharding_constraint_p}
-_IDENTITY_NAMES = {"device_put", "optimization_barrier", "pcast", "pvary", "reshard", "stop_gradient"}
+_IDENTITY_NAMES = {
+    "copy_p",
+    "device_put",
+    "layout_constraint",
+    "mesh_cast",
+    "optimization_barrier",
+    "pcast",
+    "pvary",
+    "reshard",
+    "stop_gradient",
+}
+# Equations that call the one program they hold on their operands, one by one. No other program is entered.
+_CALLS = {
+    "checkpoint",
+    "closed_call",
+    "composite",
+    "core_call",
+    "custom_jvp_call",
+    "custom_vjp_call",
+    "custom_vjp_call_jaxpr",
+    "custom_vmap_call",
+    "eval_jaxpr",
+    "jit",
+    "pjit",
+    "remat",
+    "remat2",
+}
+
+
+class Traced(NamedTuple):
+    """A function's program, with the leaves of its first argument and the paths of those."""
+
+    program: Any
+    treedef: Any  # of the first argument
+    names: list[str]  # of its leaves
+    leaves: list[Any]
+    positions: list[int]  # of the program's inputs among all leaves; those of the first argument come first
+    values: list[Any]  # of the program's inputs
+
+
+def trace(fn: Callable[..., Any], params: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Traced:
+    """Traces ``fn(params, *args, **kwargs)``. Arrays and ``ShapeDtypeStruct`` are traced; all else is passed on."""
+    with_paths, treedef = jax.tree_util.tree_flatten_with_path(params)
+    names = ["params" + jax.tree_util.keystr(path) for path, _ in with_paths]
+    leaves = [leaf for _, leaf in with_paths]
+    inputs, inputs_def = jax.tree.flatten((args, kwargs))
+    every = [*leaves, *inputs]
+    positions = [n for n, leaf in enumerate(every) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
+
+    def flat(*arrays):
+        filled = list(every)
+        for n, array in zip(positions, arrays, strict=True):
+            filled[n] = array
+        args, kwargs = jax.tree.unflatten(inputs_def, filled[len(leaves) :])
+        outs = fn(jax.tree.unflatten(treedef, filled[: len(leaves)]), *args, **kwargs)
+        return [out for out in jax.tree.leaves(outs) if hasattr(out, "dtype") or isinstance(out, (bool, int, float))]
+
+    try:
+        program = jax.make_jaxpr(flat)(*(every[n] for n in positions))
+    except Exception as error:
+        if type(error).__name__ != "TraceContextError":
+            raise
+        raise ValueError(
+            "expected fn to be a pure function of its arguments; it changes a flax.nnx variable that was made outside "
+            "of it (a Dropout's random state or BatchNorm's statistics, say). Copy the state inside fn: "
+            "nnx.merge(graph, params, rest, copy=True)(x)."
+        ) from error
+    return Traced(program, treedef, names, leaves, positions, [every[n] for n in positions])
 
 
 def is_identity(eqn: Any) -> bool:
@@ -40,8 +108,13 @@ def is_identity(eqn: Any) -> bool:
     return eqn.primitive in _IDENTITIES or eqn.primitive.name in _IDENTITY_NAMES
 
 
+def open_jaxpr(program: Any) -> Any:
+    """The jaxpr inside a closed one, or itself."""
+    return getattr(program, "jaxpr", program)  # jax 0.11 and later make no difference between open and closed
+
+
 def programs_inside(eqn: Any) -> list[Any]:
-    """The programs that an equation holds, with their constants where they have any."""
+    """The programs among an equation's parameters, with their constants where they have any."""
     found = []
     for value in eqn.params.values():
         several = value if isinstance(value, (tuple, list)) else (value,)
@@ -49,134 +122,48 @@ def programs_inside(eqn: Any) -> list[Any]:
     return found
 
 
-def opened(program: Any) -> Any:
-    """The jaxpr inside a closed one, or itself."""
-    return getattr(program, "jaxpr", program)  # jax 0.11 on makes no difference between open and closed
-
-
-def scan_split(eqn: Any, jaxpr: Any) -> tuple[int, int]:
-    """Numbers of constants and of carries among a scan's operands, told by ranks: what is scanned loses an axis."""
-    same_rank = lambda outside, inside: sum(v.aval.ndim == w.aval.ndim for v, w in zip(outside, inside, strict=True))
-    carry = same_rank(eqn.outvars, jaxpr.outvars)
-    return same_rank(eqn.invars, jaxpr.invars) - carry, carry
-
-
-def relabelled(eqn: Any) -> list[int | None] | None:
-    """For each axis of the result the operand's axis (None: inserted, of length 1), if axes are all that moves."""
-    shape, out_shape = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
-    if eqn.primitive is p.transpose_p:
-        return list(eqn.params["permutation"])
-    if eqn.primitive is p.squeeze_p or eqn.primitive.name == "reduce_sum":
-        dropped = eqn.params["dimensions" if eqn.primitive is p.squeeze_p else "axes"]
-        return [n for n in range(len(shape)) if n not in dropped] if all(shape[n] == 1 for n in dropped) else None
-    if eqn.primitive is p.broadcast_in_dim_p:
-        to = eqn.params["broadcast_dimensions"]
-        labels = [to.index(n) if n in to else None for n in range(len(out_shape))]
-    elif eqn.primitive is p.reshape_p and eqn.params.get("dimensions") is None:
-        labels, left = [], list(range(len(shape)))  # from the last axis on, passing over lengths of 1
-        for length in reversed(out_shape):
-            while left and shape[left[-1]] == 1 != length:
-                left.pop()
-            labels.insert(0, left.pop() if left and shape[left[-1]] == length else None)
-        if any(shape[n] != 1 for n in left):
-            return None
-    else:
-        return None
-    alike = all(length == (1 if n is None else shape[n]) for n, length in zip(labels, out_shape, strict=True))
-    return labels if alike else None
-
-
-def all_pixels(shape: tuple[int, ...]) -> tuple[Pixels, ...]:
-    """The pixels of an image that is its own origin."""
-    return tuple(Pixels(axis, np.arange(length)) for axis, length in enumerate(shape))
-
-
-def moved_pixels(
-    eqn: Any, parts: Sequence[tuple[Pixels | None, ...] | None], one_image: bool, zeros: bool
-) -> tuple[Pixels | None, ...] | None:
-    """Which pixels of the image behind its operands those of a result are; ``None`` if that cannot be said.
-
-    ``parts`` are the operands' pixels (``None``: the image itself); ``one_image``: all are of the same; ``zeros``: the
-    last operand is zero.
-    """
-    filled = [part or all_pixels(v.aval.shape) for part, v in zip(parts, eqn.invars)]
-    axes = filled[0]
-    labels = relabelled(eqn)
-    if labels is not None:
-        return tuple(None if n is None else axes[n] for n in labels)
-    if eqn.primitive is p.concatenate_p:
-        return _joined(filled, eqn.params["dimension"]) if one_image else None
-    if None in axes:
-        return None
-    if eqn.primitive is p.slice_p:
-        bounds = eqn.params["start_indices"], eqn.params["limit_indices"], eqn.params["strides"] or [1] * len(axes)
-        return _picked(axes, [slice(*ends) for ends in zip(*bounds, strict=True)])
-    if eqn.primitive is p.rev_p:
-        return _picked(axes, [slice(None, None, -1 if n in eqn.params["dimensions"] else 1) for n in range(len(axes))])
-    if eqn.primitive is p.pad_p and zeros:
-        return _zero_padded(axes, eqn.params["padding_config"])
+def called_program(eqn: Any) -> Any:
+    """The program that an equation calls on its operands, one by one; None if it does not, or is not known to."""
+    if eqn.primitive.name in _CALLS:
+        for program in programs_inside(eqn):
+            if len(open_jaxpr(program).invars) == len(eqn.invars):
+                return program
     return None
 
 
-def _picked(axes: Any, chosen: list[slice]) -> tuple[Pixels, ...]:
-    return tuple(Pixels(axis, index[part]) for (axis, index), part in zip(axes, chosen, strict=True))
+def scan_split(eqn: Any) -> tuple[int, int]:
+    """Numbers of constants and of carries among a scan's operands, known by ranks: what is scanned loses an axis."""
+    jaxpr = open_jaxpr(eqn.params["jaxpr"])
+    same_rank = lambda outside, inside: sum(v.aval.ndim == w.aval.ndim for v, w in zip(outside, inside, strict=True))
+    carries = same_rank(eqn.outvars, jaxpr.outvars)
+    return same_rank(eqn.invars, jaxpr.invars) - carries, carries
 
 
-def _joined(parts: list[tuple[Pixels | None, ...]], along: int) -> tuple[Pixels | None, ...] | None:
-    """Concatenation of parts of one image."""
-    joined = []
-    for n, its in enumerate(zip(*parts, strict=True)):
-        if None in its or len({part.axis for part in its}) > 1:  # type: ignore[union-attr]
-            return None
-        indices = [part.index for part in its]  # type: ignore[union-attr]
-        if n != along and not all(np.array_equal(indices[0], index) for index in indices):
-            return None
-        joined.append(Pixels(its[0].axis, np.concatenate(indices) if n == along else indices[0]))  # type: ignore[union-attr]
-    return tuple(joined)
+def is_narrow(dtype: Any) -> bool:
+    """Whether a dtype is a floating one of less than single precision."""
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
 
 
-def _zero_padded(axes: Any, config: Any) -> tuple[Pixels, ...] | None:
-    if any(interior for _, _, interior in config):
-        return None
-    out = []
-    for (axis, index), (low, high, _) in zip(axes, config, strict=True):
-        index = np.pad(index, (max(low, 0), max(high, 0)), constant_values=-1)
-        out.append(Pixels(axis, index[max(-low, 0) : len(index) - max(-high, 0)]))
-    return tuple(out)
+def computes_narrowly(eqn: Any) -> bool:
+    """Whether an equation, or one inside, computes in less than single precision."""
+    if any(is_narrow(getattr(v.aval, "dtype", np.int32)) for v in (*eqn.invars, *eqn.outvars)):
+        return True
+    return any(computes_narrowly(inner) for program in programs_inside(eqn) for inner in open_jaxpr(program).eqns)
 
 
-def kernel_letters(eqn: Any) -> str:
-    """``O``, ``I`` and the spatial letters, in the order of ``rhs_spec``."""
-    rank = len(eqn.params["dimension_numbers"].rhs_spec) - 2
-    if not 1 <= rank < len(SPATIAL_LETTERS):
-        raise ValueError(f"a convolution with {rank} spatial axes")
-    return "OI" + SPATIAL_LETTERS[rank]
+def widened(eqn: Any) -> Any:
+    """The equation in single precision, for operands that are in it."""
+    params = dict(eqn.params)
+    for name in ("preferred_element_type", "new_dtype", "dtype"):
+        if params.get(name) is not None and is_narrow(params[name]):
+            params[name] = np.dtype(np.float32)
+    return eqn.replace(params=params)
 
 
-def conv_of(eqn: Any, pixels: Sequence[Pixels | None], layout: str, flipped: Sequence[bool], stacked: int = 0) -> Conv:
-    """The ``Conv`` of a convolution's equation, whose image has ``pixels``; a ValueError says why there is none."""
-    numbers, operand = eqn.params["dimension_numbers"], eqn.invars[1].aval.shape
-    if eqn.params["batch_group_count"] != 1:
-        raise ValueError("batch_group_count above 1 (fn contains its own gradient?)")
-    per_axis = zip(
-        [pixels[n] for n in numbers.lhs_spec[2:]],
-        [operand[n] for n in numbers.rhs_spec[2:]],
-        eqn.params["window_strides"],
-        eqn.params["lhs_dilation"],
-        eqn.params["rhs_dilation"],
-        eqn.params["padding"],
-        [eqn.outvars[0].aval.shape[n] for n in numbers.out_spec[2:]],
-        flipped,
-        strict=True,
-    )
-    sides = input_and_padding([Side(*side) for side in per_axis])
-    return Conv(
-        tuple(n for n, _ in sides),
-        strides=eqn.params["window_strides"],
-        padding="CIRCULAR" if sides[0][1] is None else tuple(pads for _, pads in sides),  # type: ignore[misc]
-        input_dilation=eqn.params["lhs_dilation"],
-        kernel_dilation=eqn.params["rhs_dilation"],
-        feature_group_count=eqn.params["feature_group_count"],
-        kernel_layout=layout,
-        stacked=stacked,
-    )
+def evaluate(program: Any, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """Evaluates one equation of a program, whatever it is, on arrays or tracers."""
+    inputs = {v: value for v, value in zip(eqn.invars, values, strict=True) if not isinstance(v, Literal)}
+    wanted = [v for v in eqn.outvars if not isinstance(v, DropVar)]
+    alone = open_jaxpr(program).replace(constvars=[], invars=list(inputs), outvars=wanted, eqns=[eqn])
+    outs = dict(zip(wanted, jax.core.eval_jaxpr(alone, (), *inputs.values()), strict=True))
+    return [outs.get(v) for v in eqn.outvars]

@@ -1,15 +1,17 @@
 """A bound on a whole network's Lipschitz constant, from the bounds on its layers.
 
-The traced program is run once more, on real values wherever they do not depend on the input, and on bounds wherever
-they do. Every rule below is a theorem about one operation; whatever has none is refused by name.
+The traced program is run once more: on real values wherever they do not depend on the input, and on :class:`Signal`
+objects wherever they do. A signal bounds its own change when something asks: from where its elements come if they were
+only moved, from its convolution's norm, from a known activation, or by the rule of the operation that made it.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
@@ -18,60 +20,60 @@ import numpy as np
 
 from opnorm_jax._conv import Conv
 from opnorm_jax._kernel.bounds import operator_norm_bounds
+from opnorm_jax._program import slopes
+from opnorm_jax._program.convolution import kernel_letters, read_convolution
 from opnorm_jax._program.jaxpr import (
     Literal,
-    all_pixels,
-    conv_of,
+    called_program,
+    computes_narrowly,
+    evaluate,
     is_identity,
-    kernel_letters,
-    moved_pixels,
-    opened,
+    open_jaxpr,
     p,
     programs_inside,
+    scan_split,
+    trace,
+    widened,
 )
-from opnorm_jax._program.movement import Pixels
+from opnorm_jax._program.movement import HOLE, MOVES, ElementMap, NotUnderstood, Source, identity, moved, row, stack
+from opnorm_jax._program.numbers import Number, hypot, largest, rounded_up, times, widest
+from opnorm_jax._program.rules import RULES, Refused
 
-# Elementwise, by the largest slope.
-_SLOPES = {"abs": 1, "asinh": 1, "atan": 1, "cos": 1, "erf": 2 / math.sqrt(math.pi), "logistic": 0.25, "neg": 1}
-_SLOPES |= {"sin": 1, "sort": 1, "tanh": 1, "reduce_max": 1, "reduce_min": 1}
-# Results made of the operand's numbers, none of them twice.
-_SELECTIONS = {"dynamic_slice", "expand_dims", "reshape", "rev", "slice", "split", "squeeze", "transpose"}
-# jax.nn's own functions that are not made of the above, by the largest slope given their parameter.
-_ACTIVATIONS: dict[str, Callable[..., Any]] = {
-    "celu": lambda alpha=1.0: 1.0,
-    "elu": lambda alpha=1.0: jnp.maximum(1.0, jnp.abs(alpha)),
-    "hard_tanh": lambda: 1.0,
-    "leaky_relu": lambda slope=0.01: jnp.maximum(1.0, jnp.abs(slope)),
-    "silu": lambda: 1.09983945,
-    "softplus": lambda: 1.0,
-}
+_SETTLE = 40
+"""Operations after which a bound is computed at once, so that no chain of them is longer than Python's stack."""
 
 
 def lipschitz_bound(fn: Callable[..., Any], params: Any, x: Any) -> jax.Array:
-    r"""An upper bound on the Lipschitz constant of ``x -> fn(params, x)``, in the Euclidean norm of all of x.
+    r"""Computes an upper bound on the Lipschitz constant of ``x -> fn(params, x)``, in the Euclidean norm of all of x.
 
-    In a sequential network, the product of its layers' certified norms (:func:`operator_norm_bounds`, for the padding
-    and strides really used) with the slopes of what stands between them; where paths are summed, the sum of theirs;
-    where they are concatenated, the root of the sum of squares. A factor per output channel that follows a convolution,
-    batch normalisation's on running statistics for one, is folded into its kernel before the norm is taken.
+    In a sequential network it is the product of the layers' certified norms (:func:`operator_norm_bounds`, for the
+    padding and strides really used) with the largest slopes of what stands between them. Where paths are summed it is
+    the sum of theirs; where they are concatenated, the root of the sum of squares. A factor per output channel that
+    follows a layer, such as that of batch normalisation on running statistics, is folded into its kernel before the
+    norm is taken. Operations that only move numbers count exactly: the root of the largest number of copies of one
+    element.
 
-    It is an upper bound, often far above the truth: norms of a product are below products of norms.
+    It is an upper bound, often far above the truth: the norm of a product can be far below the product of the norms.
 
     Args:
-      fn: a function of the parameters and of one array. Other arguments by closure, as in
+      fn: a function of the parameters and of one array. Pass other arguments by closure, as in
         ``lambda params, x: model.apply({"params": params, "batch_stats": stats}, x, train=False)``.
-      params: a tree of arrays.
+      params: a tree of arrays. Leaves of other types are passed on as they are, so that modules of Equinox and states
+        of Flax NNX will do.
       x: an example input, for its shape and dtype: an array or a ``jax.ShapeDtypeStruct``. The bound holds for every
         input of this shape. As no example of a batch influences another, the bound for one is that for a batch.
 
     Returns:
-      A scalar. It is for the function in exact arithmetic: the rounding of evaluating ``fn`` itself is not in it.
+      A scalar, float32, or float64 if ``x`` is float64. It is for the function in exact arithmetic, casts included: the
+      rounding of evaluating ``fn`` itself is not in it. It is computed in at least float32 whatever dtype the network
+      computes in, and rounded upwards.
 
     Raises:
       ValueError: ``fn`` applies to the input an operation that has no Lipschitz constant, or none known here (products
-        of two paths as in attention, division by a norm or by a batch's own statistics, exp, branches on the input):
-        the message names it. Activations: those of ``jax.nn`` made of max, min, tanh, logistic, and ``leaky_relu``,
-        ``elu``, ``celu``, ``selu``, ``silu``, ``softplus``, ``hard_tanh``.
+        of two paths as in attention, division by a norm or by a batch's own statistics, exp, branches on the input).
+        The message names it. Activations are recognised by their expression: those of ``jax.nn`` except ``glu`` and
+        ``standardize``, and common ones written by hand.
+      TypeError: ``x`` is no array of a real floating dtype, or ``fn`` is no function.
 
     Cost: one norm per layer. Differentiable with respect to ``params``, and may itself be inside ``jit``.
 
@@ -90,39 +92,33 @@ def lipschitz_bound(fn: Callable[..., Any], params: Any, x: Any) -> jax.Array:
         raise TypeError(f"expected fn to be a function of the parameters and of one array, got {fn!r}.")
     if not hasattr(x, "shape") or not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"expected x to be an array of a real floating dtype, or its ShapeDtypeStruct, got {x!r}.")
-    program = jax.make_jaxpr(lambda x: fn(params, x))(x)
-    outs = _run(program, [_Signal(1.0)])
-    return jnp.asarray(_hypot([out.bound for out in outs if isinstance(out, _Signal)]))
+    traced = trace(fn, params, (x,), {})
+    *values, _ = traced.values
+    outs = _Run().run(traced.program, [*map(widest, values), Signal(tuple(x.shape), bound=1.0)])
+    try:
+        bound = hypot([out.bound for out in outs if isinstance(out, Signal)])
+    except Refused as error:
+        raise ValueError(f"expected fn to be made of operations with a known Lipschitz constant; {error}") from None
+    return rounded_up(bound, jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
-class _Signal:
-    """A value that depends on the input: by how much at most, over the input's own change."""
+class Layer(NamedTuple):
+    """A convolution or a matrix product whose norm is not taken yet, so that a factor per channel can join its kernel."""
 
-    def __init__(
-        self,
-        bound: Any = None,
-        *,
-        reason: str | None = None,
-        layer: tuple[jax.Array, Conv, Any, int] | None = None,
-        image: tuple[_Signal, tuple[Pixels | None, ...]] | None = None,
-    ):
-        self.reason = reason  # why there is no bound
-        self.layer = layer  # (kernel, Conv, bound of its input, its channels' axis): the norm is not taken yet
-        self.image = image  # the signal whose pixels this one's are, and which
-        self._bound = bound
+    kernel: Any
+    conv: Conv
+    before: Signal  # its input
+    scale: Number  # what all of it is multiplied by
+    axis: int  # of the output's channels
+    factors: int = 0  # how many have joined the kernel
 
-    @property
-    def bound(self) -> Any:
-        if self.reason:
-            raise ValueError(f"expected fn to be made of operations with a known Lipschitz constant; {self.reason}")
-        if self._bound is None and self.layer:
-            kernel, conv, before, _ = self.layer
-            self._bound = before * _upper(kernel, conv)
-        elif self._bound is None:
-            origin, pixels = self.image  # type: ignore[misc]
-            copies = [np.bincount(axis.index[axis.index >= 0]).max(initial=1) for axis in pixels if axis]
-            self._bound = origin.bound * math.sqrt(math.prod(int(n) for n in copies))
-        return self._bound
+    def bound(self) -> Number:
+        norm = _upper(self.kernel, self.conv)
+        if not isinstance(norm, jax.core.Tracer):
+            norm = float(norm)
+        # Each factor was rounded to the kernel's dtype once: at most by this much of the norm of the rounding errors.
+        slack = 1 + self.factors * float(jnp.finfo(self.kernel.dtype).eps) * math.sqrt(self.kernel.size)
+        return times(self.before.bound, norm, slack, self.scale)
 
 
 @functools.partial(jax.jit, static_argnums=1)  # which leaves the lower bound uncomputed
@@ -130,187 +126,304 @@ def _upper(kernel: jax.Array, conv: Conv) -> jax.Array:
     return operator_norm_bounds(kernel, conv).upper
 
 
-def _hypot(bounds: Sequence[Any]) -> Any:
-    return bounds[0] if len(bounds) == 1 else jnp.sqrt(sum(jnp.square(bound) for bound in bounds))
+class Signal:
+    """A value that depends on the input: by how much it changes at most, over the input's own change."""
 
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        *,
+        bound: Number | None = None,
+        elements: ElementMap | None = None,
+        eqn: Any = None,
+        ins: Sequence[Any] = (),
+        index: int = 0,
+        run: _Run | None = None,
+    ):
+        self.shape, self.eqn, self.ins, self.index, self.run = shape, eqn, list(ins), index, run
+        if bound is not None:
+            self.bound = bound
+        if elements is not None:
+            self.elements = elements
+        self.depth = 1 + max((value.depth for value in ins if isinstance(value, Signal)), default=0)
+        if self.depth > _SETTLE or (eqn is not None and eqn.primitive in (p.conv_general_dilated_p, p.dot_general_p)):
+            for value in self.ins if self.depth <= _SETTLE else [self]:
+                if isinstance(value, Signal):
+                    value.settle()
+            self.depth = 1
 
-def _run(program: Any, values: Sequence[Any]) -> list[Any]:
-    """The outputs of a program: arrays, or signals where they depend on the input."""
-    jaxpr = opened(program)
-    known = dict(zip(jaxpr.constvars, getattr(program, "consts", ()))) | dict(zip(jaxpr.invars, values, strict=True))
-    read = lambda v: v.val if isinstance(v, Literal) else known[v]
-    for eqn in jaxpr.eqns:
-        known.update(zip(eqn.outvars, _results(eqn, [read(v) for v in eqn.invars])))
-    return [read(v) for v in jaxpr.outvars]
-
-
-def _results(eqn: Any, ins: list[Any]) -> list[Any]:
-    inner = programs_inside(eqn)
-    loops = eqn.primitive in (p.scan_p, p.while_p, p.cond_p)
-    if not any(isinstance(value, _Signal) for value in ins) and (loops or not inner):
-        outs = eqn.primitive.bind(*ins, **eqn.params)
-        return outs if eqn.primitive.multiple_results else [outs]
-    if reasons := [value.reason for value in ins if isinstance(value, _Signal) and value.reason]:
-        return [_Signal(reason=reasons[0]) for _ in eqn.outvars]
-    if is_identity(eqn):
-        return (
-            ins if jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating) else [_refused(eqn, "makes integers of it")]
-        )
-    if eqn.primitive is p.scan_p and not eqn.params["reverse"]:
-        return _unrolled(eqn, inner[0], ins)
-    if eqn.primitive is p.cond_p and not isinstance(ins[0], (_Signal, jax.core.Tracer)):
-        return _run(inner[int(ins[0])], ins[1:])
-    if inner and not loops and len(opened(inner[0]).invars) == len(ins):
-        slope = _activation(eqn, inner[0], ins)
-        return _run(inner[0], ins) if slope is None else [_Signal(ins[0].bound * slope)]
-    return _operation(eqn, ins)
-
-
-def _refused(eqn: Any, why: str = "has none known here") -> _Signal:
-    shapes = ", ".join(str(getattr(v.aval, "shape", "")) for v in eqn.invars)
-    return _Signal(reason=f"{eqn.primitive.name} on {shapes}, which depends on the input, {why}.")
-
-
-def _unrolled(eqn: Any, body: Any, ins: list[Any]) -> list[Any]:
-    """A scan, one step at a time."""
-    jaxpr, carried = opened(body), len(eqn.outvars)
-    scanned = [v.aval.ndim > w.aval.ndim for v, w in zip(eqn.invars, jaxpr.invars, strict=True)]
-    stacked = [v.aval.ndim > w.aval.ndim for v, w in zip(eqn.outvars, jaxpr.outvars, strict=True)]
-    carried = stacked.count(False)
-    first = scanned.count(False) - carried  # constants come first, then carries, then what is scanned
-    carry, rows = ins[first : first + carried], []
-    for n in range(eqn.params["length"]):
-        part = [_Signal(value.bound) if isinstance(value, _Signal) else value[n] for value in ins[first + carried :]]
-        outs = _run(body, [*ins[:first], *carry, *part])
-        carry, row = outs[:carried], outs[carried:]
-        rows.append(row)
-    return [*carry, *(_stacked(list(column)) for column in zip(*rows))]
-
-
-def _stacked(values: list[Any]) -> Any:
-    signals = [value for value in values if isinstance(value, _Signal)]
-    return _Signal(_hypot([signal.bound for signal in signals])) if signals else jnp.stack(values)
-
-
-def _activation(eqn: Any, inner: Any, ins: list[Any]) -> Any:
-    """The slope of one of ``jax.nn``'s activations, told by its name and by being the same program as jax's own."""
-    name, slope = eqn.params.get("name"), None
-    if name in _ACTIVATIONS and isinstance(ins[0], _Signal) and not any(isinstance(v, _Signal) for v in ins[1:]):
-        operands = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, weak_type=v.aval.weak_type) for v in eqn.invars]
-        for genuine in jax.make_jaxpr(getattr(jax.nn, name))(*operands).jaxpr.eqns:
-            if genuine.params.get("name") == name and str(opened(genuine.params["jaxpr"])) == str(opened(inner)):
-                slope = _ACTIVATIONS[name](*ins[1:])
-    return slope
-
-
-def _operation(eqn: Any, ins: list[Any]) -> list[Any]:
-    """The rule of one operation, at least one of whose operands is a signal."""
-    name, signals = eqn.primitive.name, [value for value in ins if isinstance(value, _Signal)]
-    one, (first, *rest) = len(signals) == 1, ins
-    if eqn.primitive is p.conv_general_dilated_p:
-        return [_convolved(eqn, ins)]
-    if eqn.primitive is p.dot_general_p:
-        return [_multiplied(eqn, ins)]
-    if name in ("add", "add_any", "sub", "max", "min"):
-        # A scalar is added to, or compared with, every element.
-        size = math.prod(eqn.outvars[0].aval.shape)
-        parts = [
-            value.bound * math.sqrt(size / max(1, math.prod(v.aval.shape)))
-            for value, v in zip(ins, eqn.invars)
-            if isinstance(value, _Signal)
-        ]
-        if name in ("max", "min"):
-            return [_Signal(_hypot(parts))]
-        # A shifted layer is still one, whose scale may follow. An image's pixels would have to move with their shift.
-        return [_Signal(layer=signals[0].layer) if one and signals[0].layer else _Signal(sum(parts))]
-    if name in ("mul", "div") and one and (name == "mul" or first is signals[0]):
-        factor = jnp.asarray(rest[0] if first is signals[0] else first)
-        return [_scaled(eqn, 0 if first is signals[0] else 1, signals[0], factor if name == "mul" else 1 / factor)]
-    if name in _SLOPES and len(ins) == 1:
-        return [_Signal(signals[0].bound * _SLOPES[name])]
-    if name == "clamp" and one and ins[1] is signals[0]:
-        return [_Signal(signals[0].bound)]
-    if name == "select_n" and not isinstance(first, _Signal):
-        return [_Signal(_hypot([signal.bound for signal in signals]))]
-    shape = getattr(eqn.invars[0].aval, "shape", ())
-    size, out_size = math.prod(shape), math.prod(eqn.outvars[0].aval.shape)
-    if name == "reduce_sum":
-        return [_Signal(signals[0].bound * math.sqrt(size / max(out_size, 1)))]
-    if name in ("reduce_window_max", "reduce_window_sum") and one and isinstance(first, _Signal):
-        return [_Signal(first.bound * _window(eqn))]
-    moved = name in _SELECTIONS | {"broadcast_in_dim", "pad"} and one and first is signals[0]
-    if moved or name == "concatenate":
-        return [_moved(eqn, ins, signals, math.sqrt(out_size / max(size, 1))) for _ in eqn.outvars]
-    return [_refused(eqn) for _ in eqn.outvars]
-
-
-def _scaled(eqn: Any, position: int, signal: _Signal, factor: jax.Array) -> _Signal:
-    """A signal times a constant; one per output channel of a convolution goes into its kernel."""
-    if signal.layer:
-        kernel, conv, before, axis = signal.layer
-        shape = (1,) * (len(eqn.outvars[0].aval.shape) - factor.ndim) + factor.shape
-        if all(length == 1 or n == axis for n, length in enumerate(shape)):
-            channels = [-1 if letter == "O" else 1 for letter in conv.kernel_layout]
-            return _Signal(layer=(kernel * factor.reshape(channels).astype(kernel.dtype), conv, before, axis))
-    copies = math.prod(eqn.outvars[0].aval.shape) / max(1, math.prod(eqn.invars[position].aval.shape))  # of a scalar
-    return _Signal(signal.bound * jnp.max(jnp.abs(factor)) * math.sqrt(copies))
-
-
-def _moved(eqn: Any, ins: list[Any], signals: list[_Signal], repetition: float) -> _Signal:
-    """Numbers moved about: pixels of one image stay so, as long as what is between them is zero."""
-    images = [value.image or (value, None) if isinstance(value, _Signal) else (None, None) for value in ins]
-    origins = {id(origin) for origin, _ in images}
-    fill = ins[-1] if eqn.primitive is p.pad_p else None
-    zeros = fill is not None and not isinstance(fill, jax.core.Tracer) and not np.any(fill)
-    if len(origins) == 1 or zeros:
-        origin = images[0][0]
-        pixels = moved_pixels(eqn, [its for _, its in images], len(origins) == 1, zeros)
-        if pixels is not None and origin is not None:
-            return _Signal(image=(origin, pixels))
-    if eqn.primitive is p.broadcast_in_dim_p:
-        return _Signal(signals[0].bound * max(1.0, repetition))
-    return _Signal(_hypot([signal.bound for signal in signals]))
-
-
-def _window(eqn: Any) -> float:
-    """Of pooling: a sum's norm is at most the root of its window's size times the windows that hold a pixel."""
-    size, held = 1, 1
-    dilations = eqn.params["window_dilation"]
-    for w, s, d in zip(eqn.params["window_dimensions"], eqn.params["window_strides"], dilations, strict=True):
-        size *= w
-        held *= w if d > 1 else -(-w // s)
-    return math.sqrt(held * (size if eqn.primitive.name == "reduce_window_sum" else 1))
-
-
-def _convolved(eqn: Any, ins: list[Any]) -> _Signal:
-    image, kernel = ins
-    if isinstance(kernel, _Signal) or not isinstance(image, _Signal):
-        return _refused(eqn, "as a convolution's kernel has none known here")
-    numbers = eqn.params["dimension_numbers"]
-    try:
-        letters = dict(zip(numbers.rhs_spec, kernel_letters(eqn)))
-        layout = "".join(letters[n] for n in range(kernel.ndim))
-        flipped = [False] * (kernel.ndim - 2)
-        origin, pixels = image.image or (image, all_pixels(eqn.invars[0].aval.shape))
+    def settle(self) -> None:
+        """Computes the bound now. If there is none, whoever needs it hears of that."""
         try:
-            conv = conv_of(eqn, pixels, layout, flipped)
-        except ValueError:  # padded by reflection, say: then the padding is a layer of its own
-            origin, pixels = image, all_pixels(eqn.invars[0].aval.shape)
-            conv = conv_of(eqn, pixels, layout, flipped)
-    except ValueError as error:
-        return _refused(eqn, str(error))
-    return _Signal(layer=(jnp.asarray(kernel), conv, origin.bound, numbers.out_spec[1]))
+            self.bound  # noqa: B018
+        except Refused:
+            pass
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @functools.cached_property
+    def bound(self) -> Number:
+        """Raises ``Refused`` with the operation that has no bound."""
+        if self.layer is not None:
+            return self.layer.bound()
+        if not self._is_own_source:
+            return bound_of(self.elements)
+        if (found := slopes.find(self, lambda value: isinstance(value, Signal))) is not None:
+            inner, slope = found
+            if not isinstance(slope, jax.core.Tracer) and not np.isfinite(slope):
+                raise Refused(f"an activation that ends in {self.eqn.primitive.name} has a parameter out of its domain.")
+            return times(inner.bound, slope)
+        rule = RULES.get(self.eqn.primitive.name)
+        if rule is None:
+            raise _no_rule(self.eqn)
+        found = rule(self.eqn, self.ins)
+        found = found[self.index] if isinstance(found, list) else found
+        if found is None:
+            raise _no_rule(self.eqn)
+        return found
+
+    @functools.cached_property
+    def elements(self) -> ElementMap:
+        """Which element of earlier signals each element is; of itself, if it was not only moved."""
+        own = identity(Source(self.shape, owner=self))
+        if self.eqn is None or self.eqn.primitive.name not in MOVES | {"max", "min"}:
+            return own
+        assert self.run is not None
+        try:
+            if self.eqn.primitive.name in ("max", "min"):
+                return self.run.sorted_pair(self) or own
+            parts = [value.elements if isinstance(value, Signal) else None for value in self.ins]
+            known = lambda n: None if _unknown(self.ins[n]) else np.asarray(self.ins[n])
+            found = moved(self.eqn, parts, known)
+        except NotUnderstood:
+            return own
+        return own if found is None else found[self.index]
+
+    @property
+    def _is_own_source(self) -> bool:
+        sources = self.elements.sources
+        return len(sources) == 1 and sources[0].owner is self
+
+    @functools.cached_property
+    def layer(self) -> Layer | None:
+        """The layer that this is the output of, shifted or scaled since."""
+        if self.eqn is None:
+            return None
+        name, constants = self.eqn.primitive.name, [v for v in self.ins if not isinstance(v, Signal)]
+        if name == "conv_general_dilated":
+            return _convolution(self.eqn, *self.ins)
+        if name == "dot_general":
+            return _dense(self.eqn, *self.ins)
+        signals = [value for value in self.ins if isinstance(value, Signal)]
+        if len(signals) != 1 or signals[0].shape != self.shape:
+            return self._moved_layer() if name in ("reshape", "transpose", "squeeze", "broadcast_in_dim") else None
+        layer = signals[0].layer
+        if layer is None or name in ("add", "add_any", "sub", "neg"):
+            return layer
+        if name == "mul" or (name == "div" and signals[0] is self.ins[0]):
+            return _scaled(layer, constants[0], name, len(self.shape))
+        return None
+
+    def _moved_layer(self) -> Layer | None:
+        """A layer whose output is only laid out anew, as ``vmap`` does, with its channels along one axis still."""
+        (signal, *_), elements = self.ins, self.elements
+        layer = signal.layer if isinstance(signal, Signal) else None
+        if layer is None or signal.size != self.size or elements.axes is None or len(elements.sources) != 1:
+            return None
+        source = elements.sources[0]
+        if source.owner.layer is None or math.prod(self.shape) != source.size:
+            return None
+        layer = source.owner.layer
+        step, count = math.prod(source.shape[layer.axis + 1 :]), source.shape[layer.axis]
+        for axis, entries in enumerate(elements.axes):
+            channels = entries - entries[0]
+            if len(entries) == count and np.array_equal(channels, step * np.arange(count)):
+                return layer._replace(axis=axis)
+        return None
 
 
-def _multiplied(eqn: Any, ins: list[Any]) -> _Signal:
+def _no_rule(eqn: Any) -> Refused:
+    shapes = ", ".join(str(getattr(v.aval, "shape", "")) for v in eqn.invars)
+    return Refused(f"{eqn.primitive.name} on {shapes}, which depends on the input, has none known here.")
+
+
+def _unknown(value: Any) -> bool:
+    return isinstance(value, (Signal, jax.core.Tracer))
+
+
+def bound_of(elements: ElementMap) -> Number:
+    """The bound of an array whose elements are other signals' elements."""
+    copies = zip(elements.copies, elements.sources)
+    return hypot([times(source.owner.bound, math.sqrt(count)) for count, source in copies if count])
+
+
+def _convolution(eqn: Any, image: Any, kernel: Any) -> Layer | None:
+    if isinstance(kernel, Signal):
+        return None  # refused by the operation's rule
+    numbers = eqn.params["dimension_numbers"]
+    letters = dict(zip(numbers.rhs_spec, kernel_letters(eqn)))
+    layout = "".join(letters[n] for n in range(kernel.ndim))
+    flipped = [False] * (kernel.ndim - 2)
+    elements = image.elements
+    try:
+        conv = read_convolution(eqn, elements, layout, flipped)
+        before = elements.sources[0].owner
+    except ValueError:  # padded by reflection, say: then the padding is a layer of its own
+        try:
+            conv, before = read_convolution(eqn, None, layout, flipped), image
+        except ValueError as error:
+            raise Refused(f"conv_general_dilated on {image.shape} has none known here: {error}.") from None
+    return Layer(jnp.asarray(kernel), conv, before, 1.0, numbers.out_spec[1])
+
+
+def _dense(eqn: Any, left: Any, right: Any) -> Layer | None:
+    """One matrix along one axis; other products are left to the operation's rule."""
     contracted, batched = eqn.params["dimension_numbers"]
-    if all(isinstance(value, _Signal) for value in ins):
-        return _refused(eqn, "times another such, has none (attention?)")
-    me = 1 if isinstance(ins[0], _Signal) else 0
-    matrix = jnp.asarray(ins[me])
-    free = [n for n in range(matrix.ndim) if n not in contracted[me] and n not in batched[me]]
-    size = lambda axes: math.prod(matrix.shape[n] for n in axes)
-    shape = (size(batched[me]), size(contracted[me]), size(free))
-    matrices = matrix.transpose(*batched[me], *contracted[me], *free).reshape(shape)
-    norms = jax.vmap(lambda m: _upper(m, Conv(())))(matrices)
-    return _Signal(ins[1 - me].bound * jnp.max(norms))
+    me = 1 if isinstance(left, Signal) else 0
+    matrix, signal = (right, left) if me else (left, right)
+    if isinstance(matrix, Signal) or matrix.ndim != 2 or batched[me] or len(contracted[me]) != 1:
+        return None
+    if not jnp.issubdtype(matrix.dtype, jnp.floating):
+        return None
+    axis = len(signal.shape) - 1 if me else 0  # of the product's free axes, the left operand's come first
+    layout = "IO" if contracted[me][0] == 0 else "OI"
+    return Layer(jnp.asarray(matrix), Conv((), kernel_layout=layout), signal, 1.0, axis)
+
+
+def _scaled(layer: Layer, factor: Any, name: str, rank: int) -> Layer | None:
+    """A layer times a constant for each of its channels."""
+    factor = jnp.asarray(factor, layer.kernel.dtype)
+    factor = factor if name == "mul" else 1 / factor
+    shape = (1,) * (rank - factor.ndim) + factor.shape
+    if any(length > 1 and n != layer.axis for n, length in enumerate(shape)):
+        return None
+    if factor.size == 1:
+        return layer._replace(scale=times(layer.scale, largest(factor)), factors=layer.factors + (name == "div"))
+    top = jnp.max(jnp.abs(factor))
+    channels = [-1 if letter == "O" else 1 for letter in layer.conv.kernel_layout]
+    relative = (factor / jnp.where(top > 0, top, 1)).reshape(channels)
+    scale = times(layer.scale, largest(factor))
+    return layer._replace(kernel=layer.kernel * relative, scale=scale, factors=layer.factors + 3)
+
+
+class _Run:
+    """One run of a program on arrays and signals."""
+
+    def __init__(self):
+        self.pairs: dict[Any, Signal] = {}
+
+    def run(self, program: Any, values: Sequence[Any]) -> list[Any]:
+        """The outputs of a program: arrays, or signals where they depend on the input."""
+        jaxpr = open_jaxpr(program)
+        consts = [widest(value) for value in getattr(program, "consts", ())]
+        known = dict(zip(jaxpr.constvars, consts)) | dict(zip(jaxpr.invars, values, strict=True))
+        read = lambda v: widest(v.val) if isinstance(v, Literal) else known[v]
+        for eqn in jaxpr.eqns:
+            ins = [read(v) for v in eqn.invars]
+            known.update(zip(eqn.outvars, self._results(program, eqn, ins)))
+        return [read(v) for v in jaxpr.outvars]
+
+    def _results(self, program: Any, eqn: Any, ins: list[Any]) -> list[Any]:
+        if not any(isinstance(value, Signal) for value in ins):
+            return self._constants(program, eqn, ins)
+        if is_identity(eqn):
+            kept = all(jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in eqn.outvars)
+            return ins if kept else [self._signal(eqn, ins, n) for n in range(len(eqn.outvars))]
+        if inner := called_program(eqn):
+            return self.run(inner, ins)
+        if eqn.primitive is p.scan_p:
+            return self._scan(eqn, ins)
+        if eqn.primitive is p.cond_p and not isinstance(ins[0], Signal):
+            return self._cond(eqn, ins)
+        return [self._signal(eqn, ins, n) for n in range(len(eqn.outvars))]
+
+    def _signal(self, eqn: Any, ins: list[Any], index: int) -> Any:
+        shape = tuple(getattr(eqn.outvars[index].aval, "shape", ()))
+        if math.prod(shape) == 0:
+            return np.zeros(shape, np.float32)  # holds no number that could change
+        return Signal(shape, eqn=eqn, ins=ins, index=index, run=self)
+
+    def _constants(self, program: Any, eqn: Any, ins: list[Any]) -> list[Any]:
+        if is_identity(eqn) and all(getattr(a, "dtype", None) == v.aval.dtype for a, v in zip(ins, eqn.outvars)):
+            return ins
+        if any(isinstance(value, jax.core.Tracer) for value in ins):
+            return self._evaluated(program, eqn, ins)
+        with jax.ensure_compile_time_eval():
+            return self._evaluated(program, eqn, ins)
+
+    def _evaluated(self, program: Any, eqn: Any, ins: list[Any]) -> list[Any]:
+        """The results of an equation on arrays, in at least single precision where that can be had."""
+        if not computes_narrowly(eqn):
+            return evaluate(program, eqn, ins)
+        if inner := called_program(eqn):
+            return self.run(inner, ins)
+        if eqn.primitive is p.reduce_precision_p:
+            return ins
+        if programs_inside(eqn):  # its own dtypes are part of it
+            narrow = [jnp.asarray(value).astype(v.aval.dtype) for value, v in zip(ins, eqn.invars)]
+            return [widest(out) for out in evaluate(program, eqn, narrow)]
+        return [widest(out) for out in evaluate(program, widened(eqn), ins)]
+
+    def _scan(self, eqn: Any, ins: list[Any]) -> list[Any]:
+        """A scan, one step after the other."""
+        (consts, carries), length = scan_split(eqn), eqn.params["length"]
+        body, carry = eqn.params["jaxpr"], ins[consts : consts + carries]
+        steps = range(length)
+        rows: list[Any] = [None] * length
+        for n in reversed(steps) if eqn.params["reverse"] else steps:
+            part = [_row(value, n) for value in ins[consts + carries :]]
+            outs = self.run(body, [*ins[:consts], *carry, *part])
+            carry, rows[n] = outs[:carries], outs[carries:]
+        stacked = [
+            _stacked([line[k] for line in rows], v.aval) for k, v in enumerate(eqn.outvars[carries:])
+        ]
+        return [*carry, *stacked]
+
+    def _cond(self, eqn: Any, ins: list[Any]) -> list[Any]:
+        """A choice that does not depend on the input: of the branch taken if that is known, otherwise of any."""
+        index, *rest = ins
+        branches = eqn.params["branches"]
+        if not isinstance(index, jax.core.Tracer):
+            return self.run(branches[min(max(int(index), 0), len(branches) - 1)], rest)
+        outs = []
+        for several, v in zip(zip(*(self.run(branch, rest) for branch in branches)), eqn.outvars):
+            if not any(isinstance(value, Signal) for value in several):
+                outs.append(jax.lax.select_n(jnp.clip(index, 0, len(branches) - 1), *map(jnp.asarray, several)))
+                continue
+            outs.append(Signal(v.aval.shape, eqn=eqn, ins=[s for s in several if isinstance(s, Signal)], run=self))
+        return outs
+
+    def sorted_pair(self, signal: Signal) -> ElementMap | None:
+        """The elements of ``max(a, b)`` or ``min(a, b)`` as elements of the sorted pair, of which both are a part.
+
+        Sorting is nonexpansive, so the pair's bound is that of a and b together: MaxMin counts once, not twice.
+        """
+        if not all(isinstance(value, Signal) and value.shape == signal.shape for value in signal.ins):
+            return None
+        both = [value.elements for value in signal.ins]
+        key = frozenset((elements.sources, elements.numbers().tobytes()) for elements in both)
+        if key not in self.pairs:
+            self.pairs[key] = Signal((2, *signal.shape), bound=bound_of(stack(both, signal.shape)))
+        return row(self.pairs[key].elements, int(signal.eqn.primitive.name == "max"))
+
+
+def _row(value: Any, n: int) -> Any:
+    if not isinstance(value, Signal):
+        return value[n]
+    elements = row(value.elements, n)
+    return Signal(elements.shape, elements=elements)
+
+
+def _stacked(rows: list[Any], aval: Any) -> Any:
+    if not rows or math.prod(aval.shape) == 0:
+        return np.zeros(aval.shape, np.float32)
+    if not any(isinstance(value, Signal) for value in rows):
+        return jnp.stack([jnp.asarray(value) for value in rows])
+    signals = [value for value in rows if isinstance(value, Signal)]
+    try:
+        elements = stack([v.elements if isinstance(v, Signal) else None for v in rows], aval.shape[1:])
+        return Signal(aval.shape, elements=elements)
+    except NotUnderstood:
+        return Signal(aval.shape, bound=hypot([signal.bound for signal in signals]))

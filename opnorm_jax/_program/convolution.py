@@ -1,0 +1,171 @@
+"""Reads a convolution's equation: what layer it applies to the image that it is given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from opnorm_jax._conv import SPATIAL_LETTERS, Conv
+from opnorm_jax._program.movement import HOLE, ElementMap
+
+
+class Axis(NamedTuple):
+    """One spatial axis of a convolution's equation."""
+
+    entries: np.ndarray  # which pixel of the image each pixel of the operand is, by number; HOLE for a zero
+    taps: int
+    stride: int
+    input_dilation: int
+    kernel_dilation: int
+    pads: tuple[int, int]
+    outputs: int
+    is_flipped: bool  # whether the kernel was reversed along this axis beforehand
+
+
+def kernel_letters(eqn: Any) -> str:
+    """``O``, ``I`` and the spatial letters, in the order of ``rhs_spec``."""
+    rank = len(eqn.params["dimension_numbers"].rhs_spec) - 2
+    if not 1 <= rank < len(SPATIAL_LETTERS):
+        raise ValueError(f"it has {rank} spatial axes")
+    return "OI" + SPATIAL_LETTERS[rank]
+
+
+def read_convolution(
+    eqn: Any, image: ElementMap | None, layout: str, is_flipped: Sequence[bool], *, members: int = 1, stacked: int = 0
+) -> Conv:
+    """Returns the ``Conv`` of an equation; a ValueError says why none describes it.
+
+    Args:
+      eqn: the equation.
+      image: which element of an earlier image each element of the operand is; None if the operand is the image.
+      layout: of the kernel.
+      is_flipped: for each spatial axis, whether the kernel was reversed before.
+      members: how many kernels ``jax.vmap`` has put side by side as groups.
+      stacked: as in ``Conv``.
+    """
+    numbers, kernel = eqn.params["dimension_numbers"], eqn.invars[1].aval.shape
+    shape, out_shape = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    if eqn.params["batch_group_count"] != 1:
+        raise ValueError("it has batch_group_count above 1 (does fn contain its own gradient?)")
+    groups, rest = divmod(eqn.params["feature_group_count"], members)
+    if rest:
+        raise ValueError(f"its {members} stacked kernels share {eqn.params['feature_group_count']} groups")
+    if image is None:
+        entries = [np.arange(shape[n]) for n in numbers.lhs_spec[2:]]
+    else:
+        entries = _spatial_entries(image, numbers.lhs_spec)
+    axes = zip(
+        entries,
+        [kernel[n] for n in numbers.rhs_spec[2:]],
+        eqn.params["window_strides"],
+        eqn.params["lhs_dilation"],
+        eqn.params["rhs_dilation"],
+        eqn.params["padding"],
+        [out_shape[n] for n in numbers.out_spec[2:]],
+        is_flipped,
+        strict=True,
+    )
+    inputs = _inputs([Axis(*axis) for axis in axes])
+    return Conv(
+        tuple(n for n, _, _ in inputs),
+        strides=eqn.params["window_strides"],
+        padding="CIRCULAR" if inputs[0][1] is None else tuple(pads for _, pads, _ in inputs),  # type: ignore[misc]
+        input_dilation=tuple(dilation for _, _, dilation in inputs),
+        kernel_dilation=eqn.params["rhs_dilation"],
+        feature_group_count=groups,
+        kernel_layout=layout,
+        stacked=stacked,
+    )
+
+
+def _spatial_entries(image: ElementMap, spec: Sequence[int]) -> list[np.ndarray]:
+    """The entries of the spatial axes, of an image each of whose other axes holds every element once."""
+    if len(image.sources) > 1:
+        raise ValueError("its input was put together from pieces of several arrays")
+    if image.axes is None:
+        raise ValueError("its input's pixels were rearranged in a way that is not axis by axis")
+    for n, name in zip(spec[:2], ("batch", "channel")):
+        entries = image.axes[n]
+        if (entries <= HOLE // 2).any():
+            raise ValueError(f"its input is padded with constants along the {name} axis")
+        if len(np.unique(entries)) < len(entries):
+            raise ValueError(f"its input holds copies of the same elements along the {name} axis")
+    if not image.is_independent:
+        raise ValueError("its input holds elements of an earlier array more than once, not axis by axis")
+    (source,) = image.sources
+    if source.seam is not None:
+        step, length = math.prod(source.shape[source.seam + 1 :]), source.shape[source.seam]
+        corner = sum(int(entries[np.argmax(entries > HOLE // 2)]) for entries in image.axes)
+        for n in spec[2:]:
+            held = image.axes[n][image.axes[n] > HOLE // 2]
+            if len(np.unique((corner + held - held[:1]) // step % length)) > 1:
+                raise ValueError("its input was put together from several arrays along a spatial axis")
+    return [image.axes[n] for n in spec[2:]]
+
+
+def _inputs(axes: list[Axis]) -> list[tuple[int, tuple[int, int] | None, int]]:
+    """For each axis the input's length, its padding (None for circular: all are, or none is), its dilation."""
+    each = [_zero_padded(axis) or _circular(axis) for axis in axes]
+    if all(pads is not None for _, pads, _ in each):
+        return each
+    out: list[tuple[int, tuple[int, int] | None, int]] = []
+    for axis, (n, pads, dilation) in zip(axes, each):
+        whole = axis.taps == 1 and pads == (0, 0) and axis.outputs == -(-n * dilation // axis.stride)
+        if pads is not None and not whole:
+            raise ValueError("it is padded circularly along one axis and with zeros along another: no Conv says so")
+        out.append((n, None, dilation))
+    return out
+
+
+def _zero_padded(axis: Axis) -> tuple[int, tuple[int, int], int] | None:
+    """The axis as one that is padded with zeros, if every pixel occurs once."""
+    held = np.flatnonzero(axis.entries > HOLE // 2)
+    if not len(held):
+        raise ValueError("its input holds constants only")
+    if len(np.unique(axis.entries[held])) < len(held):
+        return None
+    gaps = np.unique(np.diff(held))
+    if len(gaps) > 1:
+        raise ValueError("its input's pixels have constants between them, at no regular distance")
+    spacing = int(gaps[0]) if len(gaps) else 1  # zeros between the pixels are an input dilation
+    n, s, e = len(held), axis.stride, axis.input_dilation
+    low = axis.pads[0] + int(held[0]) * e
+    high = axis.pads[1] + (len(axis.entries) - 1 - int(held[-1])) * e
+    if axis.is_flipped:  # the mirror image of a layer with the other end's padding, as far as it is used
+        reach = axis.kernel_dilation * (axis.taps - 1)
+        low, high = s * (axis.outputs - 1) + reach - (n - 1) * e * spacing - low, low
+    return n, (low, high), e * spacing
+
+
+def _circular(axis: Axis) -> tuple[int, None, int]:
+    """The axis as a circular one, or a ValueError that says what it is instead.
+
+    Rotating or mirroring a circle of pixels changes no singular value. All that matters is that the pixels come round,
+    that the outputs are those of the whole circle, and that no tap reads beyond the copies.
+    """
+    entries, e, s = axis.entries, axis.input_dilation, axis.stride
+    n = len(np.unique(entries))
+    if entries.min() <= HOLE // 2 or not np.array_equal(entries[n:], entries[:-n]):
+        raise ValueError(f"its input is padded with copies of its own pixels ({_mode(entries)}): no Conv says so")
+    last = s * (axis.outputs - 1) + axis.kernel_dilation * (axis.taps - 1) - axis.pads[0]
+    reads_copies_only = axis.pads[0] < e and last < len(entries) * e
+    if not reads_copies_only or axis.outputs != -(-n * e // s) or min(s, e) > 1:
+        raise ValueError("its input is padded circularly, but the convolution is not the circular one: no Conv says so")
+    return n, None, e
+
+
+def _mode(entries: np.ndarray) -> str:
+    """The name of a padding that repeats pixels, as ``np.pad`` calls it."""
+    distinct = len(np.unique(entries[entries > HOLE // 2]))
+    if len(entries) <= 512 and entries.min() > HOLE // 2:
+        for low in range(len(entries) - distinct + 1):
+            core, pads = entries[low : low + distinct], (low, len(entries) - distinct - low)
+            if len(np.unique(core)) == distinct:
+                for mode in ("edge", "reflect", "symmetric"):
+                    if np.array_equal(np.pad(core, pads, mode=mode), entries):  # type: ignore[call-overload]
+                        return mode
+    most = int(np.unique(entries, return_counts=True)[1].max())
+    return f"up to {most} of each, at no place that is a known padding"

@@ -1,0 +1,101 @@
+"""Arithmetic of bounds: never below the exact result.
+
+A bound is a Python float while everything that it comes from is known, and a traced or float32 array otherwise. Each
+operation here rounds upwards by more than its own rounding error, and a product that underflows gives the smallest
+normal number instead of zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+Number = Any
+"""A float, or a scalar array."""
+
+_LOW = (jnp.bfloat16, jnp.float16)
+
+
+def widest(value: Any) -> Any:
+    """Returns an array in at least single precision; what is no narrow floating array is returned as it is."""
+    dtype = getattr(value, "dtype", None)
+    if dtype is None:
+        return np.asarray(value) if isinstance(value, (bool, int, float, complex)) else value
+    is_narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+    return jnp.asarray(value).astype(jnp.float32) if is_narrow else value
+
+
+def largest(array: Any) -> Number:
+    """The largest modulus among an array's elements; 0 of an empty one."""
+    if isinstance(array, jax.core.Tracer):
+        return jnp.max(jnp.abs(array), initial=0)
+    return float(np.max(np.abs(np.asarray(array, np.result_type(np.asarray(array), np.float64))), initial=0))
+
+
+def times(*factors: Number) -> Number:
+    """The product of bounds."""
+    known = [float(factor) for factor in factors if not isinstance(factor, jax.core.Tracer)]
+    product: Any = 1.0
+    for factor in known:
+        exact = product * factor
+        product = max(exact * (1 + 2**-51), _tiny(np.float64)) if product > 0 and factor > 0 else exact
+    for factor in factors:
+        if isinstance(factor, jax.core.Tracer):
+            dtype = factor.dtype
+            product = jnp.asarray(product, dtype) if not isinstance(product, jax.core.Tracer) else product.astype(dtype)
+            positive = (product > 0) & (factor > 0)
+            exact = product * factor * (1 + 4 * jnp.finfo(dtype).eps)
+            product = jnp.where(positive, jnp.maximum(exact, _tiny(dtype)), exact)
+    return product
+
+
+def plus(terms: Sequence[Number]) -> Number:
+    """The sum of bounds."""
+    if any(isinstance(term, jax.core.Tracer) for term in terms):
+        total = sum(jnp.asarray(term, _dtype(terms)) for term in terms)
+        return total * (1 + len(terms) * float(jnp.finfo(total.dtype).eps))
+    return math.fsum(float(term) for term in terms) * (1 + 2**-51)
+
+
+def hypot(terms: Sequence[Number]) -> Number:
+    """The root of the sum of squares."""
+    if len(terms) == 1:
+        return terms[0]
+    if any(isinstance(term, jax.core.Tracer) for term in terms):
+        array = jnp.stack([jnp.asarray(term, _dtype(terms)) for term in terms])
+        top = jax.lax.stop_gradient(jnp.max(array))
+        scale = jnp.where((top > 0) & jnp.isfinite(top), top, 1)
+        square = jnp.sum((array / scale) ** 2)
+        root = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+        return scale * root * (1 + (4 + len(terms)) * float(jnp.finfo(array.dtype).eps))
+    return math.hypot(*(float(term) for term in terms)) * (1 + 2**-51)
+
+
+def maximum(terms: Sequence[Number]) -> Number:
+    """The largest of bounds."""
+    if any(isinstance(term, jax.core.Tracer) for term in terms):
+        return jnp.max(jnp.stack([jnp.asarray(term, _dtype(terms)) for term in terms]))
+    return max(float(term) for term in terms)
+
+
+def rounded_up(bound: Number, dtype: Any) -> jax.Array:
+    """The bound as an array, at least as large."""
+    if isinstance(bound, jax.core.Tracer):
+        return bound.astype(dtype) * (1 + jnp.finfo(dtype).eps)
+    with np.errstate(over="ignore"):
+        found = np.asarray(bound, dtype)
+        return jnp.asarray(np.nextafter(found, np.asarray(np.inf, dtype)) if found < bound else found)
+
+
+def _dtype(terms: Sequence[Number]) -> Any:
+    return next(term.dtype for term in terms if isinstance(term, jax.core.Tracer))
+
+
+def _tiny(dtype: Any) -> float:
+    return float(jnp.finfo(dtype).tiny)

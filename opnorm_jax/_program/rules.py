@@ -1,0 +1,397 @@
+"""One rule per operation: how much its results change at most, given how much its operands do.
+
+A rule takes an equation and its operands, at least one of which is a signal (it has a ``bound``); the others are arrays.
+It returns the bound of the result, or a list with one for each result, None where a result has no bound. Its docstring
+is its theorem. What has no rule is refused. Operations that only move numbers need no rule where it is known how
+(see ``movement.py``); those here are for places that are not known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+from opnorm_jax._conv import Conv
+from opnorm_jax._kernel.bounds import operator_norm_bounds
+from opnorm_jax._program.jaxpr import open_jaxpr, programs_inside
+from opnorm_jax._program.numbers import Number, hypot, largest, maximum, plus, times
+
+Rule = Callable[[Any, Sequence[Any]], Any]
+
+
+class Refused(ValueError):
+    """Names an operation that has no Lipschitz constant, or none known here."""
+
+
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Registers a rule under the names of its primitives."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+def is_signal(value: Any) -> bool:
+    return hasattr(value, "bound")
+
+
+def _refused(eqn: Any, why: str) -> Refused:
+    shapes = ", ".join(str(getattr(v.aval, "shape", "")) for v in eqn.invars)
+    return Refused(f"{eqn.primitive.name} on {shapes}, which depends on the input, {why}.")
+
+
+def _size(v: Any) -> int:
+    return math.prod(v.aval.shape)
+
+
+def _spread(eqn: Any, ins: Sequence[Any]) -> list[Number]:
+    """The bounds of the signals among an elementwise operation's operands, each copied to the result's shape."""
+    size = _size(eqn.outvars[0])
+    return [
+        times(value.bound, math.sqrt(size / max(1, _size(v)))) for value, v in zip(ins, eqn.invars) if is_signal(value)
+    ]
+
+
+# Functions of each element by itself.
+
+_SLOPES = {
+    "abs": 1.0,
+    "asinh": 1.0,
+    "atan": 1.0,
+    "conj": 1.0,
+    "cos": 1.0,
+    "erf": 2 / math.sqrt(math.pi) * (1 + 1e-15),
+    "erfc": 2 / math.sqrt(math.pi) * (1 + 1e-15),
+    "imag": 1.0,
+    "logistic": 0.25,
+    "neg": 1.0,
+    "real": 1.0,
+    "sin": 1.0,
+    "tanh": 1.0,
+}
+"""The largest slope, over all real numbers."""
+
+
+@rule(*_SLOPES)
+def _elementwise(eqn, ins):
+    """A function applied to each element changes by at most its largest slope times the change."""
+    return times(ins[0].bound, _SLOPES[eqn.primitive.name])
+
+
+@rule("integer_pow")
+def _power(eqn, ins):
+    """The first power is the identity; no other has a largest slope."""
+    return ins[0].bound if eqn.params["y"] == 1 else None
+
+
+@rule("add", "add_any", "sub")
+def _sum(eqn, ins):
+    """The triangle inequality."""
+    return plus(_spread(eqn, ins))
+
+
+@rule("mul")
+def _multiple(eqn, ins):
+    """A constant factor counts by its largest modulus. A product of two signals has no constant."""
+    if all(map(is_signal, ins)):
+        raise _refused(eqn, "times another such, has none (attention?)")
+    (factor,) = (value for value in ins if not is_signal(value))
+    return times(*_spread(eqn, ins), largest(factor))
+
+
+@rule("div")
+def _quotient(eqn, ins):
+    """Division by a constant counts by its smallest modulus. Division by a signal has no constant."""
+    if is_signal(ins[1]):
+        raise _refused(eqn, "divides by something that depends on the input (a norm, or a batch's own statistics?)")
+    smallest = 1 / jnp.asarray(ins[1]) if isinstance(ins[1], jax.core.Tracer) else _inverse(ins[1])
+    return times(*_spread(eqn, ins), largest(smallest))
+
+
+def _inverse(array):
+    with np.errstate(divide="ignore"):
+        return 1 / np.asarray(array, np.result_type(np.asarray(array), np.float64))
+
+
+@rule("max", "min", "clamp")
+def _choice(eqn, ins):
+    """Each element of the result is that of one operand at its place, so the squares of all operands' changes do."""
+    return hypot(_spread(eqn, ins))
+
+
+@rule("select_n")
+def _selection(eqn, ins):
+    """With a choice that does not depend on the input each element is one operand's, so the squares of all changes do.
+
+    A choice that depends on the input jumps where it changes, unless the whole is a known activation.
+    """
+    if is_signal(ins[0]):
+        raise _refused(eqn, "chooses by something that depends on the input, and is no activation that is known")
+    return hypot([value.bound for value in ins[1:] if is_signal(value)])
+
+
+@rule("complex")
+def _complex(eqn, ins):
+    """The squared modulus of a complex number is the sum of the squares of its two parts."""
+    return hypot([value.bound for value in ins if is_signal(value)])
+
+
+# Sums and extremes over axes.
+
+
+@rule("reduce_sum")
+def _reduced_sum(eqn, ins):
+    """A sum of n numbers changes by at most the root of n times the length of their change; sums share no element."""
+    return times(ins[0].bound, math.sqrt(_size(eqn.invars[0]) / max(1, _size(eqn.outvars[0]))))
+
+
+@rule("reduce_max", "reduce_min")
+def _reduced_extreme(eqn, ins):
+    """The largest of some numbers changes by at most the largest of their changes; extremes share no element."""
+    return ins[0].bound
+
+
+@rule("reduce")
+def _reduction(eqn, ins):
+    """A reduction by addition is a sum, one by maximum or minimum an extreme. Its program is read, not called."""
+    operation = _binary(eqn)
+    if operation is None or len(ins) != 2:
+        raise _refused(eqn, "combines elements by a function that is neither add, max nor min")
+    if is_signal(ins[1]):
+        raise _refused(eqn, "starts from something that depends on the input")
+    return (_reduced_sum if operation == "add" else _reduced_extreme)(eqn, ins)
+
+
+def _binary(eqn: Any) -> str | None:
+    """``add``, ``max`` or ``min`` if that is all that an equation's program does with its two operands."""
+    programs = programs_inside(eqn)
+    while len(programs) == 1:
+        jaxpr = open_jaxpr(programs[0])
+        if len(jaxpr.eqns) != 1 or len(jaxpr.invars) != 2 or list(jaxpr.outvars) != list(jaxpr.eqns[0].outvars):
+            return None
+        (inner,) = jaxpr.eqns
+        if set(map(id, inner.invars)) != set(map(id, jaxpr.invars)):
+            return None
+        if inner.primitive.name in ("add", "max", "min"):
+            return inner.primitive.name
+        programs = programs_inside(inner) if inner.primitive.name in ("jit", "pjit") else []
+    return None
+
+
+@rule("cumsum")
+def _cumulative_sum(eqn, ins):
+    r"""The triangular matrix of ones of side n has the norm :math:`1 / (2 \sin(\pi / (4 n + 2)))`."""
+    n = eqn.invars[0].aval.shape[eqn.params["axis"]]
+    return times(ins[0].bound, (1 + 1e-14) / (2 * math.sin(math.pi / (4 * n + 2))))
+
+
+@rule("cummax", "cummin", "cumlogsumexp")
+def _cumulative_extreme(eqn, ins):
+    """Each result is a weighted mean of the elements so far: rows sum to 1, and n of them share an element at most."""
+    return times(ins[0].bound, math.sqrt(eqn.invars[0].aval.shape[eqn.params["axis"]]))
+
+
+@rule("sort")
+def _sorted(eqn, ins):
+    """Sorting brings no two arrays further apart. Constant keys rearrange; keys that depend on the input make others jump."""
+    keys = ins[: eqn.params["num_keys"]]
+    if not any(map(is_signal, keys)):
+        return [value.bound if is_signal(value) else None for value in ins]
+    return [ins[0].bound if is_signal(ins[0]) else None, *[None] * (len(ins) - 1)]
+
+
+@rule("top_k")
+def _largest_few(eqn, ins):
+    """The largest k numbers in order are a part of the sorted ones. Their positions jump."""
+    return [ins[0].bound, None]
+
+
+# Windows.
+
+
+@rule("reduce_window_sum", "reduce_window_max", "reduce_window_min", "reduce_window")
+def _pool(eqn, ins):
+    """A sum over windows is a product of one matrix of zeros and ones per axis, whose norms multiply.
+
+    An extreme over windows changes each window by at most the change of one of its elements, and an element is in as
+    many windows as a column of those matrices has ones.
+    """
+    operation = eqn.primitive.name.removeprefix("reduce_window").removeprefix("_") or _binary(eqn)
+    if operation not in ("add", "sum", "max", "min") or len(ins) > 2:
+        raise _refused(eqn, "combines elements by a function that is neither add, max nor min")
+    if any(map(is_signal, ins[1:])):
+        raise _refused(eqn, "starts from something that depends on the input")
+    norm = 1.0
+    for matrix in _windows(eqn):
+        if operation in ("max", "min"):
+            norm *= math.sqrt(matrix.sum(0).max(initial=0))
+        elif matrix.size <= 2**20:
+            norm *= float(np.linalg.norm(matrix.astype(np.float64), 2)) * (1 + 1e-12)
+        else:  # the root of the largest row sum times the largest column sum is no smaller
+            norm *= math.sqrt(matrix.sum(1).max(initial=0) * matrix.sum(0).max(initial=0))
+    return times(ins[0].bound, norm)
+
+
+def _windows(eqn: Any) -> list[np.ndarray]:
+    """For each axis, which elements (columns) each window (row) holds."""
+    params, rank = eqn.params, len(eqn.invars[0].aval.shape)
+    given = lambda name: params.get(name) or (1,) * rank
+    matrices = []
+    for n, (length, outputs) in enumerate(zip(eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape)):
+        size, step = params["window_dimensions"][n], given("window_strides")[n]
+        (low, _), spread, dilation = params["padding"][n], given("base_dilation")[n], given("window_dilation")[n]
+        at = step * np.arange(outputs)[:, None] + dilation * np.arange(size) - low
+        matrix = np.zeros((outputs, length), np.int64)
+        rows, _ = np.nonzero(held := (at % spread == 0) & (at >= 0) & (at < length * spread))
+        np.add.at(matrix, (rows, at[held] // spread), 1)
+        matrices.append(matrix)
+    return matrices
+
+
+# Linear maps.
+
+
+@rule("conv_general_dilated")
+def _convolution(eqn, ins):
+    """A convolution by a constant kernel is bounded by its norm, taken elsewhere; this is what is left."""
+    raise _refused(eqn, "as a convolution's kernel has none known here")
+
+
+@rule("dot_general")
+def _product(eqn, ins):
+    """A product with constant matrices, one for each batch index, changes by at most the largest of their norms."""
+    contracted, batched = eqn.params["dimension_numbers"]
+    if all(map(is_signal, ins)):
+        raise _refused(eqn, "times another such, has none (attention?)")
+    me = 1 if is_signal(ins[0]) else 0
+    matrix = jnp.asarray(ins[me])
+    if jnp.issubdtype(matrix.dtype, jnp.complexfloating):
+        raise _refused(eqn, "times a complex matrix, has none known here")
+    if not jnp.issubdtype(matrix.dtype, jnp.floating):
+        matrix = matrix.astype(jnp.float32)
+    free = [n for n in range(matrix.ndim) if n not in contracted[me] and n not in batched[me]]
+    size = lambda axes: math.prod(matrix.shape[n] for n in axes)
+    matrices = matrix.transpose(*batched[me], *contracted[me], *free)
+    matrices = matrices.reshape(size(batched[me]), size(contracted[me]), size(free))
+    norms = jax.vmap(lambda m: operator_norm_bounds(m, Conv(())).upper)(matrices)
+    # A signal's batch indices hold different elements each.
+    return times(ins[1 - me].bound, largest(norms))
+
+
+@rule("fft")
+def _fourier(eqn, ins):
+    """The transform of n numbers is the root of n times a unitary one, its inverse the root of 1/n times one.
+
+    The real transform is a part of the complex one. Its inverse counts most frequencies twice: at most a root of 2.
+    """
+    n = math.prod(eqn.params["fft_lengths"])
+    kind = str(eqn.params["fft_type"]).rsplit(".", 1)[-1]
+    norms = {"FFT": n**0.5, "RFFT": n**0.5, "IFFT": n**-0.5, "IRFFT": (2 / n) ** 0.5}
+    return times(ins[0].bound, norms[kind] * (1 + 1e-14)) if kind in norms else None
+
+
+# Movement to or from places that are not known.
+
+
+@rule("concatenate", "stack")
+def _joined(eqn, ins):
+    """The squares of the parts' changes add up."""
+    return hypot([value.bound for value in ins if is_signal(value)])
+
+
+@rule("reshape", "transpose", "squeeze", "rev", "slice", "split", "unstack", "copy")
+def _rearranged(eqn, ins):
+    """Each element of the result is an element of the operand, and none occurs twice."""
+    return [ins[0].bound] * len(eqn.outvars)
+
+
+@rule("broadcast_in_dim", "tile")
+def _repeated(eqn, ins):
+    """Every element is repeated equally often."""
+    return times(ins[0].bound, math.sqrt(_size(eqn.outvars[0]) / max(1, _size(eqn.invars[0]))))
+
+
+@rule("pad")
+def _padded(eqn, ins):
+    """The padding repeats one number."""
+    repeated = math.sqrt(_size(eqn.outvars[0]))
+    return hypot([times(v.bound, repeated if n else 1.0) for n, v in enumerate(ins) if is_signal(v)])
+
+
+@rule("dynamic_slice")
+def _window_of(eqn, ins):
+    """A slice holds no element twice, wherever it is. A place that depends on the input jumps."""
+    _check_places(eqn, ins[1:])
+    return ins[0].bound
+
+
+@rule("dynamic_update_slice")
+def _updated(eqn, ins):
+    """The result holds no element of the operand or of the update twice."""
+    _check_places(eqn, ins[2:])
+    return hypot([value.bound for value in ins[:2] if is_signal(value)])
+
+
+@rule("gather")
+def _gathered(eqn, ins):
+    """Each index takes an element at most once, so n indices take it n times at most."""
+    _check_places(eqn, ins[1:])
+    return times(ins[0].bound, math.sqrt(_indices(eqn)))
+
+
+@rule("scatter")
+def _scattered(eqn, ins):
+    """The result holds no element of the operand or of the updates twice."""
+    _check_places(eqn, ins[1:2])
+    return hypot([ins[n].bound for n in (0, 2) if is_signal(ins[n])])
+
+
+@rule("scatter-add", "scatter-sub")
+def _accumulated(eqn, ins):
+    """Adds to each element at most as many updates as there are indices, or as meet there where that is known."""
+    _check_places(eqn, ins[1:2])
+    meeting = _indices(eqn)
+    if not isinstance(ins[1], jax.core.Tracer):
+        ones = jnp.ones(eqn.invars[2].aval.shape, jnp.int32)
+        zeros = jnp.zeros(eqn.invars[0].aval.shape, jnp.int32)
+        numbers, mode = eqn.params["dimension_numbers"], eqn.params["mode"]
+        with jax.ensure_compile_time_eval():
+            counts = jax.lax.scatter_add(zeros, jnp.asarray(ins[1]), ones, numbers, mode=mode)
+            meeting = int(np.max(np.asarray(counts), initial=0))
+    return plus([times(ins[n].bound, 1.0 if n == 0 else math.sqrt(meeting)) for n in (0, 2) if is_signal(ins[n])])
+
+
+def _indices(eqn: Any) -> int:
+    """How many places an equation's indices name."""
+    return math.prod(eqn.invars[1].aval.shape[:-1])
+
+
+def _check_places(eqn: Any, places: Sequence[Any]) -> None:
+    if any(map(is_signal, places)):
+        raise _refused(eqn, "moves numbers to or from places that depend on the input")
+
+
+# Control flow.
+
+
+@rule("cond")
+def _branches(eqn, ins):
+    """A choice that does not depend on the input changes by at most as much as the worst branch."""
+    return maximum([value.bound for value in ins])
+
+
+@rule("while")
+def _loop(eqn, ins):
+    """A loop may run any number of times."""
+    raise _refused(eqn, "may run any number of times: use jax.lax.scan, or fori_loop with fixed limits")

@@ -34,7 +34,13 @@ def kernel_letters(eqn: Any) -> str:
 
 
 def read_convolution(
-    eqn: Any, image: ElementMap | None, layout: str, is_flipped: Sequence[bool], *, members: int = 1, stacked: int = 0
+    eqn: Any,
+    image: ElementMap | None,
+    layout: str,
+    is_flipped: Sequence[bool],
+    *,
+    groups: int | None = None,
+    stacked: int = 0,
 ) -> Conv:
     """Returns the ``Conv`` of an equation; a ValueError says why none describes it.
 
@@ -43,16 +49,13 @@ def read_convolution(
       image: which element of an earlier image each element of the operand is; None if the operand is the image.
       layout: of the kernel.
       is_flipped: for each spatial axis, whether the kernel was reversed before.
-      members: how many kernels ``jax.vmap`` has put side by side as groups.
+      groups: of one kernel, if ``jax.vmap`` has put several side by side; otherwise the equation's.
       stacked: as in ``Conv``.
     """
     numbers, kernel = eqn.params["dimension_numbers"], eqn.invars[1].aval.shape
     shape, out_shape = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
     if eqn.params["batch_group_count"] != 1:
         raise ValueError("it has batch_group_count above 1 (does fn contain its own gradient?)")
-    groups, rest = divmod(eqn.params["feature_group_count"], members)
-    if rest:
-        raise ValueError(f"its {members} stacked kernels share {eqn.params['feature_group_count']} groups")
     if image is None:
         entries = [np.arange(shape[n]) for n in numbers.lhs_spec[2:]]
     else:
@@ -75,7 +78,7 @@ def read_convolution(
         padding="CIRCULAR" if inputs[0][1] is None else tuple(pads for _, pads, _ in inputs),  # type: ignore[misc]
         input_dilation=tuple(dilation for _, _, dilation in inputs),
         kernel_dilation=eqn.params["rhs_dilation"],
-        feature_group_count=groups,
+        feature_group_count=groups or eqn.params["feature_group_count"],
         kernel_layout=layout,
         stacked=stacked,
     )
@@ -83,7 +86,7 @@ def read_convolution(
 
 def _spatial_entries(image: ElementMap, spec: Sequence[int]) -> list[np.ndarray]:
     """The entries of the spatial axes, of an image each of whose other axes holds every element once."""
-    if len(image.sources) > 1:
+    if len(image.sources) != 1:
         raise ValueError("its input was put together from pieces of several arrays")
     if image.axes is None:
         raise ValueError("its input's pixels were rearranged in a way that is not axis by axis")
@@ -95,7 +98,7 @@ def _spatial_entries(image: ElementMap, spec: Sequence[int]) -> list[np.ndarray]
             raise ValueError(f"its input holds copies of the same elements along the {name} axis")
     if not image.is_independent:
         raise ValueError("its input holds elements of an earlier array more than once, not axis by axis")
-    (source,) = image.sources
+    source = image.sources[0]
     if source.seam is not None:
         step, length = math.prod(source.shape[source.seam + 1 :]), source.shape[source.seam]
         corner = sum(int(entries[np.argmax(entries > HOLE // 2)]) for entries in image.axes)
@@ -108,7 +111,7 @@ def _spatial_entries(image: ElementMap, spec: Sequence[int]) -> list[np.ndarray]
 
 def _inputs(axes: list[Axis]) -> list[tuple[int, tuple[int, int] | None, int]]:
     """For each axis the input's length, its padding (None for circular: all are, or none is), its dilation."""
-    each = [_zero_padded(axis) or _circular(axis) for axis in axes]
+    each: list[tuple[int, tuple[int, int] | None, int]] = [_zero_padded(axis) or _circular(axis) for axis in axes]
     if all(pads is not None for _, pads, _ in each):
         return each
     out: list[tuple[int, tuple[int, int] | None, int]] = []

@@ -41,6 +41,7 @@ from opnorm_jax._program.movement import (
     control_operands,
     identity,
     moved,
+    of_axes,
 )
 
 
@@ -171,7 +172,7 @@ class _Site:
     """One application of a convolution to a parameter."""
 
     found: Conv | str  # the reason why there is none
-    spatial: tuple[int, ...] = ()  # the output's axes
+    spatial: dict[int, int] = dataclasses.field(default_factory=dict)  # the output's spatial axes and their lengths
     covers: tuple[bool, ...] = ()  # whether the output holds all that the kernel reaches
     periods: dict[int, int] = dataclasses.field(default_factory=dict)  # of the axes along which the output is wrapped
 
@@ -180,7 +181,7 @@ class _Site:
             return self.found
         conv = self.found
         circle = tuple(n * e for n, e in zip(conv.input_shape, conv.input_dilation))
-        wrapped = tuple(self.periods.get(axis) for axis in self.spatial)
+        wrapped = tuple(self.periods.get(axis, length) for axis, length in self.spatial.items())
         if wrapped == circle and set(conv.strides) == {1} and all(self.covers):
             return dataclasses.replace(conv, padding="CIRCULAR")
         return "its output is wrapped around and summed, but not as by a circular convolution: no Conv says so"
@@ -391,9 +392,7 @@ def _member(kernel: _Kernel, axis: int) -> _Kernel | None:
     if not axes:
         return None
     axes[0] = axes[0] + swept[0]
-    shape = tuple(map(len, axes))
-    elements = dataclasses.replace(kernel.elements, shape=shape, axes=tuple(axes), table=None)
-    return _Kernel(kernel.leaf, elements, (*kernel.swept, swept))
+    return _Kernel(kernel.leaf, of_axes(kernel.elements, axes), (*kernel.swept, swept))
 
 
 # Equations that hold no program.
@@ -502,8 +501,7 @@ def _sliced(kernel: _Kernel, shape: tuple[int, ...]) -> _Kernel | None:
         if new != old:
             swept.append(axes[n])
             axes[n] = axes[n][:1]
-    elements = dataclasses.replace(kernel.elements, shape=shape, axes=tuple(axes), table=None)
-    return _Kernel(kernel.leaf, elements, tuple(swept))
+    return _Kernel(kernel.leaf, of_axes(kernel.elements, axes), tuple(swept))
 
 
 def _summed(eqn: Any, value: _Value, out: _Value) -> _Value:
@@ -517,7 +515,7 @@ def _summed(eqn: Any, value: _Value, out: _Value) -> _Value:
         return dataclasses.replace(out, movement=lambda: _moved(eqn, [value])[0], site=site)
     try:
         elements = value.elements
-        if len(elements.sources) > 1 or len(elements.sources[0].shape) != len(out.shape):
+        if len(elements.sources) != 1 or len(elements.sources[0].shape) != len(out.shape):
             return out  # axes were summed up as a whole, as a pool does
         numbers = elements.numbers()
     except NotUnderstood:
@@ -549,8 +547,8 @@ def _convolution(eqn: Any, ins: list[_Value], sites: _Sites, sharded: bool) -> _
     (image, kernel), shape = ins, eqn.invars[1].aval.shape
     out = _computed("conv_general_dilated", [image, kernel], eqn.outvars[0].aval.shape)
     if kernel.kernel:
-        numbers = eqn.params["dimension_numbers"]
-        site = _Site(_described(eqn, image, kernel.kernel, sites, sharded), tuple(numbers.out_spec[2:]), _covers(eqn))
+        spatial = {n: out.shape[n] for n in eqn.params["dimension_numbers"].out_spec[2:]}
+        site = _Site(_described(eqn, image, kernel.kernel, sites, sharded), spatial, _covers(eqn))
         sites.add(kernel.kernel.leaf, site)
         return dataclasses.replace(out, site=site, kernels=frozenset())
     if kernel.leaves and (kernel.kernels or not kernel.from_input):
@@ -584,14 +582,14 @@ def _described(eqn: Any, image: _Value, kernel: _Kernel, sites: _Sites, sharded:
         spec = eqn.params["dimension_numbers"].rhs_spec
         axes = _Axes(kernel, tuple(sites.leaves[kernel.leaf].shape))
         letters = dict(zip(spec, kernel_letters(eqn)))
-        members = axes.assign(letters, eqn.params["feature_group_count"])
+        groups = axes.assign(letters, eqn.params["feature_group_count"])
         layout, stacked = axes.layout()
         flipped = [axes.is_flipped(n) for n in spec[2:]]
-        alone = read_convolution(eqn, None, layout, flipped, members=members, stacked=stacked)
+        alone = read_convolution(eqn, None, layout, flipped, groups=groups, stacked=stacked)
         sites.check(kernel.leaf, alone)
         try:
             elements = image.elements if image.from_input else None
-            return read_convolution(eqn, elements, layout, flipped, members=members, stacked=stacked)
+            return read_convolution(eqn, elements, layout, flipped, groups=groups, stacked=stacked)
         except ValueError as error:
             return f"{error}. To constrain the layer without what was done to its input, write {alone} by hand"
     except (TypeError, ValueError) as error:
@@ -625,21 +623,27 @@ class _Axes:
                 raise ValueError(f"the convolution takes a part of it, {self.operand}")
 
     def assign(self, letters: dict[int, str], groups: int) -> int:
-        """Gives the parameter's axes the letters of the operand's, and returns how many members ``vmap`` has merged."""
-        members, missing = 1, []
+        """Gives the parameter's axes the letters of the operand's, and returns the groups of one kernel.
+
+        ``vmap`` merges a stack of kernels into output channels: as groups if each has an input of its own.
+        """
+        missing, own_groups = [], groups
         for n, along in enumerate(self.along):
             if not along:
                 missing.append(letters[n])
                 continue
-            *stack, axis = self._slowest_first(n, along)
+            (*stack, axis), is_shared = self._slowest_first(n, along, groups if letters[n] == "O" else 1)
             if stack and letters[n] != "O":
                 raise ValueError("several of its axes become one before the convolution takes it")
-            members *= math.prod(self.shape[other] for other in stack)
+            members = math.prod(self.shape[other] for other in stack)
+            if not is_shared and groups % members:
+                raise ValueError(f"its {members} stacked kernels share {groups} groups")
+            own_groups = groups if is_shared else groups // members
             self.swept += stack
             self.letters[axis] = letters[n]
             is_straight = np.array_equal(self.places[n][axis][: self.shape[axis]], np.arange(self.shape[axis]))
             # The order of channels changes no norm, except that output channels must not change their group.
-            free = letters[n] == "I" or (letters[n] == "O" and groups == 1)
+            free = letters[n] == "I" or (letters[n] == "O" and own_groups == 1)
             if not (is_straight or free or (letters[n] not in "IO" and self.is_flipped(n))):
                 raise ValueError("its numbers are rearranged along an axis before the convolution takes it")
         single = [axis for axis in self.left if self.shape[axis] == 1]
@@ -658,17 +662,25 @@ class _Axes:
             text = "".join(of[axis] for axis in sorted(of))
             choices.append((usual.index(text) if text in usual else len(usual), text, of))
         self.letters = min(choices, key=lambda choice: choice[:2])[2] if missing else self.letters
-        return members
+        return own_groups
 
-    def _slowest_first(self, n: int, along: list[int]) -> list[int]:
-        """The parameter's axes along one of the operand's, if they were merged in row-major order."""
-        for order in itertools.permutations(along):
-            lengths = [self.shape[axis] for axis in order]
-            grid = np.indices(lengths).reshape(len(order), -1)
-            if all(np.array_equal(self.places[n][axis], line) for axis, line in zip(order, grid)):
-                return list(order)
+    def _slowest_first(self, n: int, along: list[int], groups: int) -> tuple[list[int], bool]:
+        """The parameter's axes along one of the operand's, if they were merged as by ``vmap``.
+
+        Also whether the merged kernels share their input: then groups, if any, come before the members.
+        """
+        for *stack, axis in itertools.permutations(along) if len(along) > 1 else ():
+            lengths, length = [self.shape[other] for other in stack], self.shape[axis]
+            grid = np.indices([*lengths, length]).reshape(len(along), -1)
+            if all(np.array_equal(self.places[n][a], line) for a, line in zip([*stack, axis], grid)):
+                return [*stack, axis], groups == 1
+            if length % groups == 0:
+                first, *members, last = np.indices([groups, *lengths, length // groups]).reshape(len(along) + 1, -1)
+                lines = [*members, first * (length // groups) + last]
+                if all(np.array_equal(self.places[n][a], line) for a, line in zip([*stack, axis], lines)):
+                    return [*stack, axis], True
         if len(along) == 1:
-            return along
+            return along, True
         raise ValueError("several of its axes become one before the convolution takes it")
 
     def layout(self) -> tuple[str, int]:

@@ -8,7 +8,6 @@ only moved, from its convolution's norm, from a known activation, or by the rule
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -35,9 +34,9 @@ from opnorm_jax._program.jaxpr import (
     trace,
     widened,
 )
-from opnorm_jax._program.movement import HOLE, MOVES, ElementMap, NotUnderstood, Source, identity, moved, row, stack
-from opnorm_jax._program.numbers import Number, hypot, largest, rounded_up, times, widest
-from opnorm_jax._program.rules import RULES, Refused
+from opnorm_jax._program.movement import MOVES, ElementMap, NotUnderstood, Source, identity, moved, row, stack
+from opnorm_jax._program.numbers import Number, hypot, largest, maximum, rounded_up, times, widest
+from opnorm_jax._program.rules import RULES, Refused, is_signal
 
 _SETTLE = 40
 """Operations after which a bound is computed at once, so that no chain of them is longer than Python's stack."""
@@ -96,14 +95,14 @@ def lipschitz_bound(fn: Callable[..., Any], params: Any, x: Any) -> jax.Array:
     *values, _ = traced.values
     outs = _Run().run(traced.program, [*map(widest, values), Signal(tuple(x.shape), bound=1.0)])
     try:
-        bound = hypot([out.bound for out in outs if isinstance(out, Signal)])
+        bound = hypot([out.bound for out in outs if is_signal(out)])
     except Refused as error:
         raise ValueError(f"expected fn to be made of operations with a known Lipschitz constant; {error}") from None
     return rounded_up(bound, jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
 class Layer(NamedTuple):
-    """A convolution or a matrix product whose norm is not taken yet, so that a factor per channel can join its kernel."""
+    """A convolution or a matrix product whose norm is not taken yet: a factor per channel can still join its kernel."""
 
     kernel: Any
     conv: Conv
@@ -129,11 +128,14 @@ def _upper(kernel: jax.Array, conv: Conv) -> jax.Array:
 class Signal:
     """A value that depends on the input: by how much it changes at most, over the input's own change."""
 
+    is_signal = True
+
     def __init__(
         self,
         shape: tuple[int, ...],
         *,
         bound: Number | None = None,
+        compute: Callable[[], Number] | None = None,
         elements: ElementMap | None = None,
         eqn: Any = None,
         ins: Sequence[Any] = (),
@@ -141,14 +143,15 @@ class Signal:
         run: _Run | None = None,
     ):
         self.shape, self.eqn, self.ins, self.index, self.run = shape, eqn, list(ins), index, run
+        self.compute = compute
         if bound is not None:
             self.bound = bound
         if elements is not None:
             self.elements = elements
-        self.depth = 1 + max((value.depth for value in ins if isinstance(value, Signal)), default=0)
+        self.depth = 1 + max((value.depth for value in ins if is_signal(value)), default=0)
         if self.depth > _SETTLE or (eqn is not None and eqn.primitive in (p.conv_general_dilated_p, p.dot_general_p)):
             for value in self.ins if self.depth <= _SETTLE else [self]:
-                if isinstance(value, Signal):
+                if is_signal(value):
                     value.settle()
             self.depth = 1
 
@@ -166,15 +169,19 @@ class Signal:
     @functools.cached_property
     def bound(self) -> Number:
         """Raises ``Refused`` with the operation that has no bound."""
+        if self.compute is not None:
+            return self.compute()
         if self.layer is not None:
             return self.layer.bound()
         if not self._is_own_source:
             return bound_of(self.elements)
-        if (found := slopes.find(self, lambda value: isinstance(value, Signal))) is not None:
-            inner, slope = found
+        if (found := slopes.find(self)) is not None:
+            name, inner, slope = found
             if not isinstance(slope, jax.core.Tracer) and not np.isfinite(slope):
-                raise Refused(f"an activation that ends in {self.eqn.primitive.name} has a parameter out of its domain.")
+                raise Refused(f"{name} on {self.shape} has a parameter out of its domain.")
             return times(inner.bound, slope)
+        if (inner := _softmax_of(self)) is not None:
+            return times(inner.bound, 0.5)
         rule = RULES.get(self.eqn.primitive.name)
         if rule is None:
             raise _no_rule(self.eqn)
@@ -194,7 +201,7 @@ class Signal:
         try:
             if self.eqn.primitive.name in ("max", "min"):
                 return self.run.sorted_pair(self) or own
-            parts = [value.elements if isinstance(value, Signal) else None for value in self.ins]
+            parts = [value.elements if is_signal(value) else None for value in self.ins]
             known = lambda n: None if _unknown(self.ins[n]) else np.asarray(self.ins[n])
             found = moved(self.eqn, parts, known)
         except NotUnderstood:
@@ -211,12 +218,12 @@ class Signal:
         """The layer that this is the output of, shifted or scaled since."""
         if self.eqn is None:
             return None
-        name, constants = self.eqn.primitive.name, [v for v in self.ins if not isinstance(v, Signal)]
+        name, constants = self.eqn.primitive.name, [v for v in self.ins if not is_signal(v)]
         if name == "conv_general_dilated":
             return _convolution(self.eqn, *self.ins)
         if name == "dot_general":
             return _dense(self.eqn, *self.ins)
-        signals = [value for value in self.ins if isinstance(value, Signal)]
+        signals = [value for value in self.ins if is_signal(value)]
         if len(signals) != 1 or signals[0].shape != self.shape:
             return self._moved_layer() if name in ("reshape", "transpose", "squeeze", "broadcast_in_dim") else None
         layer = signals[0].layer
@@ -229,7 +236,7 @@ class Signal:
     def _moved_layer(self) -> Layer | None:
         """A layer whose output is only laid out anew, as ``vmap`` does, with its channels along one axis still."""
         (signal, *_), elements = self.ins, self.elements
-        layer = signal.layer if isinstance(signal, Signal) else None
+        layer = signal.layer if is_signal(signal) else None
         if layer is None or signal.size != self.size or elements.axes is None or len(elements.sources) != 1:
             return None
         source = elements.sources[0]
@@ -244,13 +251,56 @@ class Signal:
         return None
 
 
+def _softmax_of(signal: Signal) -> Signal | None:
+    r"""The signal that this is the softmax of, over some axes: :math:`diag(p) - p p^T` has norm 1/2 at most.
+
+    It is exp(x - m) over its own sum, where m is the same along those axes. What m is makes no difference.
+    """
+    made_by = lambda value, name: is_signal(value) and value.eqn is not None and _name(value) == name
+    if not made_by(signal, "div") or not made_by(signal.ins[0], "exp") or not is_signal(signal.ins[1]):
+        return None
+    power, total = signal.ins
+    if power.shape != signal.shape or len(total.elements.sources) != 1:
+        return None
+    reduced = total.elements.sources[0].owner
+    if not made_by(reduced, "reduce_sum") or reduced.ins[0] is not power:
+        return None
+    axes = tuple(reduced.eqn.params["axes"])
+    places = np.expand_dims(np.arange(reduced.size).reshape(reduced.shape), axes)
+    try:
+        where = np.broadcast_to(total.elements.numbers(), signal.shape)
+        if not np.array_equal(where, np.broadcast_to(places, signal.shape)):
+            return None
+        exponent = power.ins[0]
+        if made_by(exponent, "sub") and is_signal(exponent.ins[0]) and exponent.ins[0].shape == signal.shape:
+            shift = exponent.ins[1]
+            if is_signal(shift) and len(shift.shape) == len(signal.shape):
+                numbers = np.broadcast_to(shift.elements.numbers(), signal.shape)
+                if np.array_equal(numbers, np.broadcast_to(numbers.min(axis=axes, keepdims=True), signal.shape)):
+                    return exponent.ins[0]
+    except NotUnderstood:
+        return None
+    return exponent
+
+
+def _name(signal: Signal) -> str:
+    return signal.eqn.primitive.name
+
+
 def _no_rule(eqn: Any) -> Refused:
     shapes = ", ".join(str(getattr(v.aval, "shape", "")) for v in eqn.invars)
     return Refused(f"{eqn.primitive.name} on {shapes}, which depends on the input, has none known here.")
 
 
 def _unknown(value: Any) -> bool:
-    return isinstance(value, (Signal, jax.core.Tracer))
+    return is_signal(value) or isinstance(value, jax.core.Tracer)
+
+
+def _identity(value: Any) -> Any:
+    """The same for two operands that are equal for sure."""
+    if _unknown(value) or np.size(value) != 1 or not jnp.issubdtype(value.dtype, np.number):
+        return id(value)
+    return np.asarray(value).item()
 
 
 def bound_of(elements: ElementMap) -> Number:
@@ -260,7 +310,7 @@ def bound_of(elements: ElementMap) -> Number:
 
 
 def _convolution(eqn: Any, image: Any, kernel: Any) -> Layer | None:
-    if isinstance(kernel, Signal):
+    if is_signal(kernel):
         return None  # refused by the operation's rule
     numbers = eqn.params["dimension_numbers"]
     letters = dict(zip(numbers.rhs_spec, kernel_letters(eqn)))
@@ -281,9 +331,9 @@ def _convolution(eqn: Any, image: Any, kernel: Any) -> Layer | None:
 def _dense(eqn: Any, left: Any, right: Any) -> Layer | None:
     """One matrix along one axis; other products are left to the operation's rule."""
     contracted, batched = eqn.params["dimension_numbers"]
-    me = 1 if isinstance(left, Signal) else 0
+    me = 1 if is_signal(left) else 0
     matrix, signal = (right, left) if me else (left, right)
-    if isinstance(matrix, Signal) or matrix.ndim != 2 or batched[me] or len(contracted[me]) != 1:
+    if is_signal(matrix) or matrix.ndim != 2 or batched[me] or len(contracted[me]) != 1:
         return None
     if not jnp.issubdtype(matrix.dtype, jnp.floating):
         return None
@@ -313,6 +363,7 @@ class _Run:
 
     def __init__(self):
         self.pairs: dict[Any, Signal] = {}
+        self.made: dict[Any, Signal] = {}
 
     def run(self, program: Any, values: Sequence[Any]) -> list[Any]:
         """The outputs of a program: arrays, or signals where they depend on the input."""
@@ -326,7 +377,7 @@ class _Run:
         return [read(v) for v in jaxpr.outvars]
 
     def _results(self, program: Any, eqn: Any, ins: list[Any]) -> list[Any]:
-        if not any(isinstance(value, Signal) for value in ins):
+        if not any(is_signal(value) for value in ins):
             return self._constants(program, eqn, ins)
         if is_identity(eqn):
             kept = all(jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in eqn.outvars)
@@ -335,7 +386,7 @@ class _Run:
             return self.run(inner, ins)
         if eqn.primitive is p.scan_p:
             return self._scan(eqn, ins)
-        if eqn.primitive is p.cond_p and not isinstance(ins[0], Signal):
+        if eqn.primitive is p.cond_p and not is_signal(ins[0]):
             return self._cond(eqn, ins)
         return [self._signal(eqn, ins, n) for n in range(len(eqn.outvars))]
 
@@ -343,7 +394,11 @@ class _Run:
         shape = tuple(getattr(eqn.outvars[index].aval, "shape", ()))
         if math.prod(shape) == 0:
             return np.zeros(shape, np.float32)  # holds no number that could change
-        return Signal(shape, eqn=eqn, ins=ins, index=index, run=self)
+        # The same operation on the same operands is the same signal: x times sigmoid(x), whoever computed x twice.
+        key = (eqn.primitive, index, repr(eqn.params), *map(_identity, ins)) if not programs_inside(eqn) else object()
+        if key not in self.made:
+            self.made[key] = Signal(shape, eqn=eqn, ins=ins, index=index, run=self)
+        return self.made[key]
 
     def _constants(self, program: Any, eqn: Any, ins: list[Any]) -> list[Any]:
         if is_identity(eqn) and all(getattr(a, "dtype", None) == v.aval.dtype for a, v in zip(ins, eqn.outvars)):
@@ -369,6 +424,10 @@ class _Run:
     def _scan(self, eqn: Any, ins: list[Any]) -> list[Any]:
         """A scan, one step after the other."""
         (consts, carries), length = scan_split(eqn), eqn.params["length"]
+        scanned = [value for value in ins[consts + carries :] if is_signal(value)]
+        if len(scanned) == 1 and not any(map(is_signal, ins[: consts + carries])):
+            if (outs := self._mapped(eqn, ins, scanned[0])) is not None:
+                return outs
         body, carry = eqn.params["jaxpr"], ins[consts : consts + carries]
         steps = range(length)
         rows: list[Any] = [None] * length
@@ -376,9 +435,32 @@ class _Run:
             part = [_row(value, n) for value in ins[consts + carries :]]
             outs = self.run(body, [*ins[:consts], *carry, *part])
             carry, rows[n] = outs[:carries], outs[carries:]
-        stacked = [
-            _stacked([line[k] for line in rows], v.aval) for k, v in enumerate(eqn.outvars[carries:])
-        ]
+        stacked = [_stacked([line[k] for line in rows], v.aval) for k, v in enumerate(eqn.outvars[carries:])]
+        return [*carry, *stacked]
+
+    def _mapped(self, eqn: Any, ins: list[Any], scanned: Signal) -> list[Any] | None:
+        """The results of a scan whose rows do not depend on one another, or None if they do."""
+        consts, carries = scan_split(eqn)
+        carry, rows = ins[consts : consts + carries], []
+        for n in range(eqn.params["length"]):
+            n = eqn.params["length"] - 1 - n if eqn.params["reverse"] else n
+            alone = Signal(scanned.shape[1:], bound=1.0)
+            part = [alone if value is scanned else value[n] for value in ins[consts + carries :]]
+            outs = self.run(eqn.params["jaxpr"], [*ins[:consts], *carry, *part])
+            carry = outs[:carries]
+            if any(map(is_signal, carry)):
+                return None
+            rows.append(outs[carries:])
+        stacked = []
+        for k, v in enumerate(eqn.outvars[carries:]):
+            column = [row[k] for row in rows]
+            if not any(map(is_signal, column)):
+                stacked.append(_stacked(column[::-1] if eqn.params["reverse"] else column, v.aval))
+                continue
+            # Every row changes by at most its own multiple of the change of its own part.
+            signals = [value for value in column if is_signal(value)]
+            worst = lambda signals=signals: times(scanned.bound, maximum([signal.bound for signal in signals]))
+            stacked.append(Signal(v.aval.shape, compute=worst))
         return [*carry, *stacked]
 
     def _cond(self, eqn: Any, ins: list[Any]) -> list[Any]:
@@ -389,10 +471,12 @@ class _Run:
             return self.run(branches[min(max(int(index), 0), len(branches) - 1)], rest)
         outs = []
         for several, v in zip(zip(*(self.run(branch, rest) for branch in branches)), eqn.outvars):
-            if not any(isinstance(value, Signal) for value in several):
+            if not any(is_signal(value) for value in several):
                 outs.append(jax.lax.select_n(jnp.clip(index, 0, len(branches) - 1), *map(jnp.asarray, several)))
                 continue
-            outs.append(Signal(v.aval.shape, eqn=eqn, ins=[s for s in several if isinstance(s, Signal)], run=self))
+            signals = [value for value in several if is_signal(value)]
+            worst = lambda signals=signals: maximum([signal.bound for signal in signals])
+            outs.append(Signal(v.aval.shape, compute=worst))
         return outs
 
     def sorted_pair(self, signal: Signal) -> ElementMap | None:
@@ -400,7 +484,7 @@ class _Run:
 
         Sorting is nonexpansive, so the pair's bound is that of a and b together: MaxMin counts once, not twice.
         """
-        if not all(isinstance(value, Signal) and value.shape == signal.shape for value in signal.ins):
+        if not all(is_signal(value) and value.shape == signal.shape for value in signal.ins):
             return None
         both = [value.elements for value in signal.ins]
         key = frozenset((elements.sources, elements.numbers().tobytes()) for elements in both)
@@ -410,7 +494,7 @@ class _Run:
 
 
 def _row(value: Any, n: int) -> Any:
-    if not isinstance(value, Signal):
+    if not is_signal(value):
         return value[n]
     elements = row(value.elements, n)
     return Signal(elements.shape, elements=elements)
@@ -419,11 +503,11 @@ def _row(value: Any, n: int) -> Any:
 def _stacked(rows: list[Any], aval: Any) -> Any:
     if not rows or math.prod(aval.shape) == 0:
         return np.zeros(aval.shape, np.float32)
-    if not any(isinstance(value, Signal) for value in rows):
+    if not any(is_signal(value) for value in rows):
         return jnp.stack([jnp.asarray(value) for value in rows])
-    signals = [value for value in rows if isinstance(value, Signal)]
+    signals = [value for value in rows if is_signal(value)]
     try:
-        elements = stack([v.elements if isinstance(v, Signal) else None for v in rows], aval.shape[1:])
+        elements = stack([v.elements if is_signal(v) else None for v in rows], aval.shape[1:])
         return Signal(aval.shape, elements=elements)
     except NotUnderstood:
         return Signal(aval.shape, bound=hypot([signal.bound for signal in signals]))

@@ -87,10 +87,8 @@ class ElementMap:
     def is_independent(self) -> bool:
         """Whether different entries always give different numbers: True only if that is sure."""
         assert self.axes is not None
-        distinct = [np.unique(entries[entries > HOLE // 2]) for entries in self.axes]
-        steps = sorted((int(np.diff(entries).min()), int(np.ptp(entries))) for entries in distinct if len(entries) > 1)
         reach = 0
-        for step, span in steps:
+        for step, span in sorted(digit for entries in self.axes for digit in _digits(entries)):
             if step <= reach:
                 return False
             reach += span
@@ -103,6 +101,19 @@ class ElementMap:
 
     def _lines(self) -> np.ndarray:
         return self.numbers().ravel() if self.axes is None else np.concatenate(self.axes)
+
+
+def _digits(entries: np.ndarray) -> list[tuple[int, int]]:
+    """Writes different entries as numbers of mixed radix: the step and the span of each digit."""
+    left, digits = np.unique(entries[entries > HOLE // 2]), []
+    while len(left) > 1:
+        gaps = np.diff(left)
+        run = int(np.argmax(gaps != gaps[0])) + 1 if (gaps != gaps[0]).any() else len(left)
+        if len(left) % run or (left.reshape(-1, run) != left[::run, None] + gaps[0] * np.arange(run)).any():
+            return [*digits, (int(gaps.min()), int(np.ptp(left)))]
+        digits.append((int(gaps[0]), int(gaps[0]) * (run - 1)))
+        left = left[::run]
+    return digits
 
 
 class NotUnderstood(ValueError):
@@ -122,7 +133,7 @@ def row(elements: ElementMap, n: int) -> ElementMap:
         table = np.asarray(elements.numbers()[n])
         return ElementMap(elements.sources, table.shape, None, table)
     first, second, *rest = elements.axes
-    return _map(elements, [_added(second, int(first[n])), *rest])
+    return of_axes(elements, [_added(second, int(first[n])), *rest])
 
 
 def stack(rows: Sequence[ElementMap | None], shape: tuple[int, ...]) -> ElementMap:
@@ -195,7 +206,8 @@ def _with_common_sources(parts: Sequence[ElementMap | None]) -> list[ElementMap 
 # Axis by axis. Each function returns the list of the results' maps, or None where only integers can tell.
 
 
-def _map(like: ElementMap, axes: Sequence[np.ndarray]) -> ElementMap:
+def of_axes(like: ElementMap, axes: Sequence[np.ndarray]) -> ElementMap:
+    """Returns a map of the same sources with these axes."""
     return ElementMap(like.sources, tuple(len(entries) for entries in axes), tuple(axes))
 
 
@@ -215,15 +227,13 @@ def _regrouped(part: ElementMap, axes: list[np.ndarray], new: tuple[int, ...]) -
         group, lengths = [], []
         while True:
             have, want = math.prod(map(len, group)), math.prod(lengths)
-            if have == want and (group or lengths) and (have > 1 or not old or not wanted[start:]):
+            if (group and lengths and have == want) or not (old or wanted[start:]):
                 break
-            if have <= want and old:
+            if old and (have <= want or not wanted[start:]):
                 group.append(old.pop(0))
-            elif wanted[start:]:
+            else:
                 lengths.append(wanted[start])
                 start += 1
-            else:
-                group.append(old.pop(0))
         if [len(entries) for entries in group] == lengths:
             out += group
             continue
@@ -237,7 +247,7 @@ def _regrouped(part: ElementMap, axes: list[np.ndarray], new: tuple[int, ...]) -
         if split is None:
             return None
         out += split
-    return [_map(part, out)]
+    return [of_axes(part, out)]
 
 
 def _added(entries: np.ndarray, amount: int) -> np.ndarray:
@@ -269,11 +279,11 @@ def _broadcast(eqn: Any, parts: Any, value: Any) -> list[ElementMap] | None:
     axes = [np.zeros(length, np.int64) for length in shape]
     for axis, entries in zip(eqn.params["broadcast_dimensions"], part.axes, strict=True):
         axes[axis] = np.broadcast_to(entries, shape[axis])
-    return [_map(part, axes)]
+    return [of_axes(part, axes)]
 
 
 def _transpose(eqn: Any, parts: Any, value: Any) -> list[ElementMap]:
-    return [_map(parts[0], [parts[0].axes[n] for n in eqn.params["permutation"]])]
+    return [of_axes(parts[0], [parts[0].axes[n] for n in eqn.params["permutation"]])]
 
 
 def _squeeze(eqn: Any, parts: Any, value: Any) -> list[ElementMap] | None:
@@ -281,7 +291,7 @@ def _squeeze(eqn: Any, parts: Any, value: Any) -> list[ElementMap] | None:
 
 
 def _picked(part: ElementMap, slices: Sequence[slice]) -> ElementMap:
-    return _map(part, [entries[chosen] for entries, chosen in zip(part.axes, slices, strict=True)])  # type: ignore[arg-type]
+    return of_axes(part, [entries[chosen] for entries, chosen in zip(part.axes, slices, strict=True)])  # type: ignore[arg-type]
 
 
 def _slice(eqn: Any, parts: Any, value: Any) -> list[ElementMap]:
@@ -322,7 +332,7 @@ def _pad(eqn: Any, parts: Any, value: Any) -> list[ElementMap] | None:
         spread[:: interior + 1] = entries
         spread = np.pad(spread, (max(low, 0), max(high, 0)), constant_values=HOLE)
         axes.append(spread[max(-low, 0) : len(spread) - max(-high, 0)])
-    return [_map(part, axes)]
+    return [of_axes(part, axes)]
 
 
 def _concatenate(eqn: Any, parts: Any, value: Any) -> list[ElementMap] | None:
@@ -345,11 +355,11 @@ def _concatenate(eqn: Any, parts: Any, value: Any) -> list[ElementMap] | None:
         pieces.append(_added(part.axes[along], sum(bases) - bases[along]))  # type: ignore[arg-type, operator]
     axes = list(common)  # type: ignore[arg-type]
     axes.insert(along, np.concatenate(pieces))
-    return [_map(first, axes)]
+    return [of_axes(first, axes)]
 
 
 def _tile(eqn: Any, parts: Any, value: Any) -> list[ElementMap]:
-    return [_map(parts[0], [np.tile(entries, reps) for entries, reps in zip(parts[0].axes, eqn.params["reps"])])]
+    return [of_axes(parts[0], [np.tile(entries, reps) for entries, reps in zip(parts[0].axes, eqn.params["reps"])])]
 
 
 _BY_AXIS: dict[str, Callable[..., list[ElementMap] | None]] = {
@@ -367,7 +377,15 @@ _BY_AXIS: dict[str, Callable[..., list[ElementMap] | None]] = {
     "transpose": _transpose,
 }
 
-MOVES = frozenset(_BY_AXIS) | {"dynamic_update_slice", "gather", "scatter", "scatter-add", "select_n", "stack", "unstack"}
+MOVES = frozenset(_BY_AXIS) | {
+    "dynamic_update_slice",
+    "gather",
+    "scatter",
+    "scatter-add",
+    "select_n",
+    "stack",
+    "unstack",
+}
 """Names of the operations that may be nothing but movement."""
 
 
@@ -403,10 +421,10 @@ def _run(eqn: Any, operands: list[Any]) -> list[Any]:
     operands = [jnp.asarray(operand) for operand in operands]
     if name == "gather":
         numbers, sizes, mode = params["dimension_numbers"], params["slice_sizes"], params["mode"]
-        return [lax.gather(*operands, numbers, sizes, mode=mode, fill_value=0)]
+        return [lax.gather(operands[0], operands[1], numbers, sizes, mode=mode, fill_value=0)]
     if name.startswith("scatter"):
         function = lax.scatter_add if name == "scatter-add" else lax.scatter
-        unique = params["unique_indices"]
-        return [function(*operands, params["dimension_numbers"], unique_indices=unique, mode=params["mode"])]
+        array, indices, updates = operands
+        return [function(array, indices, updates, params["dimension_numbers"], mode=params["mode"])]
     outs = eqn.primitive.bind(*operands, **params)
     return outs if eqn.primitive.multiple_results else [outs]

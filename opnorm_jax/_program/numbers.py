@@ -19,8 +19,6 @@ import numpy as np
 Number = Any
 """A float, or a scalar array."""
 
-_LOW = (jnp.bfloat16, jnp.float16)
-
 
 def widest(value: Any) -> Any:
     """Returns an array in at least single precision; what is no narrow floating array is returned as it is."""
@@ -58,7 +56,7 @@ def times(*factors: Number) -> Number:
 def plus(terms: Sequence[Number]) -> Number:
     """The sum of bounds."""
     if any(isinstance(term, jax.core.Tracer) for term in terms):
-        total = sum(jnp.asarray(term, _dtype(terms)) for term in terms)
+        total = jnp.sum(jnp.stack([jnp.asarray(term, _dtype(terms)) for term in terms]))
         return total * (1 + len(terms) * float(jnp.finfo(total.dtype).eps))
     return math.fsum(float(term) for term in terms) * (1 + 2**-51)
 

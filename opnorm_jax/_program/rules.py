@@ -1,6 +1,6 @@
 """One rule per operation: how much its results change at most, given how much its operands do.
 
-A rule takes an equation and its operands, at least one of which is a signal (it has a ``bound``); the others are arrays.
+A rule takes an equation and its operands. At least one of these is a signal, with a ``bound``; the others are arrays.
 It returns the bound of the result, or a list with one for each result, None where a result has no bound. Its docstring
 is its theorem. What has no rule is refused. Operations that only move numbers need no rule where it is known how
 (see ``movement.py``); those here are for places that are not known.
@@ -20,7 +20,7 @@ import numpy as np
 from opnorm_jax._conv import Conv
 from opnorm_jax._kernel.bounds import operator_norm_bounds
 from opnorm_jax._program.jaxpr import open_jaxpr, programs_inside
-from opnorm_jax._program.numbers import Number, hypot, largest, maximum, plus, times
+from opnorm_jax._program.numbers import Number, hypot, largest, plus, times
 
 Rule = Callable[[Any, Sequence[Any]], Any]
 
@@ -43,7 +43,8 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def is_signal(value: Any) -> bool:
-    return hasattr(value, "bound")
+    """Whether a value depends on the input."""
+    return getattr(value, "is_signal", False)
 
 
 def _refused(eqn: Any, why: str) -> Refused:
@@ -204,7 +205,10 @@ def _cumulative_extreme(eqn, ins):
 
 @rule("sort")
 def _sorted(eqn, ins):
-    """Sorting brings no two arrays further apart. Constant keys rearrange; keys that depend on the input make others jump."""
+    """Sorting brings no two arrays further apart. Constant keys rearrange.
+
+    Keys that depend on the input make the other operands jump.
+    """
     keys = ins[: eqn.params["num_keys"]]
     if not any(map(is_signal, keys)):
         return [value.bound if is_signal(value) else None for value in ins]
@@ -387,8 +391,8 @@ def _check_places(eqn: Any, places: Sequence[Any]) -> None:
 
 @rule("cond")
 def _branches(eqn, ins):
-    """A choice that does not depend on the input changes by at most as much as the worst branch."""
-    return maximum([value.bound for value in ins])
+    """A choice that depends on the input jumps where it changes. Other choices are followed elsewhere."""
+    raise _refused(eqn, "branches on something that depends on the input")
 
 
 @rule("while")

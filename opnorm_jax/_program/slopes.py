@@ -15,13 +15,15 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
 from opnorm_jax._program.jaxpr import Literal, called_program, is_identity, open_jaxpr
+from opnorm_jax._program.rules import is_signal
 
 Expression = tuple
-"""``("x",)``, ``("parameter", position)``, ``("number", value)``, or ``(operation, what is static of it, operands)``."""
+"""``("x",)``, ``("parameter", n)``, ``("number", value)``, or ``(operation, what is static of it, operands)``."""
 
 _COMMUTATIVE = {"add", "max", "min", "mul"}
 
@@ -82,13 +84,15 @@ ACTIVATIONS = [
 """Slopes rounded up; a test compares each with a fine grid in float64."""
 
 
-def find(signal: Any, is_signal: Callable[[Any], bool]) -> tuple[Any, Any] | None:
-    """Returns the signal that a known activation is applied to, and its largest slope, or None."""
-    name, dtype = signal.eqn.primitive.name, signal.eqn.outvars[0].aval.dtype
-    for activation, expression in _expressions(np.dtype(dtype)).get(name, ()):
-        for bound in _matches(expression, signal, {}, is_signal):
+def find(signal: Any) -> tuple[str, Any, Any] | None:
+    """Returns the name of a known activation, the signal that it is applied to, and its largest slope; or None."""
+    name, dtype = signal.eqn.primitive.name, np.dtype(signal.eqn.outvars[0].aval.dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return None
+    for activation, expression in _expressions(dtype).get(name, ()):
+        for bound in _matches(expression, signal, {}):
             parameters = [jnp.asarray(bound[n]) for n in range(activation.parameters)]
-            return bound["x"], jnp.max(jnp.asarray(activation.slope(*parameters)))
+            return activation.name, bound["x"], jnp.max(jnp.asarray(activation.slope(*parameters)))
     return None
 
 
@@ -118,7 +122,9 @@ def _expression(program: Any, inputs: list[Expression]) -> list[Expression]:
         elif inner := called_program(eqn):
             outs = _expression(inner, ins)
         elif all(operand[0] == "number" for operand in ins):
-            value = eqn.primitive.bind(*(jnp.asarray(n, v.aval.dtype) for (_, n), v in zip(ins, eqn.invars)), **eqn.params)
+            value = eqn.primitive.bind(
+                *(jnp.asarray(n, v.aval.dtype) for (_, n), v in zip(ins, eqn.invars)), **eqn.params
+            )
             outs = [("number", float(value))]
         else:
             outs = [(eqn.primitive.name, static(eqn), tuple(ins))]
@@ -131,15 +137,19 @@ def static(eqn: Any) -> tuple:
     return (eqn.params.get("y"),)
 
 
-def _matches(expression: Expression, value: Any, bound: dict, is_signal: Callable[[Any], bool]) -> Iterator[dict]:
+def _matches(expression: Expression, value: Any, bound: dict) -> Iterator[dict]:
     """Every way to read ``value`` as the expression: what ``x`` and the parameters are in it."""
     kind = expression[0]
     if kind in ("x", "parameter"):
         key = "x" if kind == "x" else expression[1]
-        if is_signal(value) == (kind == "x") and (key not in bound or _same(bound[key], value, is_signal)):
+        if is_signal(value) == (kind == "x") and (key not in bound or _same(bound[key], value)):
             yield bound | {key: value}
     elif kind == "number":
-        if not is_signal(value) and not isinstance(value, jax.core.Tracer) and np.all(np.asarray(value) == expression[1]):
+        if (
+            not is_signal(value)
+            and not isinstance(value, jax.core.Tracer)
+            and np.all(np.asarray(value) == expression[1])
+        ):
             yield bound
     elif is_signal(value) and value.eqn is not None and value.eqn.primitive.name == kind:
         operands = value.ins
@@ -147,19 +157,19 @@ def _matches(expression: Expression, value: Any, bound: dict, is_signal: Callabl
         if alike and static(value.eqn) == expression[1] and len(operands) == len(expression[2]):
             orders = itertools.permutations(operands) if kind in _COMMUTATIVE else [operands]
             for order in orders:
-                yield from _all_match(list(zip(expression[2], order)), bound, is_signal)
+                yield from _all_match(list(zip(expression[2], order)), bound)
 
 
-def _all_match(pairs: list[tuple[Expression, Any]], bound: dict, is_signal: Callable[[Any], bool]) -> Iterator[dict]:
+def _all_match(pairs: list[tuple[Expression, Any]], bound: dict) -> Iterator[dict]:
     if not pairs:
         yield bound
         return
     (expression, value), *rest = pairs
-    for found in _matches(expression, value, bound, is_signal):
-        yield from _all_match(rest, found, is_signal)
+    for found in _matches(expression, value, bound):
+        yield from _all_match(rest, found)
 
 
-def _same(one: Any, other: Any, is_signal: Callable[[Any], bool]) -> bool:
+def _same(one: Any, other: Any) -> bool:
     if one is other or is_signal(one):
         return one is other
     concrete = not isinstance(one, jax.core.Tracer) and not isinstance(other, jax.core.Tracer)

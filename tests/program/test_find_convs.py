@@ -146,7 +146,9 @@ GEOMETRIES = {
         oj.Conv((8, 6), padding=((0, 1), (2, 0)), input_dilation=2),
     ),
     "zeros joined on": (
-        lambda k, x: conv(jnp.concatenate([jnp.zeros((len(x), 1, 6, 4)), x, jnp.zeros((len(x), 2, 6, 4))], 1), k, "VALID"),
+        lambda k, x: conv(
+            jnp.concatenate([jnp.zeros((len(x), 1, 6, 4)), x, jnp.zeros((len(x), 2, 6, 4))], 1), k, "VALID"
+        ),
         oj.Conv((8, 6), padding=((1, 2), (0, 0))),
     ),
     "set into zeros": (
@@ -265,7 +267,10 @@ UNKNOWN = {
         lambda p, x: conv(x, p["a"].astype(jnp.int32).astype(jnp.float32)),
         {"a": "through convert_element_type"},
     ),
-    "reflected": (lambda p, x: conv(padded(x, "reflect"), p["a"], "VALID"), {"a": r"copies of its own pixels \(reflect\)"}),
+    "reflected": (
+        lambda p, x: conv(padded(x, "reflect"), p["a"], "VALID"),
+        {"a": r"copies of its own pixels \(reflect\)"},
+    ),
     "edge": (lambda p, x: conv(padded(x, "edge"), p["a"], "VALID"), {"a": r"\(edge\)"}),
     "symmetric": (
         lambda p, x: conv(jnp.pad(x, ((0, 0), (2, 2), (0, 0), (0, 0)), mode="symmetric"), p["a"]),

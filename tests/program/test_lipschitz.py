@@ -80,7 +80,10 @@ NETWORKS = {
     "largest": (lambda p, x: x.max((1, 2)), lambda: 1),
     "sorted": (lambda p, x: jnp.sort(x.reshape(1, 6, 3, 6), -1), lambda: 1),
     "average pooling": (lambda p, x: nn.avg_pool(x, (2, 2), (2, 2)), lambda: 0.5),
-    "overlapping pooling": (lambda p, x: nn.avg_pool(x, (3, 3), (1, 1)), lambda: 1),
+    "overlapping pooling": (
+        lambda p, x: nn.avg_pool(x, (3, 3), (1, 1)),
+        lambda: np.linalg.norm([[0 <= j - i < 3 for j in range(6)] for i in range(4)], 2) ** 2 / 9,
+    ),
     "max pooling": (lambda p, x: nn.max_pool(x, (2, 2), (2, 2)), lambda: 1),
     "overlapping max pooling": (lambda p, x: nn.max_pool(x, (3, 3), (2, 2), "SAME"), lambda: 2),
     "repeated": (lambda p, x: jnp.broadcast_to(x[:, None], (1, 4, 6, 6, 3)), lambda: 2),
@@ -133,11 +136,14 @@ REFUSED = {
     "products of two paths": (lambda p, x: x * conv(conv(x, p[0]), p[1]), "mul"),
     "attention": (lambda p, x: jnp.einsum("nhwc,nhvc->nhwv", x, x), "attention"),
     "batch statistics": (lambda p, x: x / x.std(), "integer_pow|square|mul|sqrt|div"),
-    "softmax": (lambda p, x: jax.nn.softmax(x), "exp"),
-    "a branch on the input": (lambda p, x: lax.cond(x.sum() > 0, lambda x: x, lambda x: -x, x), "gt"),
-    "a comparison": (lambda p, x: jnp.where(x > 0, x, -1.0), "gt"),
+    "exp over another sum": (lambda p, x: jnp.exp(x) / jnp.exp(2 * x).sum(-1, keepdims=True), "div"),
+    "a branch on the input": (lambda p, x: lax.cond(x.sum() > 0, lambda x: x, lambda x: -x, x), "branches on"),
+    "a comparison": (lambda p, x: jnp.where(x > 0, x, -1.0), "select_n .*chooses by something"),
     "a loop on the input": (lambda p, x: lax.while_loop(lambda y: y.sum() > 1, lambda y: y / 2, x), "while"),
-    "an index from the input": (lambda p, x: x[:, jnp.argmax(x[0, :, 0, 0])], "argmax"),
+    "an index from the input": (
+        lambda p, x: x[:, jnp.argmax(x[0, :, 0, 0])],
+        "dynamic_slice .*places that depend on the input",
+    ),
     "a kernel from the input": (lambda p, x: conv(x, p[0] * x.mean()), "kernel"),
     "groups of the batch": (
         lambda p, x: lax.conv_general_dilated(

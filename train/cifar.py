@@ -65,7 +65,7 @@ class Run(NamedTuple):
 
 
 def main(config: Config, console: Console | None = None) -> dict[str, Any]:
-    """Trains, tests, reports; returns what summary.json holds."""
+    """Trains, tests and reports; returns what summary.json holds, with NaN where the file has null."""
     began = time.perf_counter()
     console = console or Console(quiet=config.process_id not in (None, 0))
     if config.evaluate_only is not None:
@@ -256,6 +256,7 @@ def finish(
         "compile_seconds": times["compile_seconds"],
         # Measured: one call of the constraint on the final parameters, over `every`, against the mean step.
         "constraint_share": share,
+        "diverged": None if report.is_finite((params, state.batch_stats)) else "the weights hold NaN or infinity",
     }
     if parallel.is_first():
         report.plot_spectra(first[0], networks[0], run.convs, config.out_dir / "spectra.png")
@@ -301,6 +302,8 @@ def median_seconds(function: Any, argument: Any, repeats: int = 5) -> float:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Config, description=__doc__))
+        summary = main(tyro.cli(Config, description=__doc__))
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
+    if summary.get("diverged"):
+        raise SystemExit(f"error: the run diverged: {summary['diverged']}. Try a smaller --learning-rate.")

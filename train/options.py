@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -114,12 +115,12 @@ def resolve(config: Config) -> Config:
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise ValueError(f"expected {name} to be at least 1, got {getattr(config, name)}.")
     for name in ("learning_rate", "max_norm", "save_minutes"):
-        if not getattr(config, name) > 0:
-            raise ValueError(f"expected {name} to be positive, got {getattr(config, name)}.")
+        if not 0 < getattr(config, name) < math.inf:
+            raise ValueError(f"expected {name} to be positive and finite, got {getattr(config, name)}.")
     if not 0 <= config.batch_norm_momentum < 1:  # type: ignore[operator]
         raise ValueError(f"expected batch_norm_momentum to be in [0, 1), got {config.batch_norm_momentum}.")
-    if config.weight_decay < 0:
-        raise ValueError(f"expected weight_decay to be 0 or more, got {config.weight_decay}.")
+    if not 0 <= config.weight_decay < math.inf:
+        raise ValueError(f"expected weight_decay to be 0 or more and finite, got {config.weight_decay}.")
     hosts = (config.coordinator, config.num_processes, config.process_id)
     if any(v is None for v in hosts) and any(v is not None for v in hosts):
         raise ValueError(f"expected coordinator, num_processes and process_id together or none of them, got {hosts}.")

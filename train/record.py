@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import parallel
+import report
 
 TIMINGS = ("seconds", "images_per_second")  # the fields of a row that differ from run to run
 
@@ -17,7 +18,10 @@ class Record:
 
     def __init__(self, folder: Path, position: dict[str, Any] | None, tensorboard: bool = False):
         position = position or {}
-        self._calls: list[list[Any]] = position.get("calls", [])  # [steps, loss, accuracy] of each
+        # [steps, loss, accuracy] of each; JSON holds null for a NaN.
+        self._calls: list[list[Any]] = [
+            [n, *(np.asarray(values, np.float64) for values in rest)] for n, *rest in position.get("calls", [])
+        ]
         self.epoch_seconds: float = position.get("epoch_seconds", 0.0)
         self.timed: list[float] = position.get("timed", [0, 0.0])  # steps, seconds; without each process's first call
         self._file = self._board = None
@@ -43,7 +47,9 @@ class Record:
         times = {"seconds": self.epoch_seconds, "images_per_second": count * steps * batch_size / self.epoch_seconds}
         row = {**row, **{name: value.tolist() for name, value in results.items()}, **times}
         if self._file is not None:
-            self._file.write(json.dumps(row) + "\n")
+            finite = all(np.isfinite(value).all() for value in results.values())
+            reason = {} if finite else {"reason": "null stands for NaN or infinity: the run diverged"}
+            self._file.write(json.dumps(report.valid_json({**row, **reason}), allow_nan=False) + "\n")
             self._file.flush()
         if self._board is not None:
             for name, value in row.items():
@@ -56,7 +62,8 @@ class Record:
     def position(self, step: int) -> dict[str, Any]:
         """Where this stands, for JSON; what is written before it is on the disk for good."""
         self._fetch()
-        position = {"step": step, "calls": self._calls, "epoch_seconds": self.epoch_seconds, "timed": self.timed}
+        calls = report.valid_json(self._calls)
+        position = {"step": step, "calls": calls, "epoch_seconds": self.epoch_seconds, "timed": self.timed}
         if self._file is not None:
             os.fsync(self._file.fileno())
             position["bytes"] = self._file.tell()

@@ -1,6 +1,7 @@
 """What a run says and leaves: the layers' norms, the table at the end, the picture of the spectra, the weights."""
 
 import json
+import math
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -27,13 +28,21 @@ def layers(params: Any, convs: Any) -> list[tuple[str, jax.Array, oj.Conv]]:
 
 
 def norms(networks: list[Any], convs: Any) -> dict[str, tuple[float, float]]:
-    """Certified (lower, upper) bounds on each convolution's operator norm, of several networks the largest of each."""
+    """Returns certified (lower, upper) bounds on each convolution's operator norm, of several networks the largest.
+
+    NaN where a kernel is not finite.
+    """
     found: dict[str, tuple[float, float]] = {}
     for params in networks:
         for name, kernel, conv in layers(params, convs):
             lower, upper = map(float, oj.operator_norm_bounds(kernel, conv))
-            found[name] = tuple(map(max, found.get(name, (0.0, 0.0)), (lower, upper)))  # type: ignore[assignment]
+            found[name] = tuple(np.maximum(found.get(name, 0.0), (lower, upper)).tolist())  # NaN wins, unlike in max
     return found
+
+
+def is_finite(tree: Any) -> bool:
+    """Tells whether no array of the tree holds a NaN or an infinity."""
+    return all(np.isfinite(np.asarray(leaf, np.float64)).all() for leaf in jax.tree.leaves(tree))
 
 
 def mean_and_error(values: Any) -> dict[str, Any]:
@@ -84,6 +93,8 @@ def print_table(console: Console, summary: Mapping[str, Any]) -> None:
     figures.add_row("images/s while training", f"{summary['images_per_second']:.0f}")
     figures.add_row("compilation", f"{summary['compile_seconds']:.1f} s")
     figures.add_row("in all", f"{summary['total_seconds']:.1f} s")
+    if summary["diverged"]:
+        figures.add_row("diverged", summary["diverged"])
     if bound is not None:
         share = f"{100 * summary['constraint_share']:.2f} %"
         figures.add_row("constraining, share of a step (timed alone, over every)", share)
@@ -114,10 +125,19 @@ def plot_spectra(before: Any, after: Any, convs: Any, path: Path) -> None:
     plt.close(figure)
 
 
+def valid_json(content: Any) -> Any:
+    """Returns the content with None for every number that is not finite: JSON has no name for those."""
+    if isinstance(content, dict):
+        return {key: valid_json(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [valid_json(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
 def save_json(path: Path, content: Any) -> None:
-    """One JSON document, written whole or not at all."""
+    """Writes one JSON document, whole or not at all."""
     temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.write_text(json.dumps(valid_json(content), indent=2, allow_nan=False) + "\n")
     temporary.replace(path)
 
 

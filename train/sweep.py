@@ -214,7 +214,7 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    part.write_text("".join(json.dumps(report.valid_json(row), allow_nan=False) + "\n" for row in rows))
     part.replace(path)
 
 
@@ -233,7 +233,7 @@ def show(results: list[dict[str, Any]], picture: Path, console: Console) -> None
     curves = {}
     for bound in bounds:
         errors = [row["test_error"] for row in results if row["max_norm"] == bound]
-        curves[bound] = errors = np.sort(np.nan_to_num(errors, nan=1.0))
+        curves[bound] = errors = np.sort(np.nan_to_num(np.asarray(errors, np.float64), nan=1.0))
         figures = (errors[0], np.median(errors), errors.mean(), errors[-1])
         label = "none" if bound is None else f"{bound:g}"
         table.add_row(label, str(len(errors)), *(f"{100 * figure:.2f} %" for figure in figures))

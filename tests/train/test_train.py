@@ -3,7 +3,9 @@
 import hashlib
 import io
 import json
+import math
 import pickle
+import re
 import sys
 import tarfile
 from pathlib import Path
@@ -13,6 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+import train_run
+
+import opnorm_jax as oj
 
 nn = pytest.importorskip("flax.linen", reason="the trainer needs the extra [train]")
 for package in ("rich", "tyro", "sklearn", "safetensors", "matplotlib"):
@@ -22,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "train"))
 import cifar  # noqa: E402
 import datasets  # noqa: E402
 import loop  # noqa: E402
+import report  # noqa: E402
 import resnet  # noqa: E402
 
 # --- the network --------------------------------------------------------------------------------------------------
@@ -326,6 +332,12 @@ def test_digits():
     [
         ({"depth": 9}, r"6n \+ 2"),
         ({"max_norm": -1.0}, "max_norm to be positive"),
+        *[
+            ({name: value}, f"{name} to be .*finite, got {value}")
+            for name in ("learning_rate", "max_norm", "weight_decay", "save_minutes")
+            for value in (math.inf, math.nan)
+        ],
+        ({"batch_norm_momentum": math.nan}, r"batch_norm_momentum to be in \[0, 1\), got nan"),
         ({"epochs": 0}, "epochs to be at least 1"),
         ({"every": 0}, "every to be at least 1"),
         ({"batch_size": 5000}, "batch_size of at most 1442 images"),
@@ -364,3 +376,36 @@ def test_end_to_end(constraint, tmp_path):
         assert all(upper <= 0.8 * (1 + 1e-5) for _, upper in summary["norms_after"].values())
     else:
         assert max(norms.values()) > 0.8
+
+
+def strict_json(text):
+    """As other languages read it: NaN and Infinity are no JSON."""
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+
+
+def test_a_diverged_run_says_so(tmp_path):
+    """NaN in the table, never "yes"; valid JSON with a reason; exit code 1."""
+    cache = tmp_path / "cache"
+    options = ["--epochs", 2, "--learning-rate", "1e38", "--out-dir", tmp_path / "run"]
+    output = train_run.run(cache, *options, code=1, REPORT_NORMS="1")
+    assert "error: the run diverged: the weights hold NaN" in output
+    rows = [line for line in output.splitlines() if "stage" in line or "stem" in line]
+    assert len(rows) == 10 and all("nan" in row and "yes" not in row for row in rows), output
+    assert all(re.search(r"\bno\b", row) for row in rows)
+    summary = strict_json((tmp_path / "run" / "summary.json").read_text())
+    assert "NaN" in summary["diverged"] and summary["norms_after"]["stem"] == [None, None]
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        row = strict_json(line)
+        assert row["train_loss"] is None and "diverged" in row["reason"]
+    for document in (tmp_path / "run" / "checkpoints").rglob("metadata"):
+        strict_json(document.read_text())
+    assert "continuing from the checkpoint" in train_run.run(cache, *options, code=1)
+
+
+def test_norms_that_are_not_finite_are_not_lost_among_others():
+    """Of several networks the largest norm counts, and NaN is larger than all."""
+    convs = {"stem": {"kernel": oj.Conv((8, 8), padding="SAME")}}
+    networks = [{"stem": {"kernel": jnp.full((3, 3, 2, 2), value)}} for value in (1.0, jnp.nan, 2.0)]
+    assert all(map(math.isnan, report.norms(networks, convs)["stem"]))
+    assert report.norms(networks[::2], convs)["stem"][1] == pytest.approx(36, rel=0.2)
+    assert not report.is_finite(networks) and report.is_finite(networks[::2])

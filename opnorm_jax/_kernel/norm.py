@@ -149,5 +149,5 @@ def circular_extremes(
         both = (largest.largest_singular_values(stack), smallest)  # see there why not the first of all values
         return carry, tuple(values.reshape(len(blocks), -1) for values in both)
 
-    _, (largest, smallest) = scan_frequencies(step, (), taps, plan, execution)
-    return jnp.max(largest), jnp.min(smallest)
+    _, (above, below) = scan_frequencies(step, (), taps, plan, execution)
+    return jnp.max(above), jnp.min(below)

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
-from opnorm_jax._conv import Conv, Unknown, canonical_kernel
+from opnorm_jax._conv import Conv, Unknown, canonical_kernel, canonical_shape
 from opnorm_jax._execution import Execution, check_decomposes
-from opnorm_jax._kernel.spectrum import singular_values
+from opnorm_jax._geometry import resolve
+from opnorm_jax._kernel import spectrum
 from opnorm_jax._tree.layers import list_layers
 
 KINDS = ("spectra", "histogram", "all")
@@ -38,15 +38,17 @@ def plot_spectra(
     path: str | Path | None = None,
     execution: Execution = Execution(),
 ) -> Any:
-    """The singular values of each convolution of a network, drawn as in the paper: one curve a layer.
+    """Draws the singular values of each convolution of a network, as in the paper: one curve for each layer.
 
-    Panels: all singular values in descending order against their rank over their number, raw, and each divided by its
-    layer's largest; and the distribution of the latter, one row a layer. Colours run with the depth, which is taken to
-    be the natural order of the paths.
+    The panels show all singular values in descending order against their rank divided by their number; the same, each
+    divided by its layer's largest; and the distribution of the latter, one row for each layer. Colours run with the
+    depth, which is taken to be the natural order of the paths.
 
-    Exact for circular padding with strides that divide the grid. A zero-padded layer's spectrum has no formula: drawn
-    is that of the circular layer of the same input size and strides (without the strides where they do not divide the
-    size), as in the paper. It bounds nothing; the caption says where this was done.
+    Each layer is drawn as it is, with its strides and its padding. This is exact for circular padding with strides that
+    divide the grid. The spectrum of a zero-padded layer has no formula: what is drawn is its circulant embedding, a
+    circular convolution of which the layer is a part. The largest value drawn is the certified upper bound of
+    :func:`operator_norm_bounds`, to rounding, so no curve of a constrained network passes its bound. The caption says
+    for how many layers this was done.
 
     Args:
       params, convs: as in :func:`spectral_report`. Layers that are :class:`Unknown`, or hold a NaN or an infinity, are
@@ -81,13 +83,12 @@ def plot_spectra(
         raise ImportError("plot_spectra needs matplotlib: pip install 'opnorm-jax[plot]'.") from None
     layers, notes, left_out = [], {}, 0
     for name, kernel, conv in list_layers(params, convs):
-        if isinstance(conv, Unknown) or not np.isfinite(host := np.asarray(canonical_kernel(kernel, conv))).all():
+        if isinstance(conv, Unknown) or not np.isfinite(np.asarray(kernel, np.float64)).all():
             left_out += 1
             continue
-        drawn, note = _drawn(conv)
-        if note:
+        if note := _note(kernel, conv):
             notes[note] = notes.get(note, 0) + 1
-        layers.append(_spectrum(name, host, drawn, execution))
+        layers.append(_spectrum(name, layer_values(kernel, conv, execution)))
     if not layers:
         raise ValueError("expected at least one layer to draw, got none with a Conv and finite entries.")
 
@@ -110,23 +111,31 @@ def plot_spectra(
     return figure
 
 
-def _spectrum(path: str, kernel: np.ndarray, conv: Conv, execution: Execution) -> _Spectrum:
-    values = np.sort(np.asarray(singular_values(jnp.asarray(kernel), conv, execution=execution)), axis=None)[::-1]
+def layer_values(kernel: Any, conv: Conv, execution: Execution = Execution()) -> np.ndarray:
+    """Returns the singular values of a layer's circulant embedding, descending, each once for all its repetitions.
+
+    The layer itself where that is circular and its strides divide the grid. Otherwise the layer is a part of its
+    embedding, whose largest value is the certified upper bound on the layer's norm.
+    """
+    geometry = resolve(dataclasses.replace(conv, kernel_layout=None), canonical_shape(kernel, conv))
+    embedding = dataclasses.replace(geometry, own_plan=geometry.plan)  # where a layer has a spectrum of its own
+    values = spectrum._singular_values(canonical_kernel(kernel, conv), embedding, execution)
+    return np.sort(np.asarray(values), axis=None)[::-1]
+
+
+def _spectrum(path: str, values: np.ndarray) -> _Spectrum:
     kept = np.unique(np.linspace(0, len(values) - 1, min(_POINTS, len(values))).round().astype(int))
     counts, _ = np.histogram(values / (values[0] or 1), bins=_BINS, range=(0, 1))
     return _Spectrum(path, kept / max(1, len(values) - 1), values[kept], counts / len(values))
 
 
-def _drawn(conv: Conv) -> tuple[Conv, str]:
-    """The circular layer that is drawn, HWIO, and what to say of it."""
-    divides = all(n * e % s == 0 for n, e, s in zip(conv.input_shape, conv.input_dilation, conv.strides))
-    drawn = dataclasses.replace(conv, padding="CIRCULAR", kernel_layout=None, strides=conv.strides if divides else 1)
-    notes = []
-    if conv.padding != "CIRCULAR":
-        notes.append("zero-padded layers drawn as circular ones of the same input size")
-    if not divides:
-        notes.append("without their strides, which do not divide it")
-    return drawn, ", ".join(notes)
+def _note(kernel: Any, conv: Conv) -> str:
+    """Says what is drawn, where that is not the layer alone."""
+    if resolve(conv, canonical_shape(kernel, conv)).exact:
+        return ""
+    if conv.padding == "CIRCULAR":
+        return "strides that do not divide the map: the convolution without its strides, of which the layer is a part"
+    return "zero padding: the circulant embedding, of which the layer is a part; its largest value bounds the layer's"
 
 
 def _curves(figure: Any, raw: Any, normalised: Any, layers: Sequence[_Spectrum]) -> None:

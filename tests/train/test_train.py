@@ -27,8 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "train"))
 import cifar  # noqa: E402
 import datasets  # noqa: E402
 import loop  # noqa: E402
+import record  # noqa: E402
 import report  # noqa: E402
 import resnet  # noqa: E402
+from rich.console import Console  # noqa: E402
 
 # --- the network --------------------------------------------------------------------------------------------------
 
@@ -383,6 +385,7 @@ def strict_json(text):
     return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
 
 
+@pytest.mark.slow
 def test_a_diverged_run_says_so(tmp_path):
     """NaN in the table, never "yes"; valid JSON with a reason; exit code 1."""
     cache = tmp_path / "cache"
@@ -409,3 +412,43 @@ def test_norms_that_are_not_finite_are_not_lost_among_others():
     assert all(map(math.isnan, report.norms(networks, convs)["stem"]))
     assert report.norms(networks[::2], convs)["stem"][1] == pytest.approx(36, rel=0.2)
     assert not report.is_finite(networks) and report.is_finite(networks[::2])
+
+
+def test_the_table_of_a_diverged_run():
+    """The same without a run: NaN is printed, and is within no bound."""
+    console = Console(width=150, record=True, file=io.StringIO())
+    nan = float("nan")
+    summary = {
+        "config": {"constraint": "rescale", "max_norm": 1.0, "certify": "padding", "seeds": 1},
+        "norms_before": {"stem": (1.0, 2.0), "block": (1.0, 2.0)},
+        "norms_after": {"stem": (nan, nan), "block": (0.9, 1.0)},
+        "diverged": "the weights hold NaN or infinity",
+        **dict.fromkeys(["test_error", "images_per_second", "compile_seconds", "total_seconds"], 0.9),
+        "constraint_share": nan,
+    }
+    report.print_table(console, summary)
+    lines = console.export_text().splitlines()
+    (stem,), (block,) = ([line for line in lines if name in line] for name in ("stem", "block"))
+    assert stem.count("nan") == 2 and re.search(r"\bno\b", stem) and "yes" not in stem
+    assert re.search(r"\byes\b", block) and any("the weights hold NaN" in line for line in lines)
+
+
+def test_json_of_a_diverged_run_is_valid(tmp_path):
+    nan, infinite = float("nan"), float("inf")
+    report.save_json(tmp_path / "summary.json", {"a": [nan, 1.0, (infinite, 2)], "b": {"c": -infinite}, "d": "NaN"})
+    assert strict_json((tmp_path / "summary.json").read_text()) == {
+        "a": [None, 1.0, [None, 2]],
+        "b": {"c": None},
+        "d": "NaN",
+    }
+    run = record.Record(tmp_path, None)
+    run.add(3, np.float32(nan), np.float32(0.5), 0.5, True)
+    position = strict_json(json.dumps(run.position(3)))
+    run.close()
+    run = record.Record(tmp_path, position)  # null is NaN again
+    row = run.end_epoch({"epoch": 1, "step": 3}, 0.25, 10)
+    run.close()
+    assert math.isnan(row["train_loss"]) and row["train_error"] == 0.5
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    saved = strict_json(line)
+    assert saved["train_loss"] is None and saved["test_error"] == 0.25 and "the run diverged" in saved["reason"]

@@ -199,7 +199,7 @@ def test_curves_are_the_spectra(tmp_path):
     convs = {"b": oj.Conv((6, 8), padding="SAME"), "a": oj.Conv((5, 5), padding="CIRCULAR"), "c": oj.Unknown("odd")}
     figure = oj.plot_spectra({"a": other, "b": K, "c": K}, convs, path=tmp_path / "spectra.png", title="A title")
     raw, normalised, rows = figure.axes[:3]
-    for n, (kernel, shape) in enumerate(((other, (5, 5)), (K, (6, 8)))):
+    for n, (kernel, shape) in enumerate(((other, (5, 5)), (K, (7, 9)))):
         expected = np.sort(oracle.paper_singular_values(kernel, shape).ravel())[::-1]
         np.testing.assert_allclose(raw.lines[n].get_ydata(), expected, atol=1e-5 * expected[0])
         np.testing.assert_allclose(normalised.lines[n].get_ydata(), expected / expected[0], atol=1e-5)
@@ -208,17 +208,32 @@ def test_curves_are_the_spectra(tmp_path):
     assert [tick.get_text() for tick in rows.get_yticklabels()] == ["a", "b"]
     np.testing.assert_allclose((rows.collections[0].get_array().filled(0) ** 2).sum(axis=1), 100, rtol=1e-6)
     caption = figure.get_supxlabel()
-    assert "drawn as circular ones" in caption and "1 of 2 layers" in caption and "1 left out" in caption
+    assert "the circulant embedding" in caption and "1 of 2 layers" in caption and "1 left out" in caption
     assert (tmp_path / "spectra.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_layers_are_drawn_with_their_strides():
+    """The largest value drawn is the certified bound, so that no curve of a constrained network passes it."""
+    conv = oj.Conv((9, 7), strides=2, padding="SAME")
+    line = oj.plot_spectra({"k": K}, {"k": conv}, kind="spectra").axes[0].lines[0]
+    expected = oracle.dense_singular_values(K, (10, 8), strides=2)  # on the smallest even circle with room for the pads
+    np.testing.assert_allclose(line.get_ydata(), expected, atol=1e-5 * expected[0])
+    assert line.get_ydata()[0] == pytest.approx(float(oj.operator_norm_bounds(jnp.asarray(K), conv).upper), rel=1e-5)
+    assert line.get_ydata()[0] >= oracle.dense_singular_values(K, (9, 7), strides=2, padding="SAME")[0]
+    held = oj.constrain({"k": jnp.asarray(K)}, 1.0, {"k": conv})
+    assert oj.plot_spectra(held, {"k": conv}, kind="spectra").axes[0].lines[0].get_ydata()[0] <= 1
+
+
 def test_long_spectra_are_thinned_and_strides_that_do_not_divide_are_told():
-    figure = oj.plot_spectra({"k": K}, {"k": oj.Conv((45, 45), strides=2, padding="SAME")}, kind="spectra")
+    figure = oj.plot_spectra({"k": K}, {"k": oj.Conv((45, 45), padding="SAME")}, kind="spectra")
     line = figure.axes[0].lines[0]
-    expected = np.sort(oracle.paper_singular_values(K, (45, 45)).ravel())[::-1]
+    expected = np.sort(oracle.paper_singular_values(K, (46, 46)).ravel())[::-1]
     assert len(line.get_ydata()) == 1000 < len(expected)
     np.testing.assert_allclose(line.get_ydata()[[0, -1]], expected[[0, -1]], atol=1e-4)
-    assert "without their strides" in figure.get_supxlabel()
+    figure = oj.plot_spectra({"k": K}, {"k": oj.Conv((9, 9), strides=2, padding="CIRCULAR")}, kind="spectra")
+    expected = np.sort(oracle.paper_singular_values(K, (9, 9)).ravel())[::-1]
+    np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), expected, atol=1e-4)
+    assert "without its strides" in figure.get_supxlabel()
     assert len(oj.plot_spectra({"k": K}, {"k": CIRCLE}, kind="histogram").axes) == 2  # panel and colour bar
 
 

@@ -30,6 +30,7 @@ from opnorm_jax._program.jaxpr import (
     p,
     programs_inside,
     scan_split,
+    touches_reference,
     trace,
 )
 from opnorm_jax._program.movement import (
@@ -42,6 +43,7 @@ from opnorm_jax._program.movement import (
     identity,
     moved,
     of_axes,
+    split_by_axis,
 )
 
 
@@ -243,7 +245,9 @@ def _walk(
 
     for eqn in jaxpr.eqns:
         ins = [read(v) for v in eqn.invars]
-        if eqn.primitive is p.conv_general_dilated_p:
+        if touches_reference(eqn):
+            outs = _through_reference(eqn, ins, sites)
+        elif eqn.primitive is p.conv_general_dilated_p:
             outs = [_convolution(eqn, ins, sites, sharded)]
         elif eqn.primitive is p.dot_general_p:
             outs = [_product(eqn, ins, sites)]
@@ -255,6 +259,18 @@ def _walk(
             outs = _results(program, eqn, ins)
         known.update(zip(eqn.outvars, outs))
     return [read(v) for v in jaxpr.outvars]
+
+
+def _through_reference(eqn: Any, ins: list[_Value], sites: _Sites) -> list[_Value]:
+    """The results of an equation that reads or writes a mutable reference, whose contents are not followed."""
+    name = eqn.primitive.name
+    sites.add_reason([v.kernel.leaf for v in ins if v.kernel], f"it goes through a mutable reference by {name}")
+
+    def movement():
+        raise NotUnderstood("its input was read from a mutable reference")
+
+    outs = [_computed(name, ins, getattr(v.aval, "shape", ())) for v in eqn.outvars]
+    return [dataclasses.replace(out, from_input=True, movement=movement) for out in outs]
 
 
 def _captured(array: Any, is_input: bool) -> _Value:
@@ -508,6 +524,7 @@ def _summed(eqn: Any, value: _Value, out: _Value) -> _Value:
     """The sum of a convolution's output over axes that it was laid out in: Flax's circular transposed layers do so.
 
     Says so at the convolution's site if the sum adds outputs that lie a period apart, so that the output is wrapped.
+    Its result then stands for the outputs of the first period.
     """
     site, axes = value.site, eqn.params["axes"]
     assert site is not None
@@ -515,29 +532,43 @@ def _summed(eqn: Any, value: _Value, out: _Value) -> _Value:
         return dataclasses.replace(out, movement=lambda: _moved(eqn, [value])[0], site=site)
     try:
         elements = value.elements
-        if len(elements.sources) != 1 or len(elements.sources[0].shape) != len(out.shape):
-            return out  # axes were summed up as a whole, as a pool does
         numbers = elements.numbers()
     except NotUnderstood:
         return out
-    shape = elements.sources[0].shape
-    kept = np.broadcast_to(np.expand_dims(np.arange(math.prod(out.shape)).reshape(out.shape), axes), numbers.shape)
+    if len(elements.sources) != 1:
+        return out
+    shape, held = elements.sources[0].shape, numbers >= 0
+    places = np.broadcast_to(np.expand_dims(np.arange(math.prod(out.shape)).reshape(out.shape), axes), numbers.shape)
     target = np.full(math.prod(shape), -1)
-    target[numbers[numbers >= 0]] = kept[numbers >= 0]
-    there = target.reshape(shape) >= 0
-    places = np.unravel_index(np.maximum(target, 0).reshape(shape), out.shape)
-    coordinates = np.indices(shape)
-    wrapped = {}
-    for axis, (place, own) in enumerate(zip(places, coordinates, strict=True)):
-        shift = (place - own)[there]
-        if len(np.unique(shift % out.shape[axis])) > 1:
-            return out  # neighbours were summed, as a pool does
-        if out.shape[axis] != shape[axis] or len(np.unique(shift)) > 1:
-            wrapped[axis] = out.shape[axis]
-    if not there.all() or not set(wrapped) <= set(site.spatial) or max(elements.copies) > 1:
+    target[numbers[held]] = places[held]
+    target = target.reshape(shape)
+    periods = {axis: period for axis in site.spatial if (period := _distance(np.moveaxis(target, axis, 0)))}
+    if not periods or min(periods.values()) == 1:
+        return out  # neighbours were summed, as a pool does, or no spatial axis was
+    first = [periods.get(axis, site.periods.get(axis, length)) for axis, length in enumerate(shape)]
+    whole = [site.periods.get(axis, length) for axis, length in enumerate(shape)]
+    corner, rest = target[tuple(map(slice, whole))], np.ones(shape, bool)
+    rest[tuple(map(slice, whole))] = False
+    again = target[tuple(np.ix_(*(np.arange(length) % period for length, period in zip(whole, first))))]
+    distinct = len(np.unique(corner)) == math.prod(first)
+    if (corner < 0).any() or (target[rest] >= 0).any() or (again != corner).any() or not distinct:
         site.found = "a part of its output is wrapped around and summed: no Conv says so"
-    site.periods |= wrapped
-    return dataclasses.replace(out, site=site)
+    site.periods |= periods
+    standing = np.full(math.prod(out.shape), HOLE)
+    order = np.arange(math.prod(shape)).reshape(shape)[tuple(map(slice, first))]
+    standing[np.maximum(target[tuple(map(slice, first))], 0)] = order
+    table = standing.reshape(out.shape)
+    return dataclasses.replace(
+        out, site=site, movement=lambda: ElementMap(elements.sources, table.shape, split_by_axis(table) or None, table)
+    )
+
+
+def _distance(target: np.ndarray) -> int | None:
+    """The smallest distance along the first axis between two elements that are added into one."""
+    for step in range(1, len(target)):
+        if ((target[step:] == target[:-step]) & (target[step:] >= 0)).any():
+            return step
+    return None
 
 
 # Convolutions and products.

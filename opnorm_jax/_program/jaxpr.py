@@ -27,6 +27,7 @@ __all__ = [
     "p",
     "programs_inside",
     "scan_split",
+    "touches_reference",
     "trace",
     "widened",
 ]
@@ -137,6 +138,11 @@ def scan_split(eqn: Any) -> tuple[int, int]:
     same_rank = lambda outside, inside: sum(v.aval.ndim == w.aval.ndim for v, w in zip(outside, inside, strict=True))
     carries = same_rank(eqn.outvars, jaxpr.outvars)
     return same_rank(eqn.invars, jaxpr.invars) - carries, carries
+
+
+def touches_reference(eqn: Any) -> bool:
+    """Whether an equation makes, reads or writes a mutable reference (``jax.new_ref``)."""
+    return any("Ref" in type(v.aval).__name__ for v in (*eqn.invars, *eqn.outvars))
 
 
 def is_narrow(dtype: Any) -> bool:

@@ -31,6 +31,7 @@ from opnorm_jax._program.jaxpr import (
     p,
     programs_inside,
     scan_split,
+    touches_reference,
     trace,
     widened,
 )
@@ -93,8 +94,8 @@ def lipschitz_bound(fn: Callable[..., Any], params: Any, x: Any) -> jax.Array:
         raise TypeError(f"expected x to be an array of a real floating dtype, or its ShapeDtypeStruct, got {x!r}.")
     traced = trace(fn, params, (x,), {})
     *values, _ = traced.values
-    outs = _Run().run(traced.program, [*map(widest, values), Signal(tuple(x.shape), bound=1.0)])
     try:
+        outs = _Run().run(traced.program, [*map(widest, values), Signal(tuple(x.shape), bound=1.0)])
         bound = hypot([out.bound for out in outs if is_signal(out)])
     except Refused as error:
         raise ValueError(f"expected fn to be made of operations with a known Lipschitz constant; {error}") from None
@@ -377,6 +378,8 @@ class _Run:
         return [read(v) for v in jaxpr.outvars]
 
     def _results(self, program: Any, eqn: Any, ins: list[Any]) -> list[Any]:
+        if touches_reference(eqn):
+            raise Refused(f"{eqn.primitive.name} on a mutable reference has none known here.")
         if not any(is_signal(value) for value in ins):
             return self._constants(program, eqn, ins)
         if is_identity(eqn):
@@ -419,7 +422,9 @@ class _Run:
         if programs_inside(eqn):  # its own dtypes are part of it
             narrow = [jnp.asarray(value).astype(v.aval.dtype) for value, v in zip(ins, eqn.invars)]
             return [widest(out) for out in evaluate(program, eqn, narrow)]
-        return [widest(out) for out in evaluate(program, widened(eqn), ins)]
+        wide = widened(eqn)
+        outs = wide.primitive.bind(*map(jnp.asarray, ins), **wide.params)
+        return [widest(out) for out in (outs if wide.primitive.multiple_results else [outs])]
 
     def _scan(self, eqn: Any, ins: list[Any]) -> list[Any]:
         """A scan, one step after the other."""

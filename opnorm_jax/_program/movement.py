@@ -22,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from opnorm_jax._program.jaxpr import open_jaxpr
+
 HOLE = -(2**48)
 """The entry of a constant element. Sums with it stay far below zero."""
 
@@ -153,7 +155,7 @@ def moved(eqn: Any, parts: Sequence[ElementMap | None], value: Callable[[int], n
       value: gives the value of a constant operand by its position, None if it is not known.
     """
     name = eqn.primitive.name
-    if name not in MOVES or any(math.prod(v.aval.shape) == 0 for v in eqn.outvars):
+    if name not in MOVES or not is_plain(eqn) or any(math.prod(v.aval.shape) == 0 for v in eqn.outvars):
         return None
     parts = _with_common_sources([part if math.prod(v.aval.shape) else None for part, v in zip(parts, eqn.invars)])
     data = [part for n, part in enumerate(parts) if n not in control_operands(name, len(parts))]
@@ -167,6 +169,12 @@ def moved(eqn: Any, parts: Sequence[ElementMap | None], value: Callable[[int], n
         if found is not None:
             return found
     return _by_integers(eqn, parts, value)
+
+
+def is_plain(eqn: Any) -> bool:
+    """Whether a ``scatter`` puts its updates in place as they are; True of every other operation."""
+    program = open_jaxpr(eqn.params.get("update_jaxpr"))
+    return eqn.primitive.name != "scatter" or program is None or list(program.outvars) == [program.invars[1]]
 
 
 def control_operands(name: str, count: int) -> range:

@@ -37,18 +37,18 @@ def largest(array: Any) -> Number:
 
 
 def times(*factors: Number) -> Number:
-    """The product of bounds."""
+    """The product of bounds; infinite where a factor is infinite or NaN."""
     known = [float(factor) for factor in factors if not isinstance(factor, jax.core.Tracer)]
     product: Any = 1.0
     for factor in known:
-        exact = product * factor
+        exact = product * factor if math.isfinite(factor) else math.inf
         product = max(exact * (1 + 2**-51), _tiny(np.float64)) if product > 0 and factor > 0 else exact
     for factor in factors:
         if isinstance(factor, jax.core.Tracer):
             dtype = factor.dtype
             product = jnp.asarray(product, dtype) if not isinstance(product, jax.core.Tracer) else product.astype(dtype)
             positive = (product > 0) & (factor > 0)
-            exact = product * factor * (1 + 4 * jnp.finfo(dtype).eps)
+            exact = jnp.where(jnp.isfinite(factor), product * factor * (1 + 4 * jnp.finfo(dtype).eps), jnp.inf)
             product = jnp.where(positive, jnp.maximum(exact, _tiny(dtype)), exact)
     return product
 

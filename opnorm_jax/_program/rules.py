@@ -20,6 +20,7 @@ import numpy as np
 from opnorm_jax._conv import Conv
 from opnorm_jax._kernel.bounds import operator_norm_bounds
 from opnorm_jax._program.jaxpr import open_jaxpr, programs_inside
+from opnorm_jax._program.movement import is_plain
 from opnorm_jax._program.numbers import Number, hypot, largest, plus, times
 
 Rule = Callable[[Any, Sequence[Any]], Any]
@@ -356,8 +357,10 @@ def _gathered(eqn, ins):
 
 @rule("scatter")
 def _scattered(eqn, ins):
-    """The result holds no element of the operand or of the updates twice."""
+    """The result holds no element of the operand or of the updates twice, if updates are put in place as they are."""
     _check_places(eqn, ins[1:2])
+    if not is_plain(eqn):
+        raise _refused(eqn, "changes the elements by a function of its own")
     return hypot([ins[n].bound for n in (0, 2) if is_signal(ins[n])])
 
 

@@ -2,12 +2,22 @@
 
 import collections
 import contextlib
+import itertools
 import json
 import os
 import pathlib
+import tempfile
 
 # Before jaxlib loads: two workers on few cores, and OpenBLAS's threads wait for each other even with one.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+# Compiled programs are kept for the other worker and for the next run. OPNORM_TEST_CACHE=off switches this off.
+CACHE = pathlib.Path(tempfile.gettempdir(), f"opnorm_jax_tests_{os.getuid()}")
+if os.environ.get("OPNORM_TEST_CACHE") != "off":
+    CACHE.mkdir(mode=0o700, exist_ok=True)
+    if CACHE.stat().st_uid == os.getuid():  # jax runs what it finds there
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
@@ -25,6 +35,16 @@ _cases = collections.Counter()
 def count_case(promise, kind):
     """One case of a promise has been checked; see OPNORM_CASES in test_adversarial.py."""
     _cases[promise, kind] += 1
+
+
+def pytest_sessionstart(session):
+    """Forgets the oldest compiled programs once they take more than 2 GB."""
+    if hasattr(session.config, "workerinput") or not CACHE.is_dir():
+        return
+    files = sorted(((file.stat().st_mtime, file.stat().st_size, file) for file in CACHE.iterdir()), reverse=True)
+    for (_, _, file), total in zip(files, itertools.accumulate(size for _, size, _ in files)):
+        if total > 2e9:
+            file.unlink(missing_ok=True)
 
 
 def pytest_sessionfinish():

@@ -19,6 +19,10 @@ def test_there_is_one():
     assert BLOCKS
 
 
+def test_it_is_short():
+    assert len(README.split()) <= 900
+
+
 def test_commands_name_files_and_extras_that_exist():
     commands = re.findall(r"<!-- (run|test) command -->\n```bash\n(.*?)\n```", README)
     assert [name for name, _ in commands] == ["run", "test"]
@@ -29,5 +33,6 @@ def test_commands_name_files_and_extras_that_exist():
 
 
 def test_links_lead_somewhere():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+    for page in (README, (ROOT / "CONTRIBUTING.md").read_text()):
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page):
+            assert (ROOT / target).exists(), target

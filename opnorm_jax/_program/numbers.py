@@ -41,14 +41,16 @@ def times(*factors: Number) -> Number:
     known = [float(factor) for factor in factors if not isinstance(factor, jax.core.Tracer)]
     product: Any = 1.0
     for factor in known:
-        exact = product * factor if math.isfinite(factor) else math.inf
+        exact = product * factor if math.isfinite(factor) and math.isfinite(product) else math.inf
         product = max(exact * (1 + 2**-51), _tiny(np.float64)) if product > 0 and factor > 0 else exact
     for factor in factors:
         if isinstance(factor, jax.core.Tracer):
             dtype = factor.dtype
             product = jnp.asarray(product, dtype) if not isinstance(product, jax.core.Tracer) else product.astype(dtype)
             positive = (product > 0) & (factor > 0)
-            exact = jnp.where(jnp.isfinite(factor), product * factor * (1 + 4 * jnp.finfo(dtype).eps), jnp.inf)
+            exact = jnp.where(
+                jnp.isfinite(factor) & jnp.isfinite(product), product * factor * (1 + 4 * jnp.finfo(dtype).eps), jnp.inf
+            )
             product = jnp.where(positive, jnp.maximum(exact, _tiny(dtype)), exact)
     return product
 

@@ -1,11 +1,11 @@
-"""Every figure in the README and the docs, measured on this machine.
+"""Every figure in the documentation, measured on this machine.
 
     python -m benchmarks [NAME ...] [--quick] [--repeats 7] [--out benchmarks/results]
 
 NAME: spectrum (the paper's section 4.1), claims (one kernel), training (shares of a step), scaling (map, channels,
 layers, devices, memory), gpu (all that is claimed of accelerators, in one run of under 9 minutes); without one, all
 that suit this machine. Each writes NAME.jsonl, with versions and hardware on every line. ``--table`` prints the
-README's tables from the files that are there, draws its pictures beside them, and measures nothing.
+tables of docs/speed.md from the files that are there, draws the pictures beside them, and measures nothing.
 """
 
 import argparse

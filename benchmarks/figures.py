@@ -1,4 +1,4 @@
-"""The README's pictures, from the JSON lines in results/."""
+"""The pictures of the documentation, from the JSON lines in results/."""
 
 from benchmarks.spectrum import METHODS
 from benchmarks.tables import read

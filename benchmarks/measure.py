@@ -7,7 +7,7 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-# Read when the libraries load. The matrices are small: more threads wait for each other; see README.md.
+# Read when the libraries load. The matrices are small: more threads wait for each other; see docs/speed.md.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax  # noqa: E402

@@ -1,4 +1,4 @@
-"""The README's tables, in Markdown, from the JSON lines in results/."""
+"""The tables of docs/speed.md, in Markdown, from the JSON lines in results/."""
 
 import json
 

@@ -7,20 +7,15 @@ only moved, from its convolution's norm, from a known activation, or by the rule
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from opnorm_jax._conv import Conv
-from opnorm_jax._kernel.bounds import operator_norm_bounds
-from opnorm_jax._program import slopes
-from opnorm_jax._program.convolution import kernel_letters, read_convolution
 from opnorm_jax._program.jaxpr import (
     Literal,
     called_program,
@@ -35,12 +30,10 @@ from opnorm_jax._program.jaxpr import (
     trace,
     widened,
 )
-from opnorm_jax._program.movement import MOVES, ElementMap, NotUnderstood, Source, identity, moved, row, stack
-from opnorm_jax._program.numbers import Number, hypot, largest, maximum, rounded_up, times, widest
-from opnorm_jax._program.rules import RULES, Refused, is_signal
-
-_SETTLE = 40
-"""Operations after which a bound is computed at once, so that no chain of them is longer than Python's stack."""
+from opnorm_jax._program.movement import ElementMap, NotUnderstood, row, stack
+from opnorm_jax._program.numbers import hypot, maximum, rounded_up, times, widest
+from opnorm_jax._program.rules import Refused, is_signal
+from opnorm_jax._program.signals import Signal, bound_of, is_unknown
 
 
 def lipschitz_bound(fn: Callable[..., Any], params: Any, x: Any) -> jax.Array:
@@ -100,263 +93,6 @@ def lipschitz_bound(fn: Callable[..., Any], params: Any, x: Any) -> jax.Array:
     except Refused as error:
         raise ValueError(f"expected fn to be made of operations with a known Lipschitz constant; {error}") from None
     return rounded_up(bound, jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
-
-
-class Layer(NamedTuple):
-    """A convolution or a matrix product whose norm is not taken yet: a factor per channel can still join its kernel."""
-
-    kernel: Any
-    conv: Conv
-    before: Signal  # its input
-    scale: Number  # what all of it is multiplied by
-    axis: int  # of the output's channels
-    factors: int = 0  # how many have joined the kernel
-
-    def bound(self) -> Number:
-        norm = _upper(self.kernel, self.conv)
-        if not isinstance(norm, jax.core.Tracer):
-            norm = float(norm)
-        # Each factor was rounded to the kernel's dtype once: at most by this much of the norm of the rounding errors.
-        slack = 1 + self.factors * float(jnp.finfo(self.kernel.dtype).eps) * math.sqrt(self.kernel.size)
-        return times(self.before.bound, norm, slack, self.scale)
-
-
-@functools.partial(jax.jit, static_argnums=1)  # which leaves the lower bound uncomputed
-def _upper(kernel: jax.Array, conv: Conv) -> jax.Array:
-    return operator_norm_bounds(kernel, conv).upper
-
-
-class Signal:
-    """A value that depends on the input: by how much it changes at most, over the input's own change."""
-
-    is_signal = True
-
-    def __init__(
-        self,
-        shape: tuple[int, ...],
-        *,
-        bound: Number | None = None,
-        compute: Callable[[], Number] | None = None,
-        elements: ElementMap | None = None,
-        eqn: Any = None,
-        ins: Sequence[Any] = (),
-        index: int = 0,
-        run: _Run | None = None,
-    ):
-        self.shape, self.eqn, self.ins, self.index, self.run = shape, eqn, list(ins), index, run
-        self.compute = compute
-        if bound is not None:
-            self.bound = bound
-        if elements is not None:
-            self.elements = elements
-        self.depth = 1 + max((value.depth for value in ins if is_signal(value)), default=0)
-        if self.depth > _SETTLE or (eqn is not None and eqn.primitive in (p.conv_general_dilated_p, p.dot_general_p)):
-            for value in self.ins if self.depth <= _SETTLE else [self]:
-                if is_signal(value):
-                    value.settle()
-            self.depth = 1
-
-    def settle(self) -> None:
-        """Computes the bound now. If there is none, whoever needs it hears of that."""
-        try:
-            self.bound  # noqa: B018
-        except Refused:
-            pass
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
-    @functools.cached_property
-    def bound(self) -> Number:
-        """Raises ``Refused`` with the operation that has no bound."""
-        if self.compute is not None:
-            return self.compute()
-        if self.layer is not None:
-            return self.layer.bound()
-        if not self._is_own_source:
-            return bound_of(self.elements)
-        if (found := slopes.find(self)) is not None:
-            name, inner, slope = found
-            if not isinstance(slope, jax.core.Tracer) and not np.isfinite(slope):
-                raise Refused(f"{name} on {self.shape} has a parameter out of its domain.")
-            return times(inner.bound, slope)
-        if (inner := _softmax_of(self)) is not None:
-            return times(inner.bound, 0.5)
-        rule = RULES.get(self.eqn.primitive.name)
-        if rule is None:
-            raise _no_rule(self.eqn)
-        found = rule(self.eqn, self.ins)
-        found = found[self.index] if isinstance(found, list) else found
-        if found is None:
-            raise _no_rule(self.eqn)
-        return found
-
-    @functools.cached_property
-    def elements(self) -> ElementMap:
-        """Which element of earlier signals each element is; of itself, if it was not only moved."""
-        own = identity(Source(self.shape, owner=self))
-        if self.eqn is None or self.eqn.primitive.name not in MOVES | {"max", "min"}:
-            return own
-        assert self.run is not None
-        try:
-            if self.eqn.primitive.name in ("max", "min"):
-                return self.run.sorted_pair(self) or own
-            parts = [value.elements if is_signal(value) else None for value in self.ins]
-            known = lambda n: None if _unknown(self.ins[n]) else np.asarray(self.ins[n])
-            found = moved(self.eqn, parts, known)
-        except NotUnderstood:
-            return own
-        return own if found is None else found[self.index]
-
-    @property
-    def _is_own_source(self) -> bool:
-        sources = self.elements.sources
-        return len(sources) == 1 and sources[0].owner is self
-
-    @functools.cached_property
-    def layer(self) -> Layer | None:
-        """The layer that this is the output of, shifted or scaled since."""
-        if self.eqn is None:
-            return None
-        name, constants = self.eqn.primitive.name, [v for v in self.ins if not is_signal(v)]
-        if name == "conv_general_dilated":
-            return _convolution(self.eqn, *self.ins)
-        if name == "dot_general":
-            return _dense(self.eqn, *self.ins)
-        signals = [value for value in self.ins if is_signal(value)]
-        if len(signals) != 1 or signals[0].shape != self.shape:
-            return self._moved_layer() if name in ("reshape", "transpose", "squeeze", "broadcast_in_dim") else None
-        layer = signals[0].layer
-        if layer is None or name in ("add", "add_any", "sub", "neg"):
-            return layer
-        if name == "mul" or (name == "div" and signals[0] is self.ins[0]):
-            return _scaled(layer, constants[0], name, len(self.shape))
-        return None
-
-    def _moved_layer(self) -> Layer | None:
-        """A layer whose output is only laid out anew, as ``vmap`` does, with its channels along one axis still."""
-        (signal, *_), elements = self.ins, self.elements
-        layer = signal.layer if is_signal(signal) else None
-        if layer is None or signal.size != self.size or elements.axes is None or len(elements.sources) != 1:
-            return None
-        source = elements.sources[0]
-        if source.owner.layer is None or math.prod(self.shape) != source.size:
-            return None
-        layer = source.owner.layer
-        step, count = math.prod(source.shape[layer.axis + 1 :]), source.shape[layer.axis]
-        for axis, entries in enumerate(elements.axes):
-            channels = entries - entries[0]
-            if len(entries) == count and np.array_equal(channels, step * np.arange(count)):
-                return layer._replace(axis=axis)
-        return None
-
-
-def _softmax_of(signal: Signal) -> Signal | None:
-    r"""The signal that this is the softmax of, over some axes: :math:`diag(p) - p p^T` has norm 1/2 at most.
-
-    It is exp(x - m) over its own sum, where m is the same along those axes. What m is makes no difference.
-    """
-    made_by = lambda value, name: is_signal(value) and value.eqn is not None and _name(value) == name
-    if not made_by(signal, "div") or not made_by(signal.ins[0], "exp") or not is_signal(signal.ins[1]):
-        return None
-    power, total = signal.ins
-    if power.shape != signal.shape or len(total.elements.sources) != 1:
-        return None
-    reduced = total.elements.sources[0].owner
-    if not made_by(reduced, "reduce_sum") or reduced.ins[0] is not power:
-        return None
-    axes = tuple(reduced.eqn.params["axes"])
-    places = np.expand_dims(np.arange(reduced.size).reshape(reduced.shape), axes)
-    try:
-        where = np.broadcast_to(total.elements.numbers(), signal.shape)
-        if not np.array_equal(where, np.broadcast_to(places, signal.shape)):
-            return None
-        exponent = power.ins[0]
-        if made_by(exponent, "sub") and is_signal(exponent.ins[0]) and exponent.ins[0].shape == signal.shape:
-            shift = exponent.ins[1]
-            if is_signal(shift) and len(shift.shape) == len(signal.shape):
-                numbers = np.broadcast_to(shift.elements.numbers(), signal.shape)
-                if np.array_equal(numbers, np.broadcast_to(numbers.min(axis=axes, keepdims=True), signal.shape)):
-                    return exponent.ins[0]
-    except NotUnderstood:
-        return None
-    return exponent
-
-
-def _name(signal: Signal) -> str:
-    return signal.eqn.primitive.name
-
-
-def _no_rule(eqn: Any) -> Refused:
-    shapes = ", ".join(str(getattr(v.aval, "shape", "")) for v in eqn.invars)
-    return Refused(f"{eqn.primitive.name} on {shapes}, which depends on the input, has none known here.")
-
-
-def _unknown(value: Any) -> bool:
-    return is_signal(value) or isinstance(value, jax.core.Tracer)
-
-
-def _identity(value: Any) -> Any:
-    """The same for two operands that are equal for sure."""
-    if _unknown(value) or np.size(value) != 1 or not jnp.issubdtype(value.dtype, np.number):
-        return id(value)
-    return np.asarray(value).item()
-
-
-def bound_of(elements: ElementMap) -> Number:
-    """The bound of an array whose elements are other signals' elements."""
-    copies = zip(elements.copies, elements.sources)
-    return hypot([times(source.owner.bound, math.sqrt(count)) for count, source in copies if count])
-
-
-def _convolution(eqn: Any, image: Any, kernel: Any) -> Layer | None:
-    if is_signal(kernel):
-        return None  # refused by the operation's rule
-    numbers = eqn.params["dimension_numbers"]
-    letters = dict(zip(numbers.rhs_spec, kernel_letters(eqn)))
-    layout = "".join(letters[n] for n in range(kernel.ndim))
-    flipped = [False] * (kernel.ndim - 2)
-    elements = image.elements
-    try:
-        conv = read_convolution(eqn, elements, layout, flipped)
-        before = elements.sources[0].owner
-    except ValueError:  # padded by reflection, say: then the padding is a layer of its own
-        try:
-            conv, before = read_convolution(eqn, None, layout, flipped), image
-        except ValueError as error:
-            raise Refused(f"conv_general_dilated on {image.shape} has none known here: {error}.") from None
-    return Layer(jnp.asarray(kernel), conv, before, 1.0, numbers.out_spec[1])
-
-
-def _dense(eqn: Any, left: Any, right: Any) -> Layer | None:
-    """One matrix along one axis; other products are left to the operation's rule."""
-    contracted, batched = eqn.params["dimension_numbers"]
-    me = 1 if is_signal(left) else 0
-    matrix, signal = (right, left) if me else (left, right)
-    if is_signal(matrix) or matrix.ndim != 2 or batched[me] or len(contracted[me]) != 1:
-        return None
-    if not jnp.issubdtype(matrix.dtype, jnp.floating):
-        return None
-    axis = len(signal.shape) - 1 if me else 0  # of the product's free axes, the left operand's come first
-    layout = "IO" if contracted[me][0] == 0 else "OI"
-    return Layer(jnp.asarray(matrix), Conv((), kernel_layout=layout), signal, 1.0, axis)
-
-
-def _scaled(layer: Layer, factor: Any, name: str, rank: int) -> Layer | None:
-    """A layer times a constant for each of its channels."""
-    factor = jnp.asarray(factor, layer.kernel.dtype)
-    factor = factor if name == "mul" else 1 / factor
-    shape = (1,) * (rank - factor.ndim) + factor.shape
-    if any(length > 1 and n != layer.axis for n, length in enumerate(shape)):
-        return None
-    if factor.size == 1:
-        return layer._replace(scale=times(layer.scale, largest(factor)), factors=layer.factors + (name == "div"))
-    top = jnp.max(jnp.abs(factor))
-    channels = [-1 if letter == "O" else 1 for letter in layer.conv.kernel_layout]
-    relative = (factor / jnp.where(top > 0, top, 1)).reshape(channels)
-    scale = times(layer.scale, largest(factor))
-    return layer._replace(kernel=layer.kernel * relative, scale=scale, factors=layer.factors + 3)
 
 
 class _Run:
@@ -516,3 +252,10 @@ def _stacked(rows: list[Any], aval: Any) -> Any:
         return Signal(aval.shape, elements=elements)
     except NotUnderstood:
         return Signal(aval.shape, bound=hypot([signal.bound for signal in signals]))
+
+
+def _identity(value: Any) -> Any:
+    """The same for two operands that are equal for sure."""
+    if is_unknown(value) or np.size(value) != 1 or not jnp.issubdtype(value.dtype, np.number):
+        return id(value)
+    return np.asarray(value).item()

@@ -453,12 +453,12 @@ def test_shard_map_has_local_shapes():
     )
     assert oj.find_convs(run("space"), K, X) == SAME  # one device: the shapes are the global ones
     # With more than one they differ; the walk compares them.
-    from opnorm_jax._program import find_convs
+    from opnorm_jax._program import find_convs, values
 
-    sites = find_convs._Sites([K], dense=False)
+    sites = values.Sites([K], dense=False)
     program = jax.make_jaxpr(lambda k, x: conv(x, k))(K, X)
-    values = [find_convs._parameter(0, K), find_convs._Value(X.shape, from_input=True)]
-    find_convs._walk(program, values, sites, True, False)
+    inputs = [find_convs._parameter(0, K), values.Value(X.shape, from_input=True)]
+    find_convs._walk(program, inputs, sites, True, False)
     assert "shard_map" in sites.decide(0).reason
 
 

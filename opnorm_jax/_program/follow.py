@@ -1,0 +1,173 @@
+"""Follows numbers through the equations that hold no program: parameters, images and constants that are only moved."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from opnorm_jax._program.jaxpr import evaluate
+from opnorm_jax._program.kernels import Kernel, sliced
+from opnorm_jax._program.movement import (
+    HOLE,
+    MOVES,
+    ElementMap,
+    NotUnderstood,
+    Source,
+    control_operands,
+    identity,
+    moved,
+    split_by_axis,
+)
+from opnorm_jax._program.values import Value, computed, unmoved
+
+
+def results_of(program: Any, eqn: Any, ins: list[Value]) -> list[Value]:
+    """The values of an equation's results: constants, or moved parameters or images, or else computed."""
+    name, shapes = eqn.primitive.name, [getattr(v.aval, "shape", ()) for v in eqn.outvars]
+    if all(value.constant for value in ins):
+        evaluated = functools.cache(lambda: _evaluated(program, eqn, ins))
+        return [Value(shape, constant=lambda n=n: evaluated()[n]) for n, shape in enumerate(shapes)]
+    outs = [computed(name, ins, shape) for shape in shapes]
+    followed = [value for value in ins if value.from_input]
+    movable = not followed or (name == "dynamic_slice" and ins[0].kernel)
+    if name in MOVES and movable and len({value.kernel for value in ins if value.kernel}) == 1:
+        return _moved_kernels(eqn, ins, outs)
+    if name == "reduce_sum" and len(followed) == 1 and followed[0].site:
+        return [_summed(eqn, followed[0], outs[0])]
+    if name in MOVES and followed:
+        maps = functools.cache(lambda: _moved(eqn, ins))
+        site = followed[0].site if len(followed) == 1 else None
+        return [
+            dataclasses.replace(out, movement=lambda n=n: maps()[n], site=site, kernels=_kept(ins))
+            for n, out in enumerate(outs)
+        ]
+    if name in ("add", "sub", "add_any", "neg") and len(followed) == 1 and followed[0].shape == shapes[0]:
+        # What is added does not depend on the image.
+        return [dataclasses.replace(outs[0], movement=lambda: followed[0].elements, site=followed[0].site)]
+    if name in MOVES:
+        return [dataclasses.replace(out, kernels=_kept(ins)) for out in outs]
+    return outs
+
+
+def _kept(ins: Sequence[Value]) -> frozenset[int]:
+    return frozenset().union(*(value.kernels for value in ins))
+
+
+def _evaluated(program: Any, eqn: Any, ins: Sequence[Value]) -> list[np.ndarray]:
+    with jax.ensure_compile_time_eval():
+        outs = evaluate(program, eqn, [jnp.asarray(value.constant()) for value in ins])  # type: ignore[misc]
+    return [None if out is None else np.asarray(out) for out in outs]  # type: ignore[misc]
+
+
+def _known(ins: Sequence[Value]) -> Callable[[int], np.ndarray | None]:
+    def value(n):
+        constant = ins[n].constant
+        return constant() if constant else None
+
+    return value
+
+
+def _moved(eqn: Any, ins: Sequence[Value]) -> list[ElementMap]:
+    """The maps of the results of an equation that may be nothing but movement."""
+    name, outs = eqn.primitive.name, eqn.outvars
+    fresh = lambda: [identity(Source(v.aval.shape)) for v in outs]
+    if any(ins[n].from_input for n in control_operands(name, len(ins))):
+        if name in ("gather", "scatter", "scatter-add", "dynamic_update_slice"):
+            raise NotUnderstood(f"its input was put together by {name} at places not known beforehand")
+        unmoved(ins, f"it was chosen by {name}")
+        return fresh()
+    parts = [value.elements if value.from_input and math.prod(value.shape) else None for value in ins]
+    sources = [source for source in dict.fromkeys(s for part in parts if part for s in part.sources)]
+    if len(sources) > 1 and name == "select_n":
+        unmoved([value for value in ins if value.from_input], "it was chosen by select_n")
+        return fresh()
+    if len(sources) > 1:
+        if name != "concatenate":
+            raise NotUnderstood(f"its input was put together from several arrays by {name}")
+        within = [{source, *source.joined} for source in sources]
+        joined = frozenset().union(*within)
+        whole = all(part is not None and len(part.sources) == 1 and part.is_injective for part in parts)
+        if not whole or len(joined) < sum(map(len, within)) or len(sources) < len(parts):
+            raise NotUnderstood("its input was put together from pieces of several arrays")
+        return [identity(Source(outs[0].aval.shape, joined, eqn.params["dimension"]))]
+    found = moved(eqn, parts, _known(ins))
+    if found is None and name in ("gather", "scatter", "dynamic_update_slice"):
+        raise NotUnderstood(f"its input was put together by {name} at places not known beforehand")
+    if found is None and name in ("dynamic_slice", "select_n"):
+        unmoved(ins, f"it was chosen by {name}")
+    return fresh() if found is None else found
+
+
+def _moved_kernels(eqn: Any, ins: Sequence[Value], outs: list[Value]) -> list[Value]:
+    """The results of an equation that may only move the numbers of one parameter."""
+    kernel = next(value.kernel for value in ins if value.kernel)
+    if eqn.primitive.name == "dynamic_slice" and kernel.elements.axes and any(not v.constant for v in ins[1:]):
+        found = [sliced(kernel, outs[0].shape)]
+    else:
+        try:
+            parts = [value.kernel.elements if value.kernel else None for value in ins]
+            known = all(value.kernel or value.constant for value in ins)  # else other parameters are mixed in
+            maps = moved(eqn, parts, _known(ins)) if known else None
+        except NotUnderstood:
+            maps = None
+        found = [Kernel(kernel.leaf, elements, kernel.swept) for elements in maps] if maps else [None] * len(outs)
+    kept = _kept(ins)
+    return [dataclasses.replace(out, kernel=new, kernels=kept) for out, new in zip(outs, found)]
+
+
+def _summed(eqn: Any, value: Value, out: Value) -> Value:
+    """The sum of a convolution's output over axes that it was laid out in: Flax's circular transposed layers do so.
+
+    Says so at the convolution's site if the sum adds outputs that lie a period apart, so that the output is wrapped.
+    Its result then stands for the outputs of the first period.
+    """
+    site, axes = value.site, eqn.params["axes"]
+    assert site is not None
+    if all(value.shape[n] == 1 for n in axes):
+        return dataclasses.replace(out, movement=lambda: _moved(eqn, [value])[0], site=site)
+    try:
+        elements = value.elements
+        numbers = elements.numbers()
+    except NotUnderstood:
+        return out
+    if len(elements.sources) != 1:
+        return out
+    shape, held = elements.sources[0].shape, numbers >= 0
+    places = np.broadcast_to(np.expand_dims(np.arange(math.prod(out.shape)).reshape(out.shape), axes), numbers.shape)
+    target = np.full(math.prod(shape), -1)
+    target[numbers[held]] = places[held]
+    target = target.reshape(shape)
+    periods = {axis: period for axis in site.spatial if (period := _distance(np.moveaxis(target, axis, 0)))}
+    if not periods or min(periods.values()) == 1:
+        return out  # neighbours were summed, as a pool does, or no spatial axis was
+    first = [periods.get(axis, site.periods.get(axis, length)) for axis, length in enumerate(shape)]
+    whole = [site.periods.get(axis, length) for axis, length in enumerate(shape)]
+    corner, rest = target[tuple(map(slice, whole))], np.ones(shape, bool)
+    rest[tuple(map(slice, whole))] = False
+    again = target[tuple(np.ix_(*(np.arange(length) % period for length, period in zip(whole, first))))]
+    distinct = len(np.unique(corner)) == math.prod(first)
+    if (corner < 0).any() or (target[rest] >= 0).any() or (again != corner).any() or not distinct:
+        site.found = "a part of its output is wrapped around and summed: no Conv says so"
+    site.periods |= periods
+    standing = np.full(math.prod(out.shape), HOLE)
+    order = np.arange(math.prod(shape)).reshape(shape)[tuple(map(slice, first))]
+    standing[np.maximum(target[tuple(map(slice, first))], 0)] = order
+    table = standing.reshape(out.shape)
+    return dataclasses.replace(
+        out, site=site, movement=lambda: ElementMap(elements.sources, table.shape, split_by_axis(table) or None, table)
+    )
+
+
+def _distance(target: np.ndarray) -> int | None:
+    """The smallest distance along the first axis between two elements that are added into one."""
+    for step in range(1, len(target)):
+        if ((target[step:] == target[:-step]) & (target[step:] >= 0)).any():
+            return step
+    return None

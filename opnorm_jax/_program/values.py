@@ -1,0 +1,125 @@
+"""What is known of the variables of a program while its convolutions are looked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from opnorm_jax._conv import Conv, Unknown, check_kernel
+from opnorm_jax._program.kernels import Kernel, same_kernel
+from opnorm_jax._program.movement import ElementMap, NotUnderstood, Source, identity
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Value:
+    """What is known of one variable."""
+
+    shape: tuple[int, ...] = ()
+    leaves: frozenset[int] = frozenset()  # parameters it was computed from
+    kernels: frozenset[int] = frozenset()  # those of them that it still has the numbers of, each changed by itself
+    ops: tuple[str, ...] = ()  # by what
+    from_input: bool = False
+    captured: bool = False  # computed from an array that fn captured by closure
+    constant: Callable[[], np.ndarray] | None = None  # gives its value, if nothing traced is in it
+    kernel: Kernel | None = None
+    movement: Callable[[], ElementMap] | None = None  # gives the map of its elements; None: it is an array of its own
+    site: Site | None = None  # the convolution that it is the output of, at most moved since
+
+    @functools.cached_property
+    def elements(self) -> ElementMap:
+        """Which element of earlier arrays each element is. Raises ``NotUnderstood``."""
+        return self.movement() if self.movement else identity(Source(self.shape))
+
+
+@dataclasses.dataclass(eq=False)
+class Site:
+    """One application of a convolution to a parameter."""
+
+    found: Conv | str  # the reason why there is none
+    spatial: dict[int, int] = dataclasses.field(default_factory=dict)  # the output's spatial axes and their lengths
+    covers: tuple[bool, ...] = ()  # whether the output holds all that the kernel reaches
+    periods: dict[int, int] = dataclasses.field(default_factory=dict)  # of the axes along which the output is wrapped
+
+    def decided(self) -> Conv | str:
+        if not self.periods or isinstance(self.found, str):
+            return self.found
+        conv = self.found
+        circle = tuple(n * e for n, e in zip(conv.input_shape, conv.input_dilation))
+        wrapped = tuple(self.periods.get(axis, length) for axis, length in self.spatial.items())
+        if wrapped == circle and set(conv.strides) == {1} and all(self.covers):
+            return dataclasses.replace(conv, padding="CIRCULAR")
+        return "its output is wrapped around and summed, but not as by a circular convolution: no Conv says so"
+
+
+class Sites:
+    """Where parameters feed convolutions."""
+
+    def __init__(self, leaves: list[Any], dense: bool):
+        self.leaves, self.dense = leaves, dense
+        self.of: dict[int, list[Site]] = {}
+        self.unowned: list[str] = []
+        self.recording = True
+
+    def add(self, leaf: int, site: Site) -> None:
+        if self.recording:
+            self.of.setdefault(leaf, []).append(site)
+
+    def add_reason(self, leaves: Iterable[int], reason: str) -> None:
+        for leaf in leaves:
+            self.add(leaf, Site(reason))
+
+    def add_unowned(self, reason: str) -> None:
+        if self.recording:
+            self.unowned.append(reason)
+
+    def check(self, leaf: int, conv: Conv) -> None:
+        """Raises what is wrong with a parameter as a kernel, such as a complex dtype."""
+        shape, dtype = self.leaves[leaf].shape, self.leaves[leaf].dtype
+        check_kernel(jax.ShapeDtypeStruct(shape[conv.stacked :], dtype), conv)
+
+    def decide(self, leaf: int) -> Conv | Unknown:
+        uses = [site.decided() for site in self.of[leaf]]
+        for use in uses:
+            if isinstance(use, str):
+                return Unknown(use)
+        different = list(dict.fromkeys(uses))
+        if len(different) == 1:
+            return different[0]  # type: ignore[return-value]
+        listed = "; ".join(map(str, different))
+        return Unknown(f"used with {len(different)} geometries (shared, or fn contains its own gradient?): {listed}")
+
+
+def computed(name: str, ins: Sequence[Value], shape: tuple[int, ...]) -> Value:
+    """The value of a result of which nothing is known except what it was computed from."""
+    from_input = any(value.from_input for value in ins)
+    ops = tuple(dict.fromkeys([*(op for value in ins for op in value.ops), name]))
+    leaves = frozenset().union(*(value.leaves for value in ins))
+    kernels = frozenset().union(*(value.kernels for value in ins if value.shape == shape))
+    return Value(shape, leaves, kernels, ops, from_input, any(value.captured for value in ins))
+
+
+def join(one: Value, other: Value) -> Value:
+    """What holds of a variable that has either value."""
+    if one is other or (one.kernel is not None and same_kernel(one.kernel, other.kernel)):
+        return one
+    joined = computed("a loop or a branch that changes it", [one, other], one.shape)
+    return dataclasses.replace(joined, movement=lambda: unmoved([one, other], "one of the branches that join"))
+
+
+def unmoved(values: Sequence[Value], where: str) -> ElementMap:
+    """The map of an array that counts as one of its own, if none of ``values`` holds copies or constants."""
+    for value in values:
+        if value.from_input and not value.elements.is_injective:
+            raise NotUnderstood(f"its input was padded or copied before {where}")
+    return identity(Source(values[0].shape))
+
+
+def entering_a_loop(value: Value) -> Value:
+    if value.kernel or not value.from_input:
+        return value
+    return dataclasses.replace(value, site=None, movement=lambda: unmoved([value], "it entered a loop"))

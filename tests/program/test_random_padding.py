@@ -1,0 +1,75 @@
+"""Convolutions that random programs pad for: what is described has the right norm, whatever moved the pixels."""
+
+import collections
+
+import jax
+import numpy as np
+import pytest
+import random_padding
+from conftest import THOROUGH, count_case
+from jacobian import Program, conv_norm, forget
+
+import opnorm_jax as oj
+
+CASES = 5000 if THOROUGH else 240
+BATCH = 60
+
+
+def check(case, lipschitz=True):
+    """What came of one case: a list of violations, and whether it was described and bounded."""
+    wrong, x = [], jax.ShapeDtypeStruct(case.shape, np.float32)
+    before = random_padding.function(case.before)
+    shape = jax.eval_shape(lambda x: before({}, x), x)
+    program = Program(case.layer, case.params, shape)
+    matrix = program.linear_part()
+    if matrix is None:  # padding with a maximum, say: there is no norm to be above the lower bound
+        points = np.random.default_rng(case.seed).standard_normal((3, program.size))
+        truth, exact = program.steepest(points, np.random.default_rng(0)), False
+    else:
+        truth, exact = np.linalg.norm(matrix, 2), True
+    params = jax.tree.map(np.asarray, case.params)
+    conv = None
+    try:
+        conv = oj.find_convs(case.fn, params, x, on_unknown="skip")["k"]
+    except ValueError as error:
+        reason = str(error)
+    else:
+        reason = getattr(conv, "reason", "")
+    described = isinstance(conv, oj.Conv)
+    if described:
+        kernel = case.params["k"]
+        norm = conv_norm(kernel, conv) if exact else None
+        # Where the description's own norm, by another oracle, is not the truth, its bounds decide.
+        if norm is None or abs(norm - truth) > 1e-9 * max(truth, 1e-30) or case.seed % 8 == 0:
+            bounds = oj.operator_norm_bounds(kernel, conv)
+            lower, upper = float(bounds.lower), float(bounds.upper)
+            if upper < truth * (1 - 1e-9):
+                wrong.append(f"{conv}: upper {upper} below the truth, {truth}")
+            if exact and lower > truth * (1 + 1e-9):
+                wrong.append(f"{conv}: lower {lower} above the truth, {truth}")
+    bounded = None
+    if lipschitz:
+        try:
+            bound = float(oj.lipschitz_bound(case.layer, params, jax.ShapeDtypeStruct(shape.shape, np.float32)))
+        except ValueError as error:
+            bounded = False
+            reason += f" / {error}"
+        else:
+            bounded = True
+            if not bound >= truth * (1 - 1e-6):
+                wrong.append(f"lipschitz_bound {bound} below the truth, {truth}")
+    return wrong, described, bounded, reason
+
+
+@pytest.mark.parametrize("start", range(0, CASES, BATCH))
+def test_described_convolutions_have_the_right_norm(start):
+    found, failures = collections.Counter(), []
+    for seed in range(start, min(start + BATCH, CASES)):
+        case = random_padding.generate(seed)
+        wrong, described, _, _ = check(case, lipschitz=seed % 4 == 0 or THOROUGH)
+        found[described] += 1
+        count_case("random padding programs", "described" if described else "refused")
+        failures += [f"seed {seed}, x {case.shape}:\n{case.before}\n{case.text}\n{what}" for what in wrong]
+    forget()
+    assert not failures, "\n\n".join(failures)
+    assert found[True] > BATCH // 6  # the test would be empty if all were refused

@@ -22,6 +22,7 @@ class Program:
             np.asarray(leaf, np.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else np.asarray(leaf)
         )
         self.shape = tuple(x.shape)
+        self.size = math.prod(self.shape)
         with jax.enable_x64(True):
             params = jax.tree.map(wide, params)
             leaves = jax.tree.leaves(params)

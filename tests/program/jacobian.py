@@ -5,6 +5,7 @@ do nothing. Equations that NumPy has no name for are left to jax itself, in floa
 opnorm_jax. ``test_random_programs.py`` checks the interpreter against jax.
 """
 
+import functools
 import math
 
 import jax
@@ -35,15 +36,11 @@ class Program:
         outs = self.run([np.asarray(x, np.float64).reshape(self.shape)])
         return np.concatenate([np.ravel(np.asarray(out, np.float64)) for out in outs] or [np.zeros(0)])
 
-    def jacobian(self, x, step=1e-6):
-        """Central differences, a column for each element of ``x``: exact if the program is affine."""
+    def jacobian(self, x, step=1e-7):
+        """One-sided differences, a column for each element of ``x``."""
         x = np.asarray(x, np.float64).reshape(-1)
-        columns = []
-        for n in range(x.size):
-            change = np.zeros_like(x)
-            change[n] = step
-            columns.append((self(x + change) - self(x - change)) / (2 * step))
-        return np.stack(columns, -1)
+        here = self(x)
+        return np.stack([(self(x + step * row) - here) / step for row in np.eye(x.size)], -1)
 
     def linear_part(self):
         """The matrix of an affine program, or ``None`` if it is not affine."""
@@ -122,15 +119,17 @@ class _Flat:
             else:
                 outs = [_Slot(self.size + n) for n in range(len(eqn.outvars))]
                 self.size += len(outs)
-                self.steps.append((eqn, ins, outs))
+                known = name in ("gather", "scatter") and not isinstance(ins[1], _Slot)
+                rule = (_by_index(eqn, ins) if known else None) or functools.partial(_apply, eqn)
+                self.steps.append((rule, ins, outs))
             env.update(zip(eqn.outvars, outs))
         return [read(v) for v in jaxpr.outvars]
 
     def __call__(self, values):
         known = list(values) + [None] * (self.size - self.count)
         read = lambda value: known[value.n] if isinstance(value, _Slot) else value
-        for eqn, ins, outs in self.steps:
-            for slot, value in zip(outs, _apply(eqn, [read(value) for value in ins])):
+        for rule, ins, outs in self.steps:
+            for slot, value in zip(outs, rule([read(value) for value in ins])):
                 known[slot.n] = value
         return [read(value) for value in self.outputs]
 
@@ -221,6 +220,27 @@ def _apply(eqn, ins):
             outs = rule(ins, params)
             return outs if isinstance(outs, list) else [outs]
     return _by_jax(eqn, ins)
+
+
+def _by_index(eqn, ins):
+    """A gather or scatter whose indices are known: which element each is, asked of jax once."""
+    name, (x, indices, *updates) = eqn.primitive.name, ins
+    shape = eqn.invars[0].aval.shape
+    size = math.prod(shape)
+    own = np.arange(1.0, size + 1).reshape(shape)
+    if name == "gather":
+        if eqn.params["fill_value"] not in (None, 0):
+            return None
+        out_of_range = math.nan if eqn.params["fill_value"] is None else 0.0
+        source = np.nan_to_num(_by_jax(eqn, [own, indices])[0]).astype(int)
+        return lambda values: [np.concatenate([[out_of_range], np.ravel(values[0])])[source]]
+    if name == "scatter":
+        count = math.prod(eqn.invars[2].aval.shape)
+        new = -np.arange(1.0, count + 1).reshape(eqn.invars[2].aval.shape)
+        source = _by_jax(eqn, [own, indices, new])[0].astype(int)
+        source = np.where(source > 0, source - 1, size - 1 - source)
+        return lambda values: [np.concatenate([np.ravel(values[0]), np.ravel(values[2])])[source]]
+    return None
 
 
 def _by_jax(eqn, ins):
@@ -456,6 +476,8 @@ _RULES = {
     "expand_dims": lambda ins, params: np.expand_dims(ins[0], tuple(params["dimensions"])),
     "transpose": lambda ins, params: np.transpose(ins[0], params["permutation"]),
     "rev": lambda ins, params: np.flip(ins[0], tuple(params["dimensions"])),
+    "stack": lambda ins, params: np.stack(ins, params["axis"]),
+    "tile": lambda ins, params: np.tile(ins[0], params["reps"]),
     "concatenate": lambda ins, params: np.concatenate(ins, params["dimension"]),
     "split": lambda ins, params: np.split(ins[0], np.cumsum(params["sizes"])[:-1], params["axis"]),
     "slice": _slice,

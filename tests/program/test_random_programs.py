@@ -1,0 +1,272 @@
+"""Random networks, and dangerous ones written by hand: no difference quotient in float64 exceeds the bound."""
+
+import collections
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import random_programs
+from conftest import THOROUGH, count_case
+from jacobian import Program, forget
+from random_padding import function
+
+import opnorm_jax as oj
+
+PROGRAMS = 5000 if THOROUGH else 180
+BATCH = 30
+ROUNDING = 1e-4  # of bounds computed in float32
+
+
+def points(rng, size):
+    """Images near kinks, of ordinary size, and far away."""
+    scales = [1.0, 1e-3, 30.0, *([3.0, 0.3, 300.0] if THOROUGH else [])]
+    return [scale * rng.standard_normal(size) for scale in scales]
+
+
+def check(case):
+    """The bound (``None`` with the reason, if refused) and the largest quotient found."""
+    x = jax.ShapeDtypeStruct(case.shape, jnp.float32)
+    try:
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            bound, reason = float(oj.lipschitz_bound(case.fn, jax.tree.map(jnp.asarray, case.params), x)), ""
+    except ValueError as error:
+        return None, None, str(error)
+    rng = np.random.default_rng(0)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        program = Program(case.fn, case.params, x)
+    return bound, program.steepest(points(rng, program.size), rng), reason
+
+
+@pytest.mark.parametrize("start", range(0, PROGRAMS, BATCH))
+def test_no_random_program_is_steeper_than_its_bound(start):
+    found, failures = collections.Counter(), []
+    for seed in range(start, min(start + BATCH, PROGRAMS)):
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            case = random_programs.generate(seed)
+        bound, truth, reason = check(case)
+        found[bound is None] += 1
+        count_case("random programs", "refused" if bound is None else "bounded")
+        if bound is not None and not bound >= truth * (1 - ROUNDING):
+            failures.append(f"seed {seed}, x {case.shape}:\n{case.text}\nbound {bound} below {truth}")
+        assert bound is not None or reason
+    forget()
+    assert not failures, "\n\n".join(failures)
+    assert found[True] < 0.5 * BATCH, found  # a third over many batches; few are refused in each
+
+
+# Text of the program, the shape of its input, and a value that its Lipschitz constant reaches. Parameters are written
+# as constants; a program may be refused, but not bounded below that value.
+CONV = "lambda x, k, p='SAME': lax.conv_general_dilated(x, k, (1, 1), p, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))"
+HALF = {"half": jnp.ones((1, 1, 1, 1), jnp.float16)}
+REACHED = {
+    "a signal beside itself along channels": (f"conv = {CONV}\nx = conv(jnp.concatenate([x, x, x], -1), jnp.ones((3, 3, 3, 1), x.dtype))", (1, 6, 6, 1), 23.54),
+    "a signal beside itself along the batch": (f"conv = {CONV}\nx = conv(jnp.concatenate([x, x], 0), jnp.ones((3, 3, 1, 1), x.dtype))", (1, 6, 6, 1), 11.09),
+    "tiled along channels": (f"conv = {CONV}\nx = conv(jnp.tile(x, (1, 1, 1, 3)), jnp.ones((3, 3, 3, 1), x.dtype))", (1, 6, 6, 1), 23.54),
+    "broadcast along channels": (f"conv = {CONV}\nx = conv(jnp.broadcast_to(x, (1, 6, 6, 3)), jnp.ones((3, 3, 3, 1), x.dtype))", (1, 6, 6, 1), 23.54),
+    "repeated along the batch": (f"conv = {CONV}\nx = conv(jnp.repeat(x, 4, 0), jnp.ones((1, 1, 1, 1), x.dtype))", (1, 6, 6, 1), 2.0),
+    "space to channels, with copies": (f"conv = {CONV}\nx = conv(jnp.stack([x, x], -1).reshape(1, 6, 3, 4), jnp.ones((1, 1, 4, 1), x.dtype))", (1, 6, 6, 1), 2.828),
+    "a linear solve with x": ("x = lax.custom_linear_solve(lambda v: v / 3, x, lambda _, b: 3 * b)", (4,), 3.0),
+    "a linear solve with 3 x": ("x = lax.custom_linear_solve(lambda v: v / 3, 3 * x, lambda _, b: 3 * b)", (4,), 9.0),
+    "jnp.linalg.solve": ("x = jnp.linalg.solve(0.1 * jnp.eye(4, dtype=x.dtype), x)", (4,), 10.0),
+    "a triangular solve": ("x = lax.linalg.triangular_solve(0.1 * jnp.eye(4, dtype=x.dtype), x)", (4, 4), 10.0),
+    "a reducer of one's own": ("x = lax.reduce(x, jnp.zeros((), x.dtype), lambda a, b: a + b, (0,))", (9,), 3.0),
+    "a reducer that doubles": ("x = lax.reduce(x, jnp.zeros((), x.dtype), lambda a, b: 2 * (a + b), (0,))", (4,), 4.0),
+    "eqx.nn.Pool with add": ("x = eqx.nn.Pool(init=0.0, operation=jnp.add, num_spatial_dims=2, kernel_size=3, stride=1)(x)", (1, 5, 5), 6.0),
+    "reduce_window with a reducer": ("x = lax.reduce_window(x, jnp.zeros((), x.dtype), lambda a, b: a + b + b, (3,), (1,), 'VALID')", (6,), 3.0),
+    "bfloat16 sums": ("y = x.astype(jnp.bfloat16)\nfor _ in range(100): y = y + 0.0039 * y\nx = y.astype(x.dtype)", (3,), 1.4757),
+    "float16 underflow": ("x = (x.astype(jnp.float16) * 1e-4 * 1e-4 * 1e4 * 1e4).astype(x.dtype)", (3,), 1.0),
+    "float16 kernel underflow": (f"conv = {CONV}\nx = conv(x.astype(jnp.float16), p['half'] * 1e-9).astype(x.dtype) * 1e9", (1, 3, 3, 1), 1.0),
+    "float16 weights that overflow when summed": ("x = (x.astype(jnp.float16) @ jnp.full((8, 8), 6e4, jnp.float16)).astype(x.dtype)", (8,), 4.79e5),
+    "float32 underflow": ("x = x * 1e-25 * 1e-25 * 1e25 * 1e25", (3,), 1.0),
+    "float32 underflow of weights": ("k = jnp.full((3, 3), 1e-30, x.dtype)\nx = (x @ k) @ k\nx = x * 1e30 * 1e30", (3,), 8.99),
+    "float32 overflow": ("x = x * 1e25 * 1e25", (3,), 1e50),
+    "subnormal weights": ("x = x * 1e-42 * 1e30 * 1e12", (3,), 0.999),
+    "cumulative maximum": ("x = lax.cummax(x, 0)", (9,), 3.0),
+    "cumulative minimum, reversed": ("x = lax.cummin(x, 0, reverse=True)", (9,), 3.0),
+    "cumulative logsumexp": ("x = lax.cumlogsumexp(x, 0)", (9,), 2.99),
+    "cumulative sum": ("x = jnp.cumsum(x)", (16,), 10.5),
+    "overlapping maxima": ("x = nn.max_pool(x, (3, 3), (1, 1))", (1, 5, 5, 1), 3.0),
+    "overlapping sums": ("x = lax.reduce_window(x, 0.0, lax.add, (3,), (1,), 'SAME')", (8,), 2.87),
+    "segments": ("x = jax.ops.segment_sum(x, jnp.array([0, 0, 0, 0, 1]), 3)", (5,), 2.0),
+    "scatter of copies": ("x = jnp.zeros((4, 3), x.dtype).at[:, jnp.array([0, 1, 2])].set(x[None])", (3,), 2.0),
+    "psum under vmap": ("x = jax.vmap(lambda v: lax.psum(v, 'i'), axis_name='i')(x)", (4, 2), 4.0),
+    "all_gather under vmap": ("x = jax.vmap(lambda v: lax.all_gather(v, 'i'), axis_name='i')(x)", (4, 2), 2.0),
+    "stop_gradient": ("x = 2 * lax.stop_gradient(x)", (3,), 2.0),
+    "a derivative of one's own": ("f = jax.custom_jvp(lambda v: 5 * v)\nf.defjvp(lambda primals, tangents: (primals[0], tangents[0]))\nx = f(x)", (3,), 5.0),
+    "a backward pass of one's own": ("f = jax.custom_vjp(lambda v: 5 * v)\nf.defvjp(lambda v: (v, None), lambda _, g: (g,))\nx = f(x)", (3,), 5.0),
+    "dropout with a fixed mask": ("x = x * jax.random.bernoulli(jax.random.key(0), 0.5, x.shape) / 0.5", (16,), 2.0),
+    "nn.Dropout": ("x = nn.Dropout(0.5, deterministic=False).apply({}, x, rngs={'dropout': jax.random.key(0)})", (16,), 2.0),
+    "a callback": ("x = jax.pure_callback(lambda v: 10 * np.asarray(v), jax.ShapeDtypeStruct(x.shape, x.dtype), x)", (3,), 10.0),
+    "FFT": ("x = jnp.fft.fft(x)", (9,), 2.999),
+    "FFT, its size": ("x = jnp.abs(jnp.fft.fft(x))", (9,), 2.999),
+    "two copies as a complex number": ("x = lax.complex(x, x)", (3,), 1.414),
+    "x as a kernel": ("x = lax.conv_general_dilated(jnp.ones((1, 1, 5)), x, (1,), 'VALID')", (1, 1, 5), 2.23),
+    "sorted by fixed keys": ("x = lax.sort((jnp.array([3, 1, 2]), 2 * x), num_keys=1)[1]", (3,), 2.0),
+    "gathered several times": ("x = x[jnp.array([0, 0, 0, 0])]", (3,), 2.0),
+    "the maximum twice": ("u, v = jnp.split(x, 2)\nx = jnp.concatenate([jnp.maximum(u, v), jnp.maximum(u, v)])", (4,), 1.414),
+    "MaxMin of other pairs": ("u, v, w = jnp.split(x, 3)\nx = jnp.concatenate([jnp.maximum(u, v), jnp.minimum(u, w)])", (6,), 1.414),
+    "MaxMin of overlapping halves": ("u, v = x[:3], x[1:4]\nx = jnp.concatenate([jnp.maximum(u, v), jnp.minimum(u, v)])", (4,), 1.414),
+    "MaxMin of scaled halves": ("u, v = jnp.split(x, 2)\nx = jnp.concatenate([jnp.maximum(u, 3 * v), jnp.minimum(u, 3 * v)])", (4,), 3.0),
+    "sorted twice over": ("x = jnp.concatenate([jnp.sort(x), jnp.sort(x)])", (4,), 1.414),
+    "softmax, sharpened": ("x = jax.nn.softmax(100 * x)", (4,), 49.0),
+    "log_softmax": ("x = jax.nn.log_softmax(x)", (9,), 2.9),
+    "logsumexp of copies": ("x = jax.nn.logsumexp(jnp.stack([x, x, x, x]), axis=1)", (4,), 1.99),
+    "logistic": ("x = jax.nn.sigmoid(100 * x)", (3,), 24.9),
+    "a scan that doubles": ("x = lax.scan(lambda c, _: (2 * c, None), x, None, length=3)[0]", (3,), 8.0),
+    "what a scan stacks": ("x = lax.scan(lambda c, _: (c, c), x, None, length=4)[1]", (3,), 2.0),
+    "a scan's carry and stack": ("y, z = lax.scan(lambda c, v: (c + v, 2 * c), jnp.zeros((), x.dtype), x)\nx = jnp.concatenate([y[None], z])", (4,), 4.8),
+    "a while loop of constant length": ("x = lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, 2 * c[1]), (0, x))[1]", (3,), 8.0),
+    "elu with a large factor": ("x = jax.nn.elu(x, 5.0)", (3,), 4.9),
+    "elu with a negative factor": ("x = jax.nn.elu(x, -5.0)", (3,), 4.9),
+    "celu with a small parameter": ("x = jax.nn.celu(x, 0.01)", (3,), 1.0),
+    "leaky_relu with a negative slope": ("x = jax.nn.leaky_relu(x, -4.0)", (3,), 4.0),
+    "a slope per channel": ("x = jax.nn.leaky_relu(x, jnp.array([0.1, 6.0, -1.0]))", (3,), 6.0),
+    "slopes under vmap": ("x = jax.vmap(jax.nn.leaky_relu)(x, jnp.array([0.1, 6.0, -1.0]))", (3,), 6.0),
+    "abs, added": ("x = x + jnp.abs(x)", (3,), 2.0),
+    "minimum of slopes": ("x = jnp.minimum(x, 4 * x)", (3,), 4.0),
+    "clip at moving ends": ("x = jnp.clip(x, 3 * x, 3 * x + 1)", (3,), 3.0),
+    "integers as a matrix": ("x = lax.dot_general(x, jnp.full((3, 3), 2), (((0,), (0,)), ((), ())), preferred_element_type=x.dtype)", (3,), 5.99),
+    "two results": ("x = jnp.stack([3 * x, 4 * x])", (3,), 5.0),
+    "a batch's mean": ("x = x - 3 * jnp.mean(x, 0, keepdims=True)", (4, 2), 2.0),
+    "a kernel of two examples": ("x = jax.vmap(lambda w: x @ w)(jnp.stack([jnp.eye(3), 2 * jnp.eye(3)]).astype(x.dtype))", (3,), 2.236),
+    "padded with one of its numbers": ("x = lax.pad(x, x[0], ((2, 2, 1),))", (4,), 2.8),
+    "padded with its maximum": ("x = jnp.pad(x, (4, 4), mode='maximum')", (3,), 2.99),
+    "padded with a ramp": ("x = jnp.pad(x, (9, 9), mode='linear_ramp')", (3,), 1.87),
+    "resized": ("x = jax.image.resize(x, (16,), 'nearest')", (4,), 2.0),
+    "resized between": ("x = jax.image.resize(x, (64,), 'linear')", (4,), 3.9),
+    "dynamic update": ("x = lax.dynamic_update_slice(x, 3 * x[:2], (1,))", (4,), 3.16),
+    "added where it lies": ("x = x.at[jnp.array([0, 0, 0])].add(x[1:])", (4,), 2.0),
+    "einsum with a constant": ("x = jnp.einsum('i,jk->ijk', x, jnp.ones((3, 3), x.dtype))", (4,), 3.0),
+    "a diagonal": ("x = jnp.diag(x) @ jnp.ones((4, 9), x.dtype)", (4,), 3.0),
+    "an outer sum": ("x = x[:, None] + x[None, :]", (4,), 3.99),
+    "the difference to all others": ("x = x[:, None] - x[None, :]", (4,), 2.82),
+}  # fmt: skip
+# jitted under the name of one of jax.nn's activations, and something else
+REACHED |= {
+    f"not jax's {name}": (f"def {name}(x): return 7 * x\nx = jax.jit({name})(x)", (3,), 7.0)
+    for name in dir(jax.nn)
+    if callable(getattr(jax.nn, name)) and not name.startswith("_") and name.islower()
+}
+REACHED |= {
+    f"nearly jax's {name}": (f"def {name}(x, a=None): return {text}\nx = jax.jit({name})(x)", (3,), slope)
+    for name, text, slope in [
+        ("silu", "3 * x * jax.nn.sigmoid(x)", 3.29),
+        ("gelu", "0.5 * x * (1 + jnp.tanh(3 * (x + 0.044715 * x)))", 1.099),
+        ("relu", "jnp.maximum(x, 2 * x)", 2.0),
+        ("softplus", "jnp.logaddexp(2 * x, 0.0)", 1.99),
+        ("hard_tanh", "jnp.where(x > 1, 1, jnp.where(x < -1, -1, x)) * 2", 2.0),
+        ("softmax", "jax.nn.softmax(10 * x)", 4.5),
+        ("leaky_relu", "jnp.where(x >= 0, x, 9 * x)", 9.0),
+    ]
+}
+
+
+@pytest.mark.parametrize("name", REACHED)
+def test_no_dangerous_program_is_steeper_than_its_bound(name):
+    text, shape, reached = REACHED[name]
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        try:
+            bound = float(oj.lipschitz_bound(function(text), HALF, jnp.zeros(shape)))
+        except ValueError as error:
+            assert str(error)
+            return
+    assert bound >= reached * (1 - ROUNDING)
+
+
+# Programs without a Lipschitz constant.
+NEVER = {
+    "x times x": "x = x * x",
+    "x with itself": "x = jnp.dot(x, x)",
+    "an outer product": "x = jnp.outer(x, x)",
+    "einsum": "x = jnp.einsum('i,i,j->j', x, x, x)",
+    "a gate": "x = x * jnp.tanh(x)",
+    "attention": "x = jax.nn.softmax(jnp.outer(x, x)) @ x",
+    "division": "x = x / (1 + jnp.flip(x) ** 2)",
+    "one over x": "x = 1 / x",
+    "over its size": "x = x / jnp.abs(x)",
+    "over its norm": "x = x / jnp.linalg.norm(x)",
+    "exp": "x = jnp.exp(x)",
+    "exp2": "x = 2.0 ** x",
+    "a power": "x = x ** 3",
+    "square": "x = jnp.square(x)",
+    "a square root": "x = jnp.sqrt(jnp.abs(x))",
+    "a logarithm": "x = jnp.log(jnp.abs(x))",
+    "sign": "x = jnp.sign(x)",
+    "floor": "x = jnp.floor(x)",
+    "round": "x = jnp.round(x)",
+    "remainder": "x = jnp.mod(x, 1.0)",
+    "tan": "x = jnp.tan(x)",
+    "a step": "x = jnp.where(x > 0, 1.0, 0.0)",
+    "a step by casts": "x = (x > 0).astype(x.dtype)",
+    "integers and back": "x = x.astype(jnp.int32).astype(x.dtype)",
+    "bytes and back": "x = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) + 1, jnp.float32)",
+    "a jump beside 0": "x = jnp.where(x >= 1, x, 0.1 * x)",
+    "a jump at 0": "x = jnp.where(x >= 0, x, 0.1 * x + 0.5)",
+    "a jump of a constant": "x = jnp.where(x >= 0, x, -1.0)",
+    "a jump through another": "x = jnp.where(jnp.flip(x) >= 0, x, 0.1 * x)",
+    "another's value": "x = jnp.where(x >= 0, x, 0.1 * jnp.flip(x))",
+    "a predicate with an offset": "x = jnp.where(x + 1 >= 0, x, 0.1 * x)",
+    "a jump for one value": "x = jnp.where(x == 0, 5.0, x)",
+    "a jump by not-equal": "x = jnp.where(x != 1, x, 0.1 * x)",
+    "a threshold per channel": "x = jnp.where(x >= jnp.arange(4.0), x, 0.1 * x)",
+    "two predicates": "x = jnp.where((x > -1) & (x < 1), x, 0.1 * x)",
+    "times its predicate": "x = (x + 1) * (x > 0)",
+    "a branch": "x = lax.cond(jnp.sum(x) > 0, lambda v: v, lambda v: v + 1, x)",
+    "a branch under vmap": "x = jax.vmap(lambda v: lax.cond(v > 0, lambda v: v + 1, lambda v: v, v))(x)",
+    "a switch": "x = lax.switch(x[0].astype(int), [lambda v: v, lambda v: v + 1], x)",
+    "a loop until": "x = lax.while_loop(lambda v: jnp.sum(jnp.abs(v)) < 9, lambda v: 2 * v + 1, x)",
+    "a loop of x steps": "x = lax.fori_loop(0, x[0].astype(int), lambda i, v: v + 1, x)",
+    "argmax": "x = jnp.argmax(x).astype(x.dtype)",
+    "one hot of the argmax": "x = jax.nn.one_hot(jnp.argmax(x), 4)",
+    "gathered at the argmax": "x = jnp.flip(x)[jnp.argmax(x)]",
+    "sliced at the argmax": "x = lax.dynamic_slice(jnp.flip(x), (jnp.argmax(x),), (1,))",
+    "scattered to the argmax": "x = jnp.zeros_like(x).at[jnp.argmax(x)].set(1.0)",
+    "updated at the argmax": "x = lax.dynamic_update_slice(jnp.zeros(4), x[:1] + 1, (jnp.argmax(x),))",
+    "argsort": "x = jnp.argsort(x).astype(x.dtype)",
+    "values sorted by x": "x = lax.sort((x, jnp.arange(4.0)), num_keys=1)[1]",
+    "x sorted by its mirror image": "x = lax.sort((x, jnp.flip(x)), num_keys=1)[1]",
+    "top_k's indices": "x = lax.top_k(x, 2)[1].astype(x.dtype)",
+    "cumulative products": "x = jnp.cumprod(x)",
+    "products": "x = jnp.prod(x)",
+    "variance": "x = jnp.var(x)",
+    "celu below its domain": "x = jax.nn.celu(x, -1.0)",
+    "celu of x": "x = jax.nn.celu(x, x)",
+    "elu of x": "x = jax.nn.elu(x, x)",
+    "leaky_relu of x": "x = jax.nn.leaky_relu(x, x)",
+    "squareplus below its domain": "x = jax.nn.squareplus(x, -1.0)",
+    "a gated linear unit": "x = jax.nn.glu(x)",
+    "relu, squared": "x = jnp.square(jax.nn.relu(x))",
+    "a random key from x": "x = jax.random.normal(jax.random.key(x[0].astype(int)), (4,))",
+    "a coin of x": "x = jax.random.bernoulli(jax.random.key(0), x).astype(x.dtype)",
+    "scattered products": "x = x.at[0].multiply(x[1])",
+    "a scattered power": "x = x.at[0].power(2)",
+    "a scattered function": "x = x.at[0].apply(jnp.exp)",
+    "a solve by x": "x = jnp.linalg.solve(jnp.diag(x), jnp.ones(4))",
+    "a determinant": "x = jnp.linalg.det(x.reshape(2, 2))",
+    "a matrix and itself": "x = x.reshape(2, 2) @ x.reshape(2, 2)",
+    "convolved with itself": "x = jnp.convolve(x, x)",
+    "logsumexp with weights of both signs": "x = jax.nn.logsumexp(x, b=jnp.array([1.0, -1.0, 1.0, 1.0]))",
+    "logsumexp weighted by x": "x = jax.nn.logsumexp(x, b=x)",
+    "an angle": "x = jnp.arctan2(x, jnp.flip(x))",
+    "a scan of products": "x = lax.scan(lambda c, v: (c * v, c), jnp.ones((), x.dtype), x)[1]",
+    "a reducer that multiplies": "x = lax.reduce(x, jnp.ones((), x.dtype), lambda a, b: a * b, (0,))",
+    "a jitted exp called softmax": "def softmax(x): return jnp.exp(x)\nx = jax.jit(softmax)(x)",
+    "a jitted square called silu": "def silu(x): return x * x\nx = jax.jit(silu)(x)",
+    "searched": "x = jnp.searchsorted(jnp.arange(3.0), x).astype(x.dtype)",
+    "one over a sum": "x = 1 / (1 + jnp.sum(x))",
+    "the inverse of erf": "x = lax.erf_inv(jnp.clip(x, -1, 1))",
+    "the inverse of sin": "x = jnp.arcsin(jnp.clip(x, -1, 1))",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NEVER)
+def test_programs_without_a_constant_are_refused(name):
+    fn = function(NEVER[name])
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+        pytest.raises(ValueError, match="expected fn to be made of operations"),
+    ):
+        oj.lipschitz_bound(lambda _, x: fn({}, x), {}, jnp.zeros(4))

@@ -57,7 +57,8 @@ class Program:
     def quotient(self, x, y):
         """By how much two images' results differ, over how much the images do: at most the Lipschitz constant."""
         distance = np.linalg.norm(x - y)
-        return np.linalg.norm(self(x) - self(y)) / distance if distance else 0.0
+        change = np.linalg.norm(self(x) - self(y))
+        return change / distance if distance and not math.isnan(change) else 0.0
 
     def steepest(self, points, rng, steps=(1e-3, 0.3)):
         """The largest quotient found: between random images, and along the Jacobian's top singular vector.
@@ -68,6 +69,8 @@ class Program:
         best = 0.0
         points = [np.asarray(point, np.float64).reshape(-1) for point in points]
         for point in points:
+            if not np.isfinite(self(point)).all():
+                continue  # a constant infinity, or an overflow: no quotient says anything
             jacobian = self.jacobian(point)
             if not np.isfinite(jacobian).all():
                 return math.inf
@@ -86,7 +89,7 @@ class Program:
                     best = max(best, *quotients)
         for one, other in zip(points, points[1:]):
             best = max(best, self.quotient(one, other))
-        return best
+        return float(best)
 
 
 _UNKNOWN = object()

@@ -346,12 +346,7 @@ def _windows(x, fill, params):
     found = []
     for tap in np.ndindex(*size):
         found.append(
-            x[
-                tuple(
-                    slice(t * d, t * d + s * (o - 1) + 1, s)
-                    for t, d, s, o in zip(tap, dilation, strides, outs)
-                )
-            ]
+            x[tuple(slice(t * d, t * d + s * (o - 1) + 1, s) for t, d, s, o in zip(tap, dilation, strides, outs))]
         )
     return np.stack(found)
 
@@ -387,13 +382,11 @@ def _conv(ins, params):
     outs = [max(n, 0) for n in outs]
     if batches > 1:
         parts = [
-            _conv_of(part, its, taps, outs, s, d)
-            for part, its in zip(np.split(x, batches), np.split(kernel, batches))
+            _conv_of(part, its, taps, outs, s, d) for part, its in zip(np.split(x, batches), np.split(kernel, batches))
         ]
     else:
         parts = [
-            _conv_of(part, its, taps, outs, s, d)
-            for part, its in zip(np.split(x, groups, 1), np.split(kernel, groups))
+            _conv_of(part, its, taps, outs, s, d) for part, its in zip(np.split(x, groups, 1), np.split(kernel, groups))
         ]
     y = np.concatenate(parts, 1)
     return np.transpose(y, np.argsort(numbers.out_spec))
@@ -534,7 +527,9 @@ def conv_norm(kernel, conv):
             around[::e] = np.arange(n)
             pixels = around[np.arange(n * e + reach) % (n * e)]
         elif pad in ("REFLECT", "EDGE"):
-            pixels = np.pad(spread, (reach // 2, reach - reach // 2), mode=pad.lower()) if n > 1 or pad == "EDGE" else None
+            pixels = (
+                np.pad(spread, (reach // 2, reach - reach // 2), mode=pad.lower()) if n > 1 or pad == "EDGE" else None
+            )
         elif pad == "SAME":
             total = max((math.ceil(length / s) - 1) * s + reach + 1 - length, 0)
             pixels = np.pad(spread, (total // 2, total - total // 2), constant_values=-1)

@@ -171,9 +171,7 @@ def anything(rng, rank, axis, n):
             'for a, s in enumerate(x.shape)], "nearest")'
         ),
         "jit": lambda: f"x = jax.jit(lambda v: jnp.roll(v, 1, {axis}))(x)",
-        "split": lambda: (
-            f"x = jnp.concatenate(jnp.split(x, [{a}, {b}], {axis})[::-1], {axis})"
-        ),
+        "split": lambda: f"x = jnp.concatenate(jnp.split(x, [{a}, {b}], {axis})[::-1], {axis})",
         "square flip": lambda: "x = jnp.swapaxes(x, 1, 2)" if rank == 4 else "x = x[:, ::-1]",
         "rotate": lambda: "x = jnp.rot90(x, 1, (1, 2))" if rank == 4 else "x = x[:, ::-1]",
         "diagonal": lambda: (
@@ -285,7 +283,11 @@ def _framework(rng, framework, spatial, shape, lines):
         ]
     else:
         transposed = rng.random() < 0.2
-        mode = "ZEROS" if transposed and rng.random() < 0.5 else str(rng.choice(["ZEROS", "REFLECT", "REPLICATE", "CIRCULAR"]))
+        mode = (
+            "ZEROS"
+            if transposed and rng.random() < 0.5
+            else str(rng.choice(["ZEROS", "REFLECT", "REPLICATE", "CIRCULAR"]))
+        )
         padding = rng.choice(["'SAME'", "'VALID'", repr(explicit), "1"], p=[0.5, 0.1, 0.3, 0.1])
         kernel_shape = [out, ins, *taps]
         kind = "ConvTranspose" if transposed else "Conv"
@@ -322,5 +324,13 @@ def generate(seed):
             out = jax.eval_shape(case.fn, params, struct)
             if 0 < np.prod(out.shape) <= 400:
                 return case
-        except (ValueError, TypeError, IndexError, ZeroDivisionError, AssertionError, NotImplementedError, RuntimeError):
+        except (
+            ValueError,
+            TypeError,
+            IndexError,
+            ZeroDivisionError,
+            AssertionError,
+            NotImplementedError,
+            RuntimeError,
+        ):
             continue

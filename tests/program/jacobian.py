@@ -227,7 +227,7 @@ def _apply(eqn, ins):
 
 def _by_index(eqn, ins):
     """A gather or scatter whose indices are known: which element each is, asked of jax once."""
-    name, (x, indices, *updates) = eqn.primitive.name, ins
+    name, indices = eqn.primitive.name, ins[1]
     shape = eqn.invars[0].aval.shape
     size = math.prod(shape)
     own = np.arange(1.0, size + 1).reshape(shape)

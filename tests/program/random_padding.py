@@ -297,7 +297,7 @@ def _framework(rng, framework, spatial, shape, lines):
             f"layer = eqx.filter_eval_shape(lambda: eqx.nn.{kind}({spatial}, {ins}, {out}, {taps}, stride={strides}, "
             f"padding={padding}, dilation={dilation}, use_bias=False, padding_mode='{mode}', key=jax.random.key(0)))",
             "layer = eqx.tree_at(lambda m: m.weight, layer, p['k'])",
-            f"x = layer(jnp.moveaxis(x[0], -1, 0))",
+            "x = layer(jnp.moveaxis(x[0], -1, 0))",
         ]
         if rng.random() < 0.3:
             lines[-1] = "x = jax.vmap(layer)(jnp.moveaxis(x, -1, 1))"

@@ -330,7 +330,7 @@ def loops(b):
         f"x = lax.scan(lambda c, v: (v[0], c - v[0]), x[0], (x, jnp.arange({m})){reverse})[1]",
         f"x = lax.fori_loop(0, {length}, lambda i, x: x @ {b.normal(n, n, scale=0.6)}, x)",
         f"x = lax.fori_loop(0, 3, lambda i, x: x * {b.normal(3)}[i], x)",
-        f"x = lax.associative_scan(jnp.add, x, axis=1)",
+        "x = lax.associative_scan(jnp.add, x, axis=1)",
     ]
     if len(b.shape) == 4:
         stack = b.normal(length, 3, 3, n, n, scale=0.3)
@@ -401,7 +401,7 @@ def reductions(b):
             f"x = lax.cummin(x, {axis}, reverse={reverse})",
             f"x = jnp.diff(x, axis={axis})",
             f"x = jnp.median(x, {axis})",
-            f"x = jnp.trace(x.reshape(x.shape[0], -1)[:, :4].reshape(-1, 2, 2), axis1=1, axis2=2)",
+            "x = jnp.trace(x.reshape(x.shape[0], -1)[:, :4].reshape(-1, 2, 2), axis1=1, axis2=2)",
             f"x = jnp.broadcast_to(jnp.sum(x), {b.shape})",
             f"x = jnp.convolve(x.ravel(), {b.normal(3)})",
         ]
@@ -438,7 +438,7 @@ def movement(b):
             f"x = jnp.tile(x, {along(rank, axis, 2, 1)})",
             f"x = jnp.repeat(x, 2, {axis})",
             f"x = jnp.repeat(x, np.array({b.rng.integers(0, 3, n).tolist()}), {axis}, total_repeat_length={n})",
-            f"x = jnp.broadcast_to(x[None], (3, *x.shape))",
+            "x = jnp.broadcast_to(x[None], (3, *x.shape))",
             f"x = jnp.roll(x, 1, {axis})",
             f"x = jnp.flip(x, {axis})",
             f"x = jnp.take(x, np.array({b.rng.integers(0, n, 4).tolist()}), {axis})",
@@ -457,7 +457,7 @@ def movement(b):
             f"x = x.at[{at(rank, axis, '0')}].max(x[{at(rank, axis, '-1')}])",
             f"x = lax.dynamic_slice_in_dim(x, {half}, {n - half or 1}, axis={axis})",
             f"x = lax.dynamic_update_slice_in_dim(x, 3 * x[{at(rank, axis, ':1')}], {n - 1}, {axis})",
-            f"x = jnp.pad(x, 1)",
+            "x = jnp.pad(x, 1)",
             f"x = lax.pad(x, jnp.zeros((), x.dtype), {[(1, 0, 1)] * rank})",
             f"x = lax.pad(jnp.sum(x[{at(rank, axis, ':1')}], keepdims=True), x.ravel()[0], {[(1, 1, 0)] * rank})",
             f"x = jnp.pad(x, 1, mode='{b.pick(['wrap', 'edge', 'reflect', 'symmetric', 'mean', 'maximum', 'linear_ramp'])}')",
@@ -467,14 +467,14 @@ def movement(b):
             f"x = jnp.split(x, [{half}], {axis})[0]",
             f"x = sum(jnp.split(x, {n}, {axis}))",
             f"x = jnp.take_along_axis(x, jnp.asarray(np.argsort(np.random.default_rng(0).standard_normal({b.shape}), {axis})), {axis})",
-            f"x = jnp.diagonal(x.reshape(x.shape[0], -1)[:, :4].reshape(-1, 2, 2), axis1=1, axis2=2)",
-            f"x = jnp.triu(x.reshape(x.shape[0], -1)[:, :4].reshape(-1, 2, 2))",
-            f"x = jnp.vstack([x, x[:1]])",
+            "x = jnp.diagonal(x.reshape(x.shape[0], -1)[:, :4].reshape(-1, 2, 2), axis1=1, axis2=2)",
+            "x = jnp.triu(x.reshape(x.shape[0], -1)[:, :4].reshape(-1, 2, 2))",
+            "x = jnp.vstack([x, x[:1]])",
             f"x = lax.rev(x, ({axis},))",
             f"x = jnp.moveaxis(x, {axis}, 0)",
-            f"x = jnp.atleast_3d(x)",
+            "x = jnp.atleast_3d(x)",
             f"x = x.swapaxes({axis}, -1)",
-            f"x = jnp.kron(jnp.eye(2, dtype=x.dtype), x.reshape(x.shape[0], -1)[:, :6])",
+            "x = jnp.kron(jnp.eye(2, dtype=x.dtype), x.reshape(x.shape[0], -1)[:, :6])",
         ]
     )
 
@@ -511,7 +511,7 @@ def containers(b):
             "x = jax.lax.stop_gradient(x) * 1.5",
             "x = jax.lax.optimization_barrier(x)",
             f"x = lax.cond({b.normal(1)}[0] > 0, lambda v: 2 * v, lambda v: -3 * v, x)",
-            f"x = lax.switch(2, [lambda v: v, lambda v: 2 * v, lambda v: 3 * v], x)",
+            "x = lax.switch(2, [lambda v: v, lambda v: 2 * v, lambda v: 3 * v], x)",
             "x = jnp.vectorize(lambda v: jnp.tanh(v) * 2)(x)",
             "x = jax.jvp(lambda v: 2 * v, (x,), (x,))[1]",
             "x = jax.grad(lambda v: jnp.sum(jnp.log(jnp.cosh(v))))(x)",

@@ -1,7 +1,6 @@
 """Random networks, and dangerous ones written by hand: no difference quotient in float64 exceeds the bound."""
 
 import collections
-import math
 
 import jax
 import jax.numpy as jnp

@@ -57,7 +57,8 @@ class Program:
     def quotient(self, x, y):
         """By how much two images' results differ, over how much the images do: at most the Lipschitz constant."""
         distance = np.linalg.norm(x - y)
-        change = np.linalg.norm(self(x) - self(y))
+        with np.errstate(invalid="ignore"):  # a constant infinity, less itself
+            change = np.linalg.norm(self(x) - self(y))
         return change / distance if distance and not math.isnan(change) else 0.0
 
     def steepest(self, points, rng, steps=(1e-3, 0.3)):

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import pallas as pl
 
-NAMES = {"jax": jax, "jnp": jnp, "lax": lax, "nn": nn, "eqx": eqx, "hk": hk, "np": np}
+NAMES = {"pl": pl, "jax": jax, "jnp": jnp, "lax": lax, "nn": nn, "eqx": eqx, "hk": hk, "np": np}
 BEFORE = ["", "x = x * 3.0", "x = jnp.maximum(x, 0)", "x = x + jnp.roll(x, 1, 1)"]
 
 

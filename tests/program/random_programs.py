@@ -312,6 +312,59 @@ def dense(b):
     )
 
 
+@operation(1)
+def transposed_maps(b):
+    """The transposes of linear maps, as they stand in a gradient."""
+    rank, c = len(b.shape) - 2, b.shape[-1]
+    axis = b.pick(range(len(b.shape)))
+    n = b.shape[axis]
+    out = lambda *shape: f"jax.ShapeDtypeStruct({shape}, x.dtype)"
+    apply = lambda map, struct: f"x = jax.linear_transpose({map}, {struct})(x)[0]"
+    index = b.rng.integers(0, n + 1, n).tolist()
+    choices = [
+        apply(f"lambda v: jnp.cumsum(v, {axis})", out(*b.shape)),
+        apply(f"lambda v: jnp.take(v, np.array({index}), {axis})", out(*(s + (a == axis) for a, s in enumerate(b.shape)))),
+        apply(f"lambda v: v @ {b.normal(3, c)}", out(*b.shape[:-1], 3)),
+        apply(f"lambda v: v[{at(len(b.shape), axis, ':-1')}]", out(*(s + (a == axis) for a, s in enumerate(b.shape)))),
+        apply(f"lambda v: jnp.broadcast_to(v, {b.shape})", out(*(1 if a == axis else s for a, s in enumerate(b.shape)))),
+        apply(f"lambda v: jnp.concatenate([v, v], {axis})[{at(len(b.shape), axis, f':{n}')}]", out(*b.shape)),
+        apply(f"lambda v: jnp.sum(v, {axis})", out(*b.shape[:axis], 2, *b.shape[axis:])),
+    ]
+    if rank in (1, 2):
+        letters = "HW"[-rank:]
+        numbers = f"dimension_numbers=('N{letters}C', '{letters}IO', 'N{letters}C')"
+        same = f"[1] * {rank}, 'SAME', {numbers}"
+        half = f"[2] * {rank}, 'SAME', {numbers}"
+        doubled = (b.shape[0], *(2 * s for s in b.shape[1:-1]), 2)
+        groups = f", feature_group_count={c}"
+        choices += 2 * [
+            apply(f"lambda v: lax.conv_general_dilated(v, {b.normal(*[3] * rank, 2, c)}, {same})", out(*b.shape[:-1], 2)),
+            apply(f"lambda v: lax.conv_general_dilated(v, {b.normal(*[3] * rank, 2, c)}, {half})", out(*doubled)),
+            apply(f"lambda v: lax.conv_general_dilated(v, {b.normal(*[3] * rank, 1, c)}, {same}{groups})", out(*b.shape)),
+            apply(f"lambda k: lax.conv_general_dilated({b.normal(*b.shape)}, k, {same})", out(*[3] * rank, c, c)),
+            apply(f"lambda k: lax.conv_general_dilated({b.normal(*b.shape)}, k, {same}{groups})", out(*[3] * rank, 1, c)),
+        ]
+    return b.pick(choices)
+
+
+@operation(1)
+def products(b):
+    """Products with parameters, spelled with more axes than a matrix has."""
+    letters = "abcd"[: len(b.shape)]
+    if len(letters) != len(b.shape):
+        return None
+    left = "".join(c for c in letters if b.rng.random() < 0.6) + ("z" if b.rng.random() < 0.4 else "")
+    out = list({*letters[:1], *(c for c in letters + left if b.rng.random() < 0.6)})
+    b.rng.shuffle(out)
+    sizes = dict(zip(letters, b.shape)) | {"z": 2}
+    if not left:
+        return None
+    array = b.normal(*(sizes[c] for c in left))
+    order = f"{letters},{left}" if b.rng.random() < 0.5 else f"{left},{letters}"
+    args = f"x, {array}" if order.startswith(letters + ",") else f"{array}, x"
+    return f"x = jnp.einsum('{order}->{''.join(out)}', {args})"
+
+
 @operation(2)
 def loops(b):
     n = b.shape[-1]
@@ -599,7 +652,7 @@ def generate(seed):
     names = list(OPERATIONS)
     weights = np.array([OPERATIONS[name][1] for name in names], float)
     # Bounds of long programs are loose, and forgive mistakes: every third is short.
-    wanted, done = int(rng.integers(1, 3) if rng.random() < 0.35 else rng.integers(2, 9)), 0
+    wanted, done = int(rng.choice([1, 2, 2]) if rng.random() < 0.35 else rng.integers(2, 9)), 0
     for _ in range(200):
         if done >= wanted:
             break

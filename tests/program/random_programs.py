@@ -323,10 +323,14 @@ def transposed_maps(b):
     index = b.rng.integers(0, n + 1, n).tolist()
     choices = [
         apply(f"lambda v: jnp.cumsum(v, {axis})", out(*b.shape)),
-        apply(f"lambda v: jnp.take(v, np.array({index}), {axis})", out(*(s + (a == axis) for a, s in enumerate(b.shape)))),
+        apply(
+            f"lambda v: jnp.take(v, np.array({index}), {axis})", out(*(s + (a == axis) for a, s in enumerate(b.shape)))
+        ),
         apply(f"lambda v: v @ {b.normal(3, c)}", out(*b.shape[:-1], 3)),
         apply(f"lambda v: v[{at(len(b.shape), axis, ':-1')}]", out(*(s + (a == axis) for a, s in enumerate(b.shape)))),
-        apply(f"lambda v: jnp.broadcast_to(v, {b.shape})", out(*(1 if a == axis else s for a, s in enumerate(b.shape)))),
+        apply(
+            f"lambda v: jnp.broadcast_to(v, {b.shape})", out(*(1 if a == axis else s for a, s in enumerate(b.shape)))
+        ),
         apply(f"lambda v: jnp.concatenate([v, v], {axis})[{at(len(b.shape), axis, f':{n}')}]", out(*b.shape)),
         apply(f"lambda v: jnp.sum(v, {axis})", out(*b.shape[:axis], 2, *b.shape[axis:])),
     ]
@@ -338,11 +342,17 @@ def transposed_maps(b):
         doubled = (b.shape[0], *(2 * s for s in b.shape[1:-1]), 2)
         groups = f", feature_group_count={c}"
         choices += 2 * [
-            apply(f"lambda v: lax.conv_general_dilated(v, {b.normal(*[3] * rank, 2, c)}, {same})", out(*b.shape[:-1], 2)),
+            apply(
+                f"lambda v: lax.conv_general_dilated(v, {b.normal(*[3] * rank, 2, c)}, {same})", out(*b.shape[:-1], 2)
+            ),
             apply(f"lambda v: lax.conv_general_dilated(v, {b.normal(*[3] * rank, 2, c)}, {half})", out(*doubled)),
-            apply(f"lambda v: lax.conv_general_dilated(v, {b.normal(*[3] * rank, 1, c)}, {same}{groups})", out(*b.shape)),
+            apply(
+                f"lambda v: lax.conv_general_dilated(v, {b.normal(*[3] * rank, 1, c)}, {same}{groups})", out(*b.shape)
+            ),
             apply(f"lambda k: lax.conv_general_dilated({b.normal(*b.shape)}, k, {same})", out(*[3] * rank, c, c)),
-            apply(f"lambda k: lax.conv_general_dilated({b.normal(*b.shape)}, k, {same}{groups})", out(*[3] * rank, 1, c)),
+            apply(
+                f"lambda k: lax.conv_general_dilated({b.normal(*b.shape)}, k, {same}{groups})", out(*[3] * rank, 1, c)
+            ),
         ]
     return b.pick(choices)
 

@@ -23,10 +23,29 @@ class Case:
     params: dict
     shape: tuple[int, ...]
     before: str = ""  # what changes numbers before they move
+    stacked: str = ""  # how the kernel's parameter holds several
 
     @functools.cached_property
     def fn(self):
-        return function(f"{self.before}\n{self.text}")
+        text = f"{self.before}\n{self.text}"
+        if self.stacked == "index":
+            text = text.replace("p['k']", "p['k'][1]")
+        elif self.stacked == "traced index":
+            text = text.replace("p['k']", "lax.dynamic_index_in_dim(p['k'], 1, 0, False)")
+        elif self.stacked == "ensemble":
+            body = text.strip().replace("p['k']", "k").replace("\n", "\n    ")
+            text = f"def one(k, x):\n    {body}\n    return x\nx = jax.vmap(one, in_axes=(0, None))(p['k'], x)"
+        elif self.stacked == "scan":
+            body = text.strip().replace("p['k']", "k").replace("\n", "\n    ")
+            text = f"def one(x, k):\n    v = x\n    {body}\n    return v, x\nx = lax.scan(one, x, p['k'])[1]"
+        return function(text)
+
+    @property
+    def all_params(self):
+        """As ``fn`` takes them: the kernel is the second of three, if they are stacked."""
+        if not self.stacked:
+            return self.params
+        return {"k": np.stack([0 * self.params["k"], self.params["k"], 2 * self.params["k"]])}
 
     @functools.cached_property
     def layer(self):
@@ -185,6 +204,37 @@ def anything(rng, rank, axis, n):
     return every[rng.choice(list(every))]()
 
 
+def moved_kernel(rng, layout, shape):
+    """The kernel, moved about itself before it is used."""
+    axes = [n for n, c in enumerate(layout) if c not in "IO"]
+    axis, some = int(rng.choice(axes)), tuple(n for n in range(len(layout)) if rng.random() < 0.5)
+    order = rng.permutation(shape[axis]).tolist()
+    out = layout.index("O")
+    zeros = ", ".join("(1, 1)" if n == axis else "(0, 0)" for n in range(len(layout)))
+    return str(
+        rng.choice(
+            [
+                f"jnp.flip(p['k'], {axis})",
+                f"jnp.flip(p['k'], {axis})",
+                f"jnp.flip(p['k'], {tuple(axes)})",
+                f"jnp.flip(p['k'], {some})",
+                f"jnp.roll(p['k'], 1, {axis})",
+                f"jnp.take(p['k'], np.array({order}), {axis})",
+                f"jnp.flip(p['k'], {out})",
+                f"jnp.pad(p['k'], ({zeros}))",
+                f"p['k'].swapaxes({axes[0]}, {axes[-1]})",
+                f"jnp.repeat(p['k'], 2, {axis})",
+                "(2 * p['k'])",
+                f"(p['k'] + jnp.flip(p['k'], {axis}))",
+                f"p['k'].at[{at(len(layout), axis, '0')}].set(0.0)",
+                f"lax.rev(p['k'].transpose({[*range(len(layout))][::-1]}), ({len(layout) - 1 - axis},))"
+                f".transpose({[*range(len(layout))][::-1]})",
+                f"p['k'].reshape(-1)[::-1].reshape({list(shape)})",
+            ]
+        )
+    )
+
+
 def _one(rng):
     """Text, parameters and shape of one candidate; a shape may turn out impossible."""
     spatial = int(rng.choice([1, 2], p=[0.55, 0.45]))
@@ -231,7 +281,9 @@ def _one(rng):
     order = [f"N{letters}C".index(c) for c in x_layout]
     if order != sorted(order):
         lines.append(f"x = x.transpose({order})")
-    weights = str(rng.choice(["p['k']", "p['k']", "jnp.flip(p['k'], {0})"])).format(k_layout.index(letters[0]))
+    weights = "p['k']"
+    if rng.random() < 0.4:
+        weights = moved_kernel(rng, k_layout, params["k"].shape)
     options = {"padding": padding, "lhs_dilation": spread, "rhs_dilation": dilation, "feature_group_count": groups}
     if all(pad == (0, 0) for pad in padding) and rng.random() < 0.5:
         options["padding"] = "VALID"
@@ -320,9 +372,16 @@ def generate(seed):
     while True:
         try:
             lines, params, shape = _one(rng)
-            case = Case(seed, "\n".join(lines), params, tuple(shape), str(rng.choice(BEFORE, p=[0.7, 0.1, 0.1, 0.1])))
+            before = str(rng.choice(BEFORE, p=[0.7, 0.1, 0.1, 0.1]))
+            stacked = str(
+                rng.choice(["", "index", "traced index", "ensemble", "scan"], p=[0.84, 0.04, 0.04, 0.04, 0.04])
+            )
+            if "layer =" in "".join(lines):
+                stacked = ""  # Equinox's modules and Haiku's functions are not made inside vmap
+            case = Case(seed, "\n".join(lines), params, tuple(shape), before, stacked)
             struct = jax.ShapeDtypeStruct(case.shape, jnp.float32)
-            out = jax.eval_shape(case.fn, params, struct)
+            jax.eval_shape(case.fn, case.all_params, struct)
+            out = jax.eval_shape(case.layer, params, struct)
             if 0 < np.prod(out.shape) <= 400:
                 return case
         except (

@@ -1,6 +1,7 @@
 """Convolutions that random programs pad for: what is described has the right norm, whatever moved the pixels."""
 
 import collections
+import dataclasses
 
 import jax
 import numpy as np
@@ -30,13 +31,16 @@ def check(case, lipschitz=True):
     params = jax.tree.map(np.asarray, case.params)
     conv = None
     try:
-        conv = oj.find_convs(case.fn, params, x, on_unknown="skip")["k"]
+        conv = oj.find_convs(case.fn, case.all_params, x, on_unknown="skip")["k"]
     except ValueError as error:
         reason = str(error)
     else:
         reason = getattr(conv, "reason", "")
     described = isinstance(conv, oj.Conv)
     if described:
+        if conv.stacked != bool(case.stacked):
+            wrong.append(f"{conv}: a parameter of {int(bool(case.stacked))} leading axes of kernels")
+        conv = dataclasses.replace(conv, stacked=0)
         kernel = case.params["k"]
         norm = conv_norm(kernel, conv) if exact else None
         # Where the description's own norm, by another oracle, is not the truth, its bounds decide.

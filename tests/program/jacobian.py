@@ -16,20 +16,21 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 
 class Program:
-    """``fn(params, x)`` as a function of ``x`` alone, in float64."""
+    """``fn(params, x)`` as a function of ``x`` alone, in float64.
 
-    def __init__(self, fn, params, x):
-        wide = lambda leaf: (
-            np.asarray(leaf, np.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else np.asarray(leaf)
-        )
+    It is traced in float64 too, or, with ``as_it_is``, in its own dtypes: constants are then those of narrow floats.
+    """
+
+    def __init__(self, fn, params, x, as_it_is=False):
         self.shape = tuple(x.shape)
         self.size = math.prod(self.shape)
-        with jax.enable_x64(True):
-            params = jax.tree.map(wide, params)
-            leaves = jax.tree.leaves(params)
-            flat = lambda params, x: jax.tree.leaves(fn(params, x))
-            jaxpr = jax.make_jaxpr(flat)(params, jax.ShapeDtypeStruct(self.shape, jnp.float64))
-            self.run = _Flat(jaxpr, [*leaves, _UNKNOWN])
+        flat = lambda params, x: jax.tree.leaves(fn(params, x))
+        with jax.enable_x64(not as_it_is):
+            wide = jax.tree.map(_wide, params)
+            traced = params if as_it_is else wide
+            dtype = x.dtype if as_it_is else jnp.float64
+            jaxpr = jax.make_jaxpr(flat)(traced, jax.ShapeDtypeStruct(self.shape, dtype))
+        self.run = _Flat(jaxpr, [*jax.tree.leaves(wide), _UNKNOWN])
 
     def __call__(self, x):
         """All outputs that are numbers, one after another."""
@@ -65,13 +66,14 @@ class Program:
         """The largest quotient found: between random images, and along the Jacobian's top singular vector.
 
         A Jacobian taken by differences may straddle a kink, so it only gives directions: every value returned is the
-        quotient of two images.
+        quotient of two images. Minus infinity says that the program was finite at none.
         """
-        best = 0.0
+        best, finite = 0.0, False
         points = [np.asarray(point, np.float64).reshape(-1) for point in points]
         for point in points:
             if not np.isfinite(self(point)).all():
                 continue  # a constant infinity, or an overflow: no quotient says anything
+            finite = True
             jacobian = self.jacobian(point)
             if not np.isfinite(jacobian).all():
                 return math.inf
@@ -90,7 +92,14 @@ class Program:
                     best = max(best, *quotients)
         for one, other in zip(points, points[1:]):
             best = max(best, self.quotient(one, other))
-        return float(best)
+        return float(best) if finite else -math.inf
+
+
+def _wide(value):
+    if not isinstance(value, np.ndarray) and jnp.issubdtype(getattr(value, "dtype", float), jax.dtypes.extended):
+        return value  # random keys
+    value = np.asarray(value)
+    return value.astype(np.float64) if jnp.issubdtype(value.dtype, jnp.floating) else value
 
 
 _UNKNOWN = object()
@@ -110,8 +119,8 @@ class _Flat:
     def _inline(self, jaxpr, inputs):
         consts = getattr(jaxpr, "consts", ())
         jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-        env = dict(zip(jaxpr.constvars, map(np.asarray, consts))) | dict(zip(jaxpr.invars, inputs))
-        read = lambda v: np.asarray(v.val) if isinstance(v, Literal) else env[v]
+        env = dict(zip(jaxpr.constvars, map(_wide, consts))) | dict(zip(jaxpr.invars, inputs))
+        read = lambda v: _wide(v.val) if isinstance(v, Literal) else env[v]
         for eqn in jaxpr.eqns:
             ins = [read(v) for v in eqn.invars]
             name = eqn.primitive.name
@@ -249,8 +258,9 @@ def _by_index(eqn, ins):
 
 def _by_jax(eqn, ins):
     with jax.enable_x64(True):
+        dtype = lambda v: jnp.float64 if jnp.issubdtype(v.aval.dtype, jnp.floating) else v.aval.dtype
         cast = [
-            value if isinstance(value, jax.Array) else jnp.asarray(np.asarray(value), v.aval.dtype)
+            value if isinstance(value, jax.Array) else jnp.asarray(np.asarray(value), dtype(v))
             for value, v in zip(ins, eqn.invars)
         ]
         outs = eqn.primitive.bind(*cast, **eqn.params)
@@ -350,6 +360,17 @@ def _windows(x, fill, params):
             x[tuple(slice(t * d, t * d + s * (o - 1) + 1, s) for t, d, s, o in zip(tap, dilation, strides, outs))]
         )
     return np.stack(found)
+
+
+def _reduce_window(ins, params):
+    """With a reducer of its own, applied to all windows at once."""
+    half = len(ins) // 2
+    windows = [_windows(x, init, params) for x, init in zip(ins[:half], ins[half:])]
+    found = [np.full(window.shape[1:], init) for window, init in zip(windows, ins[half:])]
+    run = _flat(params["jaxpr"])
+    for tap in range(len(windows[0])):
+        found = run([*found, *(window[tap] for window in windows)])
+    return found
 
 
 def _dot(ins, params):
@@ -492,6 +513,7 @@ _RULES = {
     "reduce_window_max": lambda ins, params: _windows(ins[0], -np.inf, params).max(0),
     "reduce_window_min": lambda ins, params: _windows(ins[0], np.inf, params).min(0),
     "reduce_window_sum": lambda ins, params: _windows(ins[0], 0.0, params).sum(0),
+    "reduce_window": _reduce_window,
     "dot_general": _dot,
     "conv_general_dilated": _conv,
     "while": _while,

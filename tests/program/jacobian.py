@@ -132,7 +132,7 @@ class _Flat:
             else:
                 outs = [_Slot(self.size + n) for n in range(len(eqn.outvars))]
                 self.size += len(outs)
-                known = name in ("gather", "scatter") and not isinstance(ins[1], _Slot)
+                known = (name == "gather" or name.startswith("scatter")) and not isinstance(ins[1], _Slot)
                 rule = (_by_index(eqn, ins) if known else None) or functools.partial(_apply, eqn)
                 self.steps.append((rule, ins, outs))
             env.update(zip(eqn.outvars, outs))
@@ -229,6 +229,8 @@ def _apply(eqn, ins):
             return [_REDUCTIONS[name](ins[0], axis=tuple(params["axes"]))]
         if name == "scan":
             return _scan(eqn, ins)
+        if name in _SCATTERS:
+            return _by_index(eqn, ins)(ins)
         if rule := _RULES.get(name):
             outs = rule(ins, params)
             return outs if isinstance(outs, list) else [outs]
@@ -253,7 +255,30 @@ def _by_index(eqn, ins):
         source = _by_jax(eqn, [own, indices, new])[0].astype(int)
         source = np.where(source > 0, source - 1, size - 1 - source)
         return lambda values: [np.concatenate([np.ravel(values[0]), np.ravel(values[2])])[source]]
-    return None
+    if not (into := _SCATTERS.get(name)):
+        return None
+    inner = eqn.invars[2].aval.shape
+    with jax.enable_x64(True):
+        one = lambda update: jax.lax.scatter_add(
+            jnp.zeros(shape),
+            jnp.asarray(indices),
+            update.reshape(inner),
+            eqn.params["dimension_numbers"],
+            mode=eqn.params["mode"],
+        )
+        reached = np.asarray(jax.vmap(one)(jnp.eye(math.prod(inner)))).reshape(-1, size)
+    there, inside = reached.argmax(1), reached.any(1)
+
+    def rule(values):
+        out = np.array(values[0], np.float64).reshape(-1)
+        into.at(out, there[inside], np.ravel(values[2])[inside])
+        return [out.reshape(shape)]
+
+    return rule
+
+
+_SCATTERS = {"scatter-add": np.add, "scatter-mul": np.multiply, "scatter-max": np.maximum, "scatter-min": np.minimum}
+_SCATTERS |= {name.replace("-", "_"): rule for name, rule in _SCATTERS.items()}
 
 
 def _by_jax(eqn, ins):

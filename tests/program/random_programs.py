@@ -662,7 +662,7 @@ def generate(seed):
     names = list(OPERATIONS)
     weights = np.array([OPERATIONS[name][1] for name in names], float)
     # Bounds of long programs are loose, and forgive mistakes: every third is short.
-    wanted, done = int(rng.choice([1, 2, 2]) if rng.random() < 0.35 else rng.integers(2, 9)), 0
+    wanted, done = int(2 if rng.random() < 0.35 else rng.integers(2, 9)), 0
     for _ in range(200):
         if done >= wanted:
             break

@@ -17,7 +17,7 @@ from random_padding import function
 
 import opnorm_jax as oj
 
-PROGRAMS = 5000 if THOROUGH else 180
+PROGRAMS = 5000 if THOROUGH else 150
 BATCH = 30
 ROUNDING = 1e-4  # of bounds computed in float32
 

@@ -12,8 +12,8 @@ from jacobian import Program, conv_norm, forget
 
 import opnorm_jax as oj
 
-CASES = 5000 if THOROUGH else 240
-BATCH = 60
+CASES = 5000 if THOROUGH else 200
+BATCH = 50
 
 
 def check(case, lipschitz=True):
@@ -44,7 +44,7 @@ def check(case, lipschitz=True):
         kernel = case.params["k"]
         norm = conv_norm(kernel, conv) if exact else None
         # Where the description's own norm, by another oracle, is not the truth, its bounds decide.
-        if norm is None or abs(norm - truth) > 1e-9 * max(truth, 1e-30) or case.seed % 8 == 0:
+        if norm is None or abs(norm - truth) > 1e-9 * max(truth, 1e-30) or case.seed % 20 == 0:
             bounds = oj.operator_norm_bounds(kernel, conv)
             lower, upper = float(bounds.lower), float(bounds.upper)
             if upper < truth * (1 - 1e-9):
@@ -70,7 +70,7 @@ def test_described_convolutions_have_the_right_norm(start):
     found, failures = collections.Counter(), []
     for seed in range(start, min(start + BATCH, CASES)):
         case = random_padding.generate(seed)
-        wrong, described, _, _ = check(case, lipschitz=seed % 4 == 0 or THOROUGH)
+        wrong, described, _, _ = check(case, lipschitz=seed % 10 == 0 or THOROUGH)
         found[described] += 1
         count_case("random padding programs", "described" if described else "refused")
         failures += [f"seed {seed}, x {case.shape}:\n{case.before}\n{case.text}\n{what}" for what in wrong]

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import random_programs
 from conftest import THOROUGH, count_case
-from jacobian import Program, forget
+from jacobian import Program, conv_norm, forget
 from random_padding import function
 
 import opnorm_jax as oj
+from opnorm_jax._program import lipschitz
 
 PROGRAMS = 5000 if THOROUGH else 150
 BATCH = 30
@@ -46,8 +47,18 @@ def holds(bound, truth):
     return truth == -math.inf or bound >= truth * (1 - ROUNDING)
 
 
+def exact(kernel, conv):
+    """A layer's norm by the oracle, as the library gives its upper bounds."""
+    norm = conv_norm(kernel, conv)
+    assert norm is not None
+    return jnp.float32(norm * (1 + 1e-6))
+
+
 @pytest.mark.parametrize("start", range(0, PROGRAMS, BATCH))
-def test_no_random_program_is_steeper_than_its_bound(start):
+def test_no_random_program_is_steeper_than_its_bound(start, monkeypatch):
+    """In most batches the norms of layers are exact, so that no mistake hides behind the slack of their bounds."""
+    if start // BATCH % 5:
+        monkeypatch.setattr(lipschitz, "_upper", exact)
     found, failures = collections.Counter(), []
     for seed in range(start, min(start + BATCH, PROGRAMS)):
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
@@ -84,8 +95,9 @@ REACHED = {
     "reduce_window with a reducer": ("x = lax.reduce_window(x, jnp.zeros((), x.dtype), lambda a, b: a + b + b, (3,), (1,), 'VALID')", (6,), 3.0),
     "bfloat16 sums": ("y = x.astype(jnp.bfloat16)\nfor _ in range(100): y = y + 0.0039 * y\nx = y.astype(x.dtype)", (3,), 1.4757),
     "float16 underflow": ("x = (x.astype(jnp.float16) * 1e-4 * 1e-4 * 1e4 * 1e4).astype(x.dtype)", (3,), 1.0),
-    "float16 kernel underflow": (f"conv = {CONV}\nx = conv(x.astype(jnp.float16), p['half'] * 1e-9).astype(x.dtype) * 1e9", (1, 3, 3, 1), 1.0),
+    "float16 kernel underflow": (f"conv = {CONV}\nx = conv(x, p['half'].astype(x.dtype)) * 1e-9 * 1e9", (1, 3, 3, 1), 1.0),
     "float16 weights that overflow when summed": ("x = (x.astype(jnp.float16) @ jnp.full((8, 8), 6e4, jnp.float16)).astype(x.dtype)", (8,), 4.79e5),
+    "a float16 literal that is infinite": ("x = (x.astype(jnp.float16) * 1e9).astype(x.dtype)", (3,), math.inf),
     "float32 underflow": ("x = x * 1e-25 * 1e-25 * 1e25 * 1e25", (3,), 1.0),
     "float32 underflow of weights": ("k = jnp.full((3, 3), 1e-30, x.dtype)\nx = (x @ k) @ k\nx = x * 1e30 * 1e30", (3,), 8.99),
     "float32 overflow": ("x = x * 1e25 * 1e25", (3,), 1e50),
@@ -321,6 +333,12 @@ def test_networks_of_narrow_floats_are_bounded_in_wide_ones():
             case = random_programs.generate(seed)
         if any(name in case.text for name in ("linalg", "fft")):
             continue  # jax has none of them in bfloat16
+        try:
+            narrow = lambda shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+            with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+                jax.eval_shape(case.fn, {key: narrow(p.shape) for key, p in case.params.items()}, narrow(case.shape))
+        except TypeError:
+            continue  # written for float32
         bound, truth, _ = check(case, jnp.bfloat16)
         bounded += bound is not None
         if bound is not None and not holds(bound, truth):

@@ -198,7 +198,7 @@ def anything(rng, rank, axis, n):
             "x = x.reshape(x.shape[0], -1, 1, x.shape[3])" if rank == 4 else "x = x.reshape(x.shape[0], -1, x.shape[2])"
         ),
         "channels": lambda: "x = x[..., ::-1]",
-        "cast": lambda: "x = x.astype(jnp.float32 if x.dtype == jnp.float32 else jnp.float64)",
+        "cast": lambda: "x = x.astype(jnp.float32).astype(x.dtype)",
         "identity": lambda: f"x = jnp.swapaxes(jnp.swapaxes(x, 0, {axis}), 0, {axis})",
     }
     return every[rng.choice(list(every))]()

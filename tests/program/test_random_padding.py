@@ -65,7 +65,7 @@ def check(case, lipschitz=True):
     return wrong, described, bounded, reason
 
 
-@pytest.mark.parametrize("start", range(0, CASES, BATCH))
+@pytest.mark.parametrize("start", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(BATCH, CASES, BATCH))])
 def test_described_convolutions_have_the_right_norm(start):
     found, failures = collections.Counter(), []
     for seed in range(start, min(start + BATCH, CASES)):

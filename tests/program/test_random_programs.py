@@ -54,7 +54,9 @@ def exact(kernel, conv):
     return jnp.float32(norm * (1 + 1e-6))
 
 
-@pytest.mark.parametrize("start", range(0, PROGRAMS, BATCH))
+@pytest.mark.parametrize(
+    "start", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(BATCH, PROGRAMS, BATCH))]
+)
 def test_no_random_program_is_steeper_than_its_bound(start, monkeypatch):
     """In most batches the norms of layers are exact, so that no mistake hides behind the slack of their bounds."""
     if start // BATCH % 5:
@@ -97,7 +99,7 @@ REACHED = {
     "float16 underflow": ("x = (x.astype(jnp.float16) * 1e-4 * 1e-4 * 1e4 * 1e4).astype(x.dtype)", (3,), 1.0),
     "float16 kernel underflow": (f"conv = {CONV}\nx = conv(x, p['half'].astype(x.dtype)) * 1e-9 * 1e9", (1, 3, 3, 1), 1.0),
     "float16 weights that overflow when summed": ("x = (x.astype(jnp.float16) @ jnp.full((8, 8), 6e4, jnp.float16)).astype(x.dtype)", (8,), 4.79e5),
-    "a float16 literal that is infinite": ("x = (x.astype(jnp.float16) * 1e9).astype(x.dtype)", (3,), math.inf),
+    "a float16 literal that is infinite": ("x = (x.astype(jnp.float16) * jnp.asarray(jnp.inf, jnp.float16)).astype(x.dtype)", (3,), math.inf),
     "float32 underflow": ("x = x * 1e-25 * 1e-25 * 1e25 * 1e25", (3,), 1.0),
     "float32 underflow of weights": ("k = jnp.full((3, 3), 1e-30, x.dtype)\nx = (x @ k) @ k\nx = x * 1e30 * 1e30", (3,), 8.99),
     "float32 overflow": ("x = x * 1e25 * 1e25", (3,), 1e50),
@@ -154,7 +156,7 @@ REACHED = {
     "padded with its maximum": ("x = jnp.pad(x, (4, 4), mode='maximum')", (3,), 2.99),
     "padded with a ramp": ("x = jnp.pad(x, (9, 9), mode='linear_ramp')", (3,), 1.87),
     "resized": ("x = jax.image.resize(x, (16,), 'nearest')", (4,), 2.0),
-    "resized between": ("x = jax.image.resize(x, (64,), 'linear')", (4,), 3.9),
+    "resized between": ("x = jax.image.resize(x, (16,), 'linear')", (4,), 1.9),
     "dynamic update": ("x = lax.dynamic_update_slice(x, 3 * x[:2], (1,))", (4,), 3.16),
     "added where it lies": ("x = x.at[jnp.array([0, 0, 0])].add(x[1:])", (4,), 2.0),
     "einsum with a constant": ("x = jnp.einsum('i,jk->ijk', x, jnp.ones((3, 3), x.dtype))", (4,), 3.0),
@@ -325,10 +327,11 @@ def test_parameters_out_of_their_domain_are_never_bounded_falsely(domain):
     assert not value < 100
 
 
-def test_networks_of_narrow_floats_are_bounded_in_wide_ones():
+def test_networks_of_narrow_floats_are_bounded_in_wide_ones(monkeypatch):
     """The bound is that of the function in exact arithmetic, whatever it computes in."""
+    monkeypatch.setattr(lipschitz, "_upper", exact)
     failures, bounded = [], 0
-    for seed in range(600, 600 + (500 if THOROUGH else 24)):
+    for seed in range(600, 600 + (500 if THOROUGH else 16)):
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             case = random_programs.generate(seed)
         if any(name in case.text for name in ("linalg", "fft")):
@@ -344,13 +347,13 @@ def test_networks_of_narrow_floats_are_bounded_in_wide_ones():
         if bound is not None and not holds(bound, truth):
             failures.append(f"seed {seed}, x {case.shape}:\n{case.text}\nbound {bound} below {truth}")
     assert not failures, "\n\n".join(failures)
-    assert bounded > 8
+    assert bounded > 5
 
 
 def test_parameters_may_be_traced():
     """Under jit, bounds hold as they do outside."""
     checked = 0
-    for seed in range(400, 420):
+    for seed in range(400, 800):
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             case = random_programs.generate(seed)
             x = jax.ShapeDtypeStruct(case.shape, jnp.float32)
@@ -364,13 +367,15 @@ def test_parameters_may_be_traced():
         rng = np.random.default_rng(0)
         assert holds(bound, program.steepest(points(rng, program.size), rng)), case.text
         checked += 1
-    assert checked > 3
+        if checked == (40 if THOROUGH else 4):
+            return
+    assert THOROUGH, checked
 
 
 def test_the_oracle_is_the_program():
     """The interpreter and jax agree on programs without narrow floats."""
     checked = 0
-    for seed in range(500, 560, 5):
+    for seed in range(500, 540, 5):
         with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             case = random_programs.generate(seed)
             if "float16" in case.text or "reduce_precision" in case.text:
@@ -381,7 +386,7 @@ def test_the_oracle_is_the_program():
             program = Program(case.fn, case.params, jax.ShapeDtypeStruct(case.shape, jnp.float32))
         np.testing.assert_allclose(program(x), expected, rtol=1e-8, atol=1e-8, err_msg=case.text)
         checked += 1
-    assert checked > 6
+    assert checked > 4
 
 
 SHARDED = """

@@ -55,6 +55,13 @@ class Execution:
         if self.chunk_bytes < 1:
             raise ValueError(f"expected chunk_bytes to be positive, got {self.chunk_bytes}.")
 
+    @property
+    def automatic_mesh(self) -> jax.sharding.Mesh:
+        """The mesh, with automatic axes: those that computations see (see ``_kernel/compiled.py``)."""
+        assert self.mesh is not None
+        automatic = (jax.sharding.AxisType.Auto,) * len(self.mesh.axis_names)
+        return jax.sharding.Mesh(self.mesh.devices, self.mesh.axis_names, axis_types=automatic)
+
 
 def check_execution(execution: Execution) -> None:
     """Raises a ``TypeError`` if ``execution`` is not an :class:`Execution`."""

@@ -170,6 +170,7 @@ def scan_frequencies(
         names = execution.mesh.axis_names
         together = lambda carry, items: (lambda sums, outs: (lax.psum(sums, names), outs))(*share(carry, items))
         specs = jax.P(), jax.P(names)
-        run = jax.shard_map(together, mesh=execution.mesh, in_specs=specs, out_specs=specs, check_vma=False)
+        mesh = execution.automatic_mesh
+        run = jax.shard_map(together, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False)
         carry, outs = run(carry, (frequencies, weights, xs))
     return carry, jax.tree.map(lambda a: a[:nf], outs) if pad else outs

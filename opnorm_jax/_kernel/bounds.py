@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,6 +14,7 @@ from opnorm_jax._conv import SPATIAL_LETTERS, Conv, as_conv, canonical_shape, la
 from opnorm_jax._execution import Execution, check_execution
 from opnorm_jax._geometry import Geometry, plans_for_every_size, resolve
 from opnorm_jax._kernel import lobpcg
+from opnorm_jax._kernel.compiled import compiled
 from opnorm_jax._kernel.norm import circular_extremes, circular_norm
 from opnorm_jax._kernel.prepare import prepare
 from opnorm_jax._rounding import rounding, through_gram
@@ -69,7 +69,7 @@ def operator_norm_bounds(
     return _operator_norm_bounds(jnp.asarray(kernel), geometry, execution)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
+@compiled(1)
 def _operator_norm_bounds(kernel, geometry: Geometry, execution):
     kernel, scale = prepare(kernel, geometry)
     return _certify(kernel, circular_norm(kernel, geometry.plan, execution), scale, geometry)[0]
@@ -93,7 +93,7 @@ class NormStatistics(NamedTuple):
     resolution: jax.Array  # absolute error of the smallest
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
+@compiled(1)
 def norm_statistics(kernel: Float[Array, ...], geometry: Geometry, execution: Execution) -> NormStatistics:
     """Computes bounds, norm and the extreme values of the circulant embedding in one pass over its frequencies."""
     kernel, scale = prepare(kernel, geometry)
@@ -173,7 +173,7 @@ def operator_norm_upper_bound(
     return _operator_norm_upper_bound(jnp.asarray(kernel), geometry, float(slack), execution)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+@compiled(1)
 def _operator_norm_upper_bound(kernel, geometry: Geometry, slack, execution):
     kernel, scale = prepare(kernel, geometry)
     margin = 1 + rounding(kernel.shape, kernel.dtype)

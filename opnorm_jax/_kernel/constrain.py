@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ from opnorm_jax._conv import (
 from opnorm_jax._execution import Execution, check_execution
 from opnorm_jax._geometry import Geometry, resolve
 from opnorm_jax._kernel.clip import clip, fit
+from opnorm_jax._kernel.compiled import compiled, place
 from opnorm_jax._kernel.inside import norm_unless_inside
 from opnorm_jax._kernel.nearest import ProjectionInfo, dual_shape, nearest
 from opnorm_jax._kernel.norm import circular_norm
@@ -261,10 +261,12 @@ def constrained(
             f"expected dual of shape {expected}, got {dual.shape}: pass info.dual of a call for the same kernel shape "
             "and Conv, or None."
         )
-    return _constrained(jnp.asarray(kernel), jnp.asarray(max_norm), dual, constraint, geometry, options)
+    kernel = jnp.asarray(kernel)
+    out = _constrained(kernel, jnp.asarray(max_norm), dual, constraint, geometry, options)
+    return out._replace(kernel=place(out.kernel, kernel))
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+@compiled(3)
 def _constrained(kernel, max_norm, dual, constraint, geometry: Geometry, options: Options):
     small, scale = prepare(kernel, geometry)
     plan, execution = geometry.plan, options.execution

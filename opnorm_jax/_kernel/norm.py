@@ -16,6 +16,7 @@ from opnorm_jax._conv import Conv, as_conv, canonical_shape
 from opnorm_jax._execution import Execution, check_execution
 from opnorm_jax._geometry import Geometry, Plan, half_grid, resolve
 from opnorm_jax._kernel import lobpcg
+from opnorm_jax._kernel.compiled import compiled
 from opnorm_jax._kernel.prepare import prepare
 
 
@@ -69,8 +70,7 @@ def operator_norm(
     return _operator_norm(jnp.asarray(kernel), geometry, execution)
 
 
-# This and the others like it are compiled whole; see spectrum.py.
-@functools.partial(jax.jit, static_argnums=(1, 2))
+@compiled(1)
 def _operator_norm(kernel, geometry: Geometry, execution):
     kernel, scale = prepare(kernel, geometry)
     return scale * (

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -14,6 +12,7 @@ from opnorm_jax._blocks.symbol import block_taps, scan_frequencies
 from opnorm_jax._conv import Conv, as_conv, canonical_shape
 from opnorm_jax._execution import Execution, check_decomposes
 from opnorm_jax._geometry import Geometry, positions, resolve
+from opnorm_jax._kernel.compiled import compiled
 from opnorm_jax._kernel.prepare import prepare
 
 
@@ -71,8 +70,7 @@ def singular_values(
     return _singular_values(jnp.asarray(kernel), geometry, execution)
 
 
-# Compiled whole: called eagerly, its operations would be compiled one by one, which takes three times as long.
-@functools.partial(jax.jit, static_argnums=(1, 2))
+@compiled(1)
 def _singular_values(kernel, geometry: Geometry, execution):
     kernel, scale = prepare(kernel, geometry)
     plan = geometry.plan

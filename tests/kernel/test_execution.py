@@ -98,6 +98,78 @@ def test_eight_devices():
     assert "equal" in run(EIGHT_DEVICES)
 
 
+MESHES = """
+    import jax, jax.numpy as jnp, numpy as np
+    jax.config.update("jax_num_cpu_devices", 2)
+    import opnorm_jax as oj
+    k = jnp.asarray(np.random.default_rng(0).standard_normal((3, 3, 4, 2)), jnp.float32)
+    same, whole = oj.Conv((6, 5), padding="SAME"), (6, 5)
+    functions = {
+        "singular_values": lambda k, e: oj.singular_values(k, whole, execution=e),
+        "norm": lambda k, e: oj.operator_norm(k, same, execution=e),
+        "bounds": lambda k, e: oj.operator_norm_bounds(k, same, execution=e),
+        "upper bound": lambda k, e: oj.operator_norm_upper_bound(k, slack=0.1, execution=e),
+        "clip": lambda k, e: oj.clip_operator_norm(k, same, 1.0, execution=e),
+        "project": lambda k, e: oj.project_operator_norm(k, same, 1.0, execution=e),
+        "rescale": lambda k, e: oj.rescale_operator_norm(k, same, 1.0, execution=e),
+        "gradient": lambda k, e: jax.grad(lambda k: oj.operator_norm(k, whole, execution=e))(k),
+        "gradient of SAME": lambda k, e: jax.grad(lambda k: oj.operator_norm(k, same, execution=e))(k),
+        "vmap": lambda k, e: jax.vmap(lambda k: oj.clip_operator_norm(k, whole, 1.0, execution=e))(jnp.stack([k, -k])),
+    }
+    # A projection stops at a gap of 1e-3; the vector of a SAME layer's norm has half of the digits of its value.
+    tolerances = {"project": 2e-4, "gradient of SAME": 1e-3}
+    cases = 0
+    for kind in ("Explicit", "Auto"):
+        mesh = jax.make_mesh((2,), ("d",), axis_types=(getattr(jax.sharding.AxisType, kind),))
+        for factorization in ("auto", "products"):
+            with_mesh = oj.Execution(mesh=mesh, factorization=factorization)
+            for name, function in functions.items():
+                if factorization == "products" and name not in ("bounds", "clip", "gradient"):
+                    continue
+                want = jax.tree.leaves(jax.device_get(function(k, oj.Execution())))
+                split_on = {"bounds": 3, "upper bound": 3}.get(name, 2)  # over outputs, or over inputs
+                sharding = jax.NamedSharding(mesh, jax.P(*(None,) * split_on, "d"))
+                split = jax.device_put(k, sharding)
+                whole_by = {"whole": (k, with_mesh), "split": (split, with_mesh), "split, no mesh": (split, oj.Execution())}
+                for how, (kernel, execution) in whole_by.items():
+                    if kind == "Auto" and how != "split":
+                        continue
+                    if how == "whole" and name not in ("norm", "clip", "gradient"):
+                        continue
+                    compiled = jax.jit(function, static_argnums=1)
+                    for call in (function, compiled) if name in ("singular_values", "clip") else (compiled,):
+                        found = call(kernel, execution)
+                        for one, two in zip(want, jax.tree.leaves(found), strict=True):
+                            np.testing.assert_allclose(one, two, atol=tolerances.get(name, 1e-5), err_msg=f"{kind} {name} {how}")
+                        if kind == "Explicit" and name in ("clip", "project", "rescale", "gradient") and how != "whole":
+                            assert jax.typeof(found).sharding == jax.typeof(kernel).sharding, (name, jax.typeof(found))
+                        cases += 1
+    with jax.set_mesh(jax.make_mesh((2,), ("d",))):  # without it, jax's own gradient of a scalar fails outside jit
+        gradient = functions["gradient"](jax.sharding.reshard(k, jax.P(None, None, "d")), oj.Execution())
+        np.testing.assert_allclose(gradient, functions["gradient"](np.asarray(k), oj.Execution()), atol=1e-5)
+    print("equal", cases)
+"""
+
+
+def test_meshes_of_either_axis_type_and_kernels_divided_along_any_axis():
+    assert int(run(MESHES).split()[-1]) > 50
+
+
+def test_an_empty_stack():
+    """Of no kernels, no results: under vmap, for every function."""
+    functions = (
+        lambda k: oj.singular_values(k, (6, 6)),
+        lambda k: oj.operator_norm(k, (6, 6)),
+        lambda k: oj.operator_norm_bounds(k, oj.Conv((6, 6))),
+        lambda k: oj.clip_operator_norm(k, (6, 6), 1.0),
+        lambda k: oj.rescale_operator_norm(k, (16, 16), 1.0),
+        jax.grad(lambda k: oj.operator_norm(k, (6, 6))),
+    )
+    for function in functions:
+        for leaf in jax.tree.leaves(jax.jit(jax.vmap(function))(jnp.zeros((0, *K.shape)))):
+            assert leaf.shape[0] == 0
+
+
 TWO_PROCESSES = """
     import sys, jax, jax.numpy as jnp, numpy as np
     jax.config.update("jax_cpu_collectives_implementation", "gloo")

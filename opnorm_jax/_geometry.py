@@ -73,6 +73,22 @@ class Couplings(NamedTuple):
     place: np.ndarray  # (offsets, input phases, output phases, taps), 1 where a tap enters
 
 
+class Live(NamedTuple):
+    """What is left of one axis of a layer without the taps, outputs and pixels that never meet.
+
+    A tap whose pixels are padding for every output does not change the layer, only its circulant embedding. So the
+    taps at the ends are cropped, together with the padding that they need, before the embedding is chosen.
+    """
+
+    start: int  # the first tap that is kept
+    stop: int  # one past the last tap that is kept
+    meets: tuple[
+        bool, ...
+    ]  # whether each of those meets a pixel: with strides or input dilation some in between do not
+    pads: tuple[int, int]  # the padding of what is left; a negative one crops pixels that no tap meets
+    outputs: int  # the number of outputs that meet a pixel, and those between them
+
+
 class HalfGrid(NamedTuple):
     """Half of a frequency grid: one frequency of each pair (omega, -omega)."""
 
@@ -89,6 +105,7 @@ class Geometry:
     kernel_shape: tuple[int, ...]  # spatial axes first: (*taps, i, o)
     pads: tuple[tuple[int, int], ...]  # the (low, high) pairs in effect; for circular padding those of the wrap-around
     output_shape: tuple[int, ...]
+    live: tuple[Live, ...]  # for each axis, what is left of the layer without what meets no pixel
     plan: Plan  # the circulant embedding, with each different block once
     own_plan: Plan | None  # that of the layer itself, on its own grid, where it is circular and strides divide the grid
     attained: bool  # whether the norm of the circulant embedding is the norm of the layer
@@ -97,6 +114,11 @@ class Geometry:
     def taps(self) -> tuple[int, ...]:
         """The number of taps along each axis."""
         return self.kernel_shape[:-2]
+
+    @property
+    def live_shape(self) -> tuple[int, ...]:
+        """The kernel's shape without the taps at its ends that meet no pixel."""
+        return (*(axis.stop - axis.start for axis in self.live), *self.kernel_shape[-2:])
 
     @property
     def circular(self) -> bool:
@@ -125,6 +147,11 @@ def resolve(conv: Conv, kernel_shape: tuple[int, ...]) -> Geometry:
             f"expected a convolution with at least one output pixel, got output shape {outputs} from "
             f"input_shape={conv.input_shape}, taps {taps} and padding {conv.padding!r}. Check input_shape and padding."
         )
+    sizes = zip(conv.input_shape, conv.strides, conv.input_dilation, conv.kernel_dilation, strict=True)
+    if circular:
+        live = tuple(Live(0, k, (True,) * k, pad, m) for k, pad, m in zip(taps, pads, outputs))
+    else:
+        live = tuple(_live(*size, k, low, m) for size, k, (low, _), m in zip(sizes, taps, pads, outputs))
     own_plan = _circular_plan(conv, taps, conv.strides) if circular else None
     if own_plan is not None:
         embedding = own_plan
@@ -133,13 +160,31 @@ def resolve(conv: Conv, kernel_shape: tuple[int, ...]) -> Geometry:
         embedding = _circular_plan(conv, taps, (1,) * len(taps))
         assert embedding is not None  # a stride of 1 divides everything
     else:
-        embedding = _embedding(conv, taps, pads, outputs)
+        embedding = _embedding(conv, live)
     plan = deduplicate(embedding)
-    # Without padding, where each output has a patch of the image to itself (1x1 kernels; patches no larger than the
-    # stride), the embedding has one block, and it is the layer's own.
-    patches = not any(map(any, pads)) and max([1, *plan.grid, *conv.input_dilation]) == 1
+    # Where no padding is met and each output has a patch of the image to itself (1x1 kernels; patches no larger than
+    # the stride), the embedding has one block, and it is the layer's own.
+    patches = max(pad for axis in live for pad in (0, *axis.pads)) <= 0 if live else True
+    patches = patches and max([1, *plan.grid, *conv.input_dilation]) == 1
     attained = own_plan is not None if circular else patches
-    return Geometry(conv, tuple(kernel_shape), pads, outputs, plan, own_plan, attained)
+    return Geometry(conv, tuple(kernel_shape), pads, outputs, live, plan, own_plan, attained)
+
+
+def _live(n: int, stride: int, input_dilation: int, dilation: int, k: int, low: int, outputs: int) -> Live:
+    last = (n - 1) * input_dilation
+    starts = stride * np.arange(outputs) - low
+    taps, seen = np.zeros(k, bool), np.zeros(outputs, bool)
+    for j in range(k):
+        places = starts + dilation * j
+        meets = (places >= 0) & (places <= last) & (places % input_dilation == 0)
+        taps[j], seen = meets.any(), seen | meets
+    if not taps.any():  # a layer that sees nothing but padding is that of one tap, which is zero
+        return Live(0, 1, (False,), (0, -last), 1)
+    (first_tap, last_tap), (first, end) = (np.flatnonzero(mask)[[0, -1]].tolist() for mask in (taps, seen))
+    low = low - dilation * first_tap - stride * first
+    high = stride * (end - first) + dilation * (last_tap - first_tap) - low - last
+    meets = tuple(taps[first_tap : last_tap + 1].tolist())
+    return Live(first_tap, last_tap + 1, meets, (low, high), end - first + 1)
 
 
 def _explicit_padding(conv: Conv, taps: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
@@ -175,20 +220,21 @@ def _circular_plan(conv: Conv, taps: tuple[int, ...], strides: tuple[int, ...]) 
     return Plan(tuple(axes), conv.feature_group_count)
 
 
-def _embedding(conv: Conv, taps: tuple[int, ...], pads: tuple[tuple[int, int], ...], outputs: tuple[int, ...]) -> Plan:
+def _embedding(conv: Conv, live: tuple[Live, ...]) -> Plan:
     """Returns the circulant embedding of a zero-padded layer on the smallest circle that is large enough.
 
     No output may reach an input pixel by wrapping around, and the outputs must be distinct pixels of the circle, which
     must hold a whole number of strides (and of input dilations).
     """
     axes = []
-    for n, k, s, e, d, (low, high), m in zip(
-        conv.input_shape, taps, conv.strides, conv.input_dilation, conv.kernel_dilation, pads, outputs, strict=True
+    for n, s, e, d, axis in zip(
+        conv.input_shape, conv.strides, conv.input_dilation, conv.kernel_dilation, live, strict=True
     ):
+        low, high = axis.pads
         held = (n - 1) * e + 1 + min(low, 0) + min(high, 0)  # negative padding crops
-        circle = max(held + max(low, high, 0), s * (m - 1) + 1)
+        circle = max(held + max(low, high, 0), s * (axis.outputs - 1) + 1)
         run = math.lcm(s, e)
-        axes.append(Axis(-(-circle // run) * run, k, s, e, d, low))
+        axes.append(Axis(-(-circle // run) * run, axis.stop - axis.start, s, e, d, low))
     return Plan(tuple(axes), conv.feature_group_count)
 
 

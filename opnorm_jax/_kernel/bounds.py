@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from opnorm_jax._conv import SPATIAL_LETTERS, Conv, as_conv, canonical_shape, layout
+from opnorm_jax._conv import SPATIAL_LETTERS, Conv, as_conv, canonical_kernel, canonical_shape, layout
 from opnorm_jax._execution import Execution, check_execution
 from opnorm_jax._geometry import Geometry, plans_for_every_size, resolve
 from opnorm_jax._kernel import lobpcg
 from opnorm_jax._kernel.compiled import compiled
 from opnorm_jax._kernel.norm import circular_extremes, circular_norm
-from opnorm_jax._kernel.prepare import prepare
+from opnorm_jax._kernel.prepare import normalise, prepare
 from opnorm_jax._rounding import rounding, through_gram
 
 
@@ -175,7 +175,7 @@ def operator_norm_upper_bound(
 
 @compiled(1)
 def _operator_norm_upper_bound(kernel, geometry: Geometry, slack, execution):
-    kernel, scale = prepare(kernel, geometry)
+    kernel, scale = normalise(canonical_kernel(kernel, geometry.conv))  # at some size every tap meets a pixel
     margin = 1 + rounding(kernel.shape, kernel.dtype)
     plans = plans_for_every_size(geometry.conv, geometry.taps, slack)
     norms = [circular_norm(kernel, plan, execution) * (factor * margin) for plan, factor in plans]

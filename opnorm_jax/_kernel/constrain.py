@@ -14,7 +14,6 @@ from opnorm_jax._conv import (
     as_conv,
     canonical_shape,
     check_max_norm,
-    compute_dtype,
 )
 from opnorm_jax._execution import Execution, check_execution
 from opnorm_jax._geometry import Geometry, resolve
@@ -237,12 +236,6 @@ def _checked_options(tolerance: float, max_iterations: int, norm_wanted: bool, e
     return Options(float(tolerance), max_iterations, norm_wanted, execution)
 
 
-def initial_dual(kernel, conv: Conv) -> jax.Array:
-    """Returns zeros in the shape of a projection's dual variable, for a kernel or its ``ShapeDtypeStruct``."""
-    shape = canonical_shape(kernel, conv)
-    return jnp.zeros(dual_shape(shape, resolve(conv, shape).plan), compute_dtype(kernel.dtype))
-
-
 def constrained(
     constraint: str,
     kernel: Float[Array, ...],
@@ -256,7 +249,7 @@ def constrained(
     check_execution(options.execution)
     check_max_norm(max_norm)
     geometry = resolve(conv, canonical_shape(kernel, conv))
-    if dual is not None and dual.shape != (expected := dual_shape(geometry.kernel_shape, geometry.plan)):
+    if dual is not None and dual.shape != (expected := dual_shape(geometry.live_shape, geometry.plan)):
         raise ValueError(
             f"expected dual of shape {expected}, got {dual.shape}: pass info.dual of a call for the same kernel shape "
             "and Conv, or None."
@@ -291,7 +284,7 @@ def _constrained(kernel, max_norm, dual, constraint, geometry: Geometry, options
     # NaN compares false, so that a NaN kernel takes the changed branch and comes out NaN throughout.
     changed = ~(norm <= bound * (1 + inside_tolerance(small.dtype)))
     finite = jnp.isfinite(norm)
-    result = restore(scale * jnp.where(finite, moved, jnp.nan), geometry, kernel.dtype)
+    result = restore(scale * jnp.where(finite, moved, jnp.nan), kernel, geometry)
     result = jnp.where(changed, result, kernel)
     if info is not None:
         scaled = lambda value: scale * jnp.where(changed, value, 0)

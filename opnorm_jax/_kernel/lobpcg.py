@@ -22,8 +22,8 @@ _once = forbid_derivative("operator norms have no third derivative here. Take at
 
 
 def apply(kernel: Float[Array, "*taps i o"], x: Float[Array, "*n i"], geometry: Geometry) -> Float[Array, "*m o"]:
-    """Applies the layer itself, without batch or bias."""
-    conv, pads = geometry.conv, geometry.pads
+    """Applies the layer itself, without batch, bias, and the outputs that meet no pixel."""
+    conv, pads = geometry.conv, tuple(axis.pads for axis in geometry.live)
     rank, dilation = len(conv.input_shape), conv.input_dilation
     if geometry.circular:
         for a, (n, e, (low, high)) in enumerate(zip(conv.input_shape, conv.input_dilation, pads, strict=True)):

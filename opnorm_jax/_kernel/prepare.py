@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -14,16 +13,42 @@ from opnorm_jax._geometry import Geometry
 
 
 def prepare(kernel: Float[Array, ...], geometry: Geometry) -> tuple[Float[Array, "*taps i o"], Float[Array, ""]]:
-    """Returns the kernel spatial axes first, in the computing dtype and scaled; and the scale it was divided by.
+    """Returns the kernel's live part, spatial axes first, in the computing dtype and scaled; and the scale.
+
+    Taps that never meet a pixel are cropped, or set to zero in between. A NaN or an infinity in one of them makes NaN
+    of all, because 0 times it is NaN in the layer too.
 
     The scale is a power of two near the largest entry: the division is exact, and squares neither overflow nor vanish.
     """
-    return normalise(canonical_kernel(kernel, geometry.conv))
+    kernel = canonical_kernel(kernel, geometry.conv)
+    mask, window = _live(geometry)
+    if not mask.all():
+        finite = jnp.isfinite(kernel).all()
+        kernel = jnp.where(finite, jnp.where(mask[window], kernel[window], 0), jnp.nan)
+    return normalise(kernel)
 
 
-def restore(prepared: Float[Array, "*taps i o"], geometry: Geometry, dtype: Any) -> Float[Array, ...]:
-    """Returns a kernel in the layout and the dtype that the user passed. The scale must have been multiplied again."""
-    return restore_kernel(prepared, geometry.conv, dtype)
+def restore(prepared: Float[Array, "*taps i o"], kernel: Float[Array, ...], geometry: Geometry) -> Float[Array, ...]:
+    """Returns a kernel in the layout and the dtype of ``kernel``, from which it takes the taps that meet no pixel.
+
+    The scale must have been multiplied again.
+    """
+    mask, window = _live(geometry)
+    if not mask.all():
+        whole = canonical_kernel(kernel, geometry.conv)
+        dead = jnp.where(jnp.isfinite(prepared).all(), whole, jnp.nan)
+        prepared = jnp.where(mask, whole.at[window].set(prepared), dead)
+    return restore_kernel(prepared, geometry.conv, kernel.dtype)
+
+
+def _live(geometry: Geometry) -> tuple[np.ndarray, tuple[slice, ...]]:
+    """Returns which taps meet a pixel, shape (*taps, 1, 1), and the window outside of which none does."""
+    mask = np.ones((1, 1), bool)
+    for axis, k in reversed(list(zip(geometry.live, geometry.taps, strict=True))):
+        own = np.zeros(k, bool)
+        own[axis.start : axis.stop] = axis.meets
+        mask = own.reshape(-1, *(1,) * mask.ndim) & mask
+    return mask, tuple(slice(axis.start, axis.stop) for axis in geometry.live)
 
 
 def normalise(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:

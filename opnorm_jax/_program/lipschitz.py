@@ -228,7 +228,10 @@ class _Run:
         if not all(is_signal(value) and value.shape == signal.shape for value in signal.ins):
             return None
         both = [value.elements for value in signal.ins]
-        key = frozenset((elements.sources, elements.numbers().tobytes()) for elements in both)
+        numbers = [elements.numbers() for elements in both]
+        if min(int(each.min()) for each in numbers) < 0:
+            return None  # constants among them could differ from pair to pair
+        key = frozenset((elements.sources, each.shape, each.tobytes()) for elements, each in zip(both, numbers))
         if key not in self.pairs:
             self.pairs[key] = Signal((2, *signal.shape), bound=bound_of(stack(both, signal.shape)))
         return row(self.pairs[key].elements, int(signal.eqn.primitive.name == "max"))

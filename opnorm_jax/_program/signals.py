@@ -12,7 +12,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from opnorm_jax._conv import Conv
+from opnorm_jax._conv import Conv, canonical_shape
 from opnorm_jax._kernel.bounds import operator_norm_bounds
 from opnorm_jax._program import slopes
 from opnorm_jax._program.convolution import kernel_letters, read_convolution
@@ -33,14 +33,16 @@ class Layer(NamedTuple):
     before: Signal  # its input
     scale: Number  # what all of it is multiplied by
     axis: int  # of the output's channels
-    factors: int = 0  # how many have joined the kernel
+    roundings: int = 0  # of the kernel's entries
 
     def bound(self) -> Number:
         norm = _upper(self.kernel, self.conv)
         if not isinstance(norm, jax.core.Tracer):
             norm = float(norm)
-        # Each factor was rounded to the kernel's dtype once: at most by this much of the norm of the rounding errors.
-        slack = 1 + self.factors * float(jnp.finfo(self.kernel.dtype).eps) * math.sqrt(self.kernel.size)
+        # Each rounding changes every entry by half an eps at most, hence the norm by at most so much of itself: each tap
+        # is no larger than the whole, and its Frobenius norm is at most the root of its rank times that.
+        *taps, i, o = canonical_shape(self.kernel, self.conv)
+        slack = 1 + self.roundings * float(jnp.finfo(self.kernel.dtype).eps) * math.prod(taps) * math.sqrt(min(i, o))
         return times(self.before.bound, norm, slack, self.scale)
 
 
@@ -267,9 +269,9 @@ def _scaled(layer: Layer, factor: Any, name: str, rank: int) -> Layer | None:
     if any(length > 1 and n != layer.axis for n, length in enumerate(shape)):
         return None
     if factor.size == 1:
-        return layer._replace(scale=times(layer.scale, largest(factor)), factors=layer.factors + (name == "div"))
+        return layer._replace(scale=times(layer.scale, largest(factor)), roundings=layer.roundings + 1)
     top = jnp.max(jnp.abs(factor))
     channels = [-1 if letter == "O" else 1 for letter in layer.conv.kernel_layout]
     relative = (factor / jnp.where(top > 0, top, 1)).reshape(channels)
     scale = times(layer.scale, largest(factor))
-    return layer._replace(kernel=layer.kernel * relative, scale=scale, factors=layer.factors + 3)
+    return layer._replace(kernel=layer.kernel * relative, scale=scale, roundings=layer.roundings + 5)

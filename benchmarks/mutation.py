@@ -1,15 +1,20 @@
-"""Mutation testing of the certificates and projections: a seeded sample of cosmic-ray's mutants. See docs/mutation.md.
+"""Mutation testing of the modules that certify: a seeded sample of cosmic-ray's mutants, and the page on the result.
 
     pip install cosmic-ray && python benchmarks/mutation.py [COUNT [SEED [SESSION]]]
 
-One mutant of each place and kind. Each is written into its module, the quickest tests that should fail are run, and the
-module is put back. SESSION, a file, keeps the results: started again, it goes on.
+One mutant of each place and kind. Each is written into its module, the quick tests that should fail are run, and the
+module is put back. SESSION, a file, keeps the results: started again, the command goes on where it was stopped. At the
+end docs/mutation.md is written anew from the results, with the verdicts on survivors that mutation_verdicts.json holds.
 """
 
 import ast
 import collections
+import json
+import platform
 import random
+import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 from cosmic_ray import plugins
@@ -18,26 +23,36 @@ from cosmic_ray.mutating import mutate_and_test
 from cosmic_ray.operators.operator import Operator
 from cosmic_ray.work_db import use_db
 
+ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 150  # seconds a mutant
-TESTS = {  # files: tests
-    "certificate": "certificate products project bounds: certificate_for or certificate_on or nothing_is or "
-    "independent or rescale and (loop or takes_no or constraints or derivatives and 1) or every_chunk",
-    "clip": "project products certificate: papers or nan-clip or test_vmap_is_a_loop[clip] or [float16-SAME-clip or "
-    "rescale-float32 or clip and derivatives and not 1 or test_products and test_derivatives or "
-    "takes_no_factorisation[clip] or exact_inside or has_its_derivative",
-    "nearest": "project: closely or run_out or kernel_larger or saves or true_certificate or every_other or "
-    "nan-project or [float16-SAME-project or taps_fold",
-    "project": "errors project certificate: test_errors.py or [float16-SAME-project or [float16-SAME-rescale or "
-    "saves or extreme or not_finite_gives or takes_no or exact_inside or every_other or geometry[1]",
-    "bounds": "errors bounds report: test_errors.py or padding_float64 or does_not_divide or independent or "
-    "own_size or against_dense[0] or against_dense[1] or bounds_hold and 1 or for_strides or next_larger",
-    "products": "products: not test_every_geometry",
+TESTS = {  # module: files of tests; an expression for -k after a colon
+    "_geometry": "kernel/test_geometry kernel/test_bounds",
+    "_rounding": "kernel/test_bounds kernel/test_inside kernel/test_project: certif or bound or inside or tolerance",
+    "_blocks/symbol": "kernel/test_spectrum: dense or paper or circular or geometry",
+    "_blocks/factor": "blocks/test_factor",
+    "_blocks/largest": "blocks/test_largest",
+    "_blocks/products": "blocks/test_products: not test_every_geometry",
+    "_blocks/clip": "kernel/test_project blocks/test_products: papers or clip",
+    "_kernel/bounds": "kernel/test_bounds tree/test_report",
+    "_kernel/norm": "kernel/test_bounds kernel/test_second_derivatives kernel/test_spectrum",
+    "_kernel/inside": "kernel/test_inside",
+    "_kernel/clip": "kernel/test_project kernel/test_inside: papers or clip",
+    "_kernel/nearest": "kernel/test_project: not extreme",
+    "_kernel/constrain": "kernel/test_project kernel/test_errors kernel/test_inside",
+    "_kernel/prepare": "kernel/test_precision kernel/test_bounds",
+    "_tree/landing": "tree/test_landing",
+    "_tree/transform": "tree/test_landing tree/test_tree_errors tree/test_transform",
+    "_program/movement": "program/test_movement program/test_find_convs",
+    "_program/convolution": "program/test_find_convs",
+    "_program/rules": "program/test_lipschitz program/test_reported_programs",
+    "_program/slopes": "program/test_slopes program/test_lipschitz",
 }
 OPERATORS = """Add_Sub Sub_Add Mul_Div Div_Mul Pow_Mul FloorDiv_Div BitAnd_BitOr BitOr_BitAnd USub_UAdd Delete_USub
 Lt_LtE Lt_Gt LtE_Lt LtE_GtE Gt_GtE Gt_Lt GtE_Gt GtE_LtE Eq_NotEq NotEq_Eq Is_IsNot IsNot_Is Delete_Invert
 AndWithOr OrWithAnd TrueWithFalse FalseWithTrue NumberReplacer AddNot SwapName""".split()
 SWAPS = "minimum maximum min max all any argmax argmin ceil floor gcd lcm cos sin real imag".split()
 SWAPS = dict(zip(SWAPS[::2], SWAPS[1::2])) | dict(zip(SWAPS[1::2], SWAPS[::2])) | {"conj": "copy", "sqrt": "abs"}
+VERDICTS = Path(__file__).with_name("mutation_verdicts.json")
 
 
 class SwapName(Operator):
@@ -54,7 +69,7 @@ class SwapName(Operator):
 
 
 def left_out(source):
-    """Where functions' headers, classes' bodies, errors' messages, stars and signs of constants begin and end."""
+    """Yields where functions' headers, classes' bodies, errors' messages and signs of constants begin and end."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef):
             yield (min([node.lineno, *(item.lineno for item in node.decorator_list)]), 0), (node.body[0].lineno, 0)
@@ -65,36 +80,102 @@ def left_out(source):
 
 
 def sample(items, count, rng):
+    """Draws mutants: one of each place and kind, then ``count`` of those (all, if there are fewer)."""
     places = collections.defaultdict(list)
     out = {path: list(left_out(path.read_text())) for path in {item.mutations[0].module_path for item in items}}
     for spec, item in sorted(((item.mutations[0], item) for item in items), key=lambda pair: str(pair[0])):
         inside = any(low <= spec.start_pos < high for low, high in out[spec.module_path])
         if spec.operator_name.endswith(tuple(OPERATORS)) and not inside:
             places[str(spec.module_path), spec.start_pos, "Number" in spec.operator_name].append(item)
-    return rng.sample([rng.choice(places[place]) for place in sorted(places)], count)
+    singles = [rng.choice(places[place]) for place in sorted(places)]
+    return rng.sample(singles, min(count, len(singles))), len(singles)
+
+
+def command(tests):
+    """Returns the command that runs a module's tests."""
+    files, _, expression = tests.partition(": ")
+    files = " ".join(f"tests/{file}.py" for file in files.split())
+    chosen = f" -k '{expression}'" if expression else ""
+    return f"{sys.executable} -m pytest -n 0 -p no:cacheprovider -x -q -m 'not slow' {files}{chosen}"
+
+
+def change(diff):
+    """Returns the changed line of a mutant's diff, before and after."""
+    lines = [line for line in diff.splitlines() if line[:1] in "+-" and line[:3] not in ("+++", "---")]
+    return " => ".join(line[1:].strip() for line in lines[:2])
+
+
+def page(results, places, seed):
+    """Returns docs/mutation.md: the counts of each module, and every survivor with its verdict."""
+    verdicts = json.loads(VERDICTS.read_text()) if VERDICTS.exists() else {}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    versions = ", ".join(f"{name} {version(name)}" for name in ("cosmic-ray", "jax", "numpy", "pytest"))
+    lines = [
+        "# Mutation testing",
+        "",
+        "What the tests notice when the code that certifies is wrong. This page is written by one command, which runs",
+        "the quick tests of a module against small changes of it and lists every change that no test noticed:",
+        "",
+        "```bash",
+        'pip install -e ".[test]" cosmic-ray',
+        f"python benchmarks/mutation.py {len(results)} {seed}",
+        "```",
+        "",
+        f"Commit {commit.strip()}, {versions}, Python {platform.python_version()}.",
+        f"{len(results)} mutants were drawn with seed {seed} from {places}: operators, comparisons, numbers by 1, negated conditions, booleans, and names",
+        "exchanged (`maximum` for `minimum`, `any` for `all`, no `conj`), one of each place and kind. Headers, class",
+        f"bodies and errors are left out. A mutant whose tests take more than {LIMIT} s counts as noticed.",
+        "",
+        "| module | mutants | killed | timed out | survived | of these equivalent or safe |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    survivors, total = [], collections.Counter()
+    for module in TESTS:
+        own = [(place, diff, outcome) for place, diff, outcome in results if place[0] == module]
+        alive = [(place, change(diff)) for place, diff, outcome in own if outcome == "survived"]
+        survivors += alive
+        counts = collections.Counter(outcome for *_, outcome in own)
+        counts["judged"] = sum(f"{place[0]}: {text}" in verdicts for place, text in alive)
+        counts["all"] = len(own)
+        total += counts
+        if own:
+            names = ("all", "killed", "timed out", "survived", "judged")
+            lines.append(f"| `{module}` | " + " | ".join(str(counts[name]) for name in names) + " |")
+    names = ("all", "killed", "timed out", "survived", "judged")
+    lines += ["| all | " + " | ".join(str(total[name]) for name in names) + " |", ""]
+    if survivors:
+        lines += ["| survivor | change | verdict |", "| --- | --- | --- |"]
+    for (module, line), text in survivors:
+        shown = text.replace("|", "\\|")
+        lines.append(f"| `{module}` {line} | `{shown}` | {verdicts.get(f'{module}: {text}', 'not judged yet')} |")
+    return "\n".join(lines) + "\n"
 
 
 def main(count="140", seed="0", session="mutation.sqlite"):
+    """Runs what is left of a session, and writes the page."""
     plugins.OPERATOR_PROVIDERS["own"] = {"SwapName": SwapName}
-    commands = {}
-    for name, (files, tests) in ((name, tests.split(": ")) for name, tests in TESTS.items()):
-        files = " ".join(f"tests/test_{file}.py" for file in files.split())
-        pytest = f"{sys.executable} -m pytest -n 0 -p no:cacheprovider -x -q"
-        commands[Path(f"opnorm_jax/_{name}.py")] = f"{pytest} {files} -k '{tests}'"
+    modules = {Path(f"opnorm_jax/{name}.py"): name for name in TESTS}
+    commands = {path: command(TESTS[name]) for path, name in modules.items()}
+    notes = Path(session).with_suffix(".json")  # what was drawn from, and each outcome
     with use_db(session) as db:
         if not db.num_work_items:
             init(commands, db, {})
-            picked = sample(db.work_items, int(count), random.Random(int(seed)))
+            picked, places = sample(db.work_items, int(count), random.Random(int(seed)))
             db.clear()
             db.add_work_items(picked)
-        for command in commands.values():
-            assert mutate_and_test([], command, None).test_outcome == "survived", command
+            notes.write_text(json.dumps({"places": places, "results": []}))
+        state = json.loads(notes.read_text())
+        for path in sorted({item.mutations[0].module_path for item in db.pending_work_items}):
+            assert mutate_and_test([], commands[path], None).test_outcome == "survived", commands[path]
         for item in db.pending_work_items:
-            path = item.mutations[0].module_path
+            path, (line, _) = item.mutations[0].module_path, item.mutations[0].start_pos
             result = mutate_and_test(item.mutations, commands[path], LIMIT)
             db.set_result(item.job_id, result)
             outcome = "timed out" if result.output == "timeout" else result.test_outcome.value
-            print(f"{outcome}: {path}:{item.mutations[0].start_pos[0]}\n{result.diff}", flush=True)
+            state["results"].append([[modules[path], line], result.diff, outcome])
+            notes.write_text(json.dumps(state))
+            print(f"{outcome}: {path}:{line}\n{result.diff}", flush=True)
+    (ROOT / "docs" / "mutation.md").write_text(page(state["results"], state["places"], seed))
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ def test_the_papers_grid():
             sweep.share_of(grid, bad)
 
 
+@pytest.mark.slow
 def test_sweep_and_each_of_its_runs_alone(tiny, monkeypatch, tmp_path):
     """Killed in its second group, it goes on there; at the end a run is what the trainer gives for it alone."""
     original, calls = cifar.end_epoch, []
@@ -83,6 +84,7 @@ def test_sweep_and_each_of_its_runs_alone(tiny, monkeypatch, tmp_path):
         assert alone["learning_rate"] == pytest.approx(0.1 * row["learning_rate"])
 
 
+@pytest.mark.slow
 def test_shards_together_are_the_whole(tiny, monkeypatch):
     """Each runs its own groups only; a machine that shares the folder sees what the other did."""
     ran = []
@@ -104,6 +106,7 @@ def test_show_needs_results(tiny):
         sweep.main(dataclasses.replace(tiny, show=True), QUIET)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Ray's own sockets
 def test_ray(tiny):
     """On this machine as its own cluster."""
@@ -115,6 +118,7 @@ def test_ray(tiny):
     assert len(results) == 6
 
 
+@pytest.mark.slow
 def test_headline(tmp_path, monkeypatch):
     """All arms on the digits, stopped in between, and the table's figures from first principles."""
     monkeypatch.setattr(report, "norms", lambda *args: {})

@@ -139,6 +139,7 @@ def test_calls_cover_an_epoch():
             assert ends[-1] == per_epoch and 0 < min(np.diff([0, *ends])) and max(np.diff([0, *ends])) <= 50
 
 
+@pytest.mark.slow
 def test_a_scan_of_steps_is_single_steps():
     model = resnet.ResNet(8, 2)
     images = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1)).astype(np.uint8)
@@ -353,6 +354,7 @@ def test_bad_configuration(options, message):
         cifar.main(cifar.Config(**options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("constraint", ["none", "rescale"])
 def test_end_to_end(constraint, tmp_path):
     config = cifar.Config(out_dir=tmp_path, width=4, epochs=2, constraint=constraint, every=3, max_norm=0.8)

@@ -32,7 +32,7 @@ from opnorm_jax import Conv  # noqa: E402
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("compiled")
+    return train_run.cache_folder(tmp_path_factory)
 
 
 def rows(folder: Path) -> list[dict]:
@@ -64,6 +64,7 @@ def same_to_rounding(folder, other):
         np.testing.assert_allclose(weights[name], others[name], rtol=1e-3, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_eight_devices_train_like_one(cache, one_device, tmp_path):
     output = train_run.run(cache, "--out-dir", tmp_path, *SHORT, devices=8)
     assert "on 8 device(s)" in output
@@ -89,6 +90,7 @@ def test_the_batch_is_split(tmp_path):
     assert "all-reduce" in text
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one(cache, one_device, tmp_path):
     """Over loopback; in the thorough profile stopped in between."""
 
@@ -130,6 +132,7 @@ def test_layout_errors():
 # --- seeds --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_seeds_together_are_seeds_alone(cache, one_device, tmp_path):
     together, second = tmp_path / "together", tmp_path / "second"
     output = train_run.run(cache, "--out-dir", together, *SHORT, "--seeds", 2)
@@ -146,7 +149,7 @@ def test_seeds_together_are_seeds_alone(cache, one_device, tmp_path):
     assert summary["test_error_standard_error"] == pytest.approx(abs(errors[0] - errors[1]) / 2)
 
 
-@pytest.mark.parametrize("constraint", ["rescale", "reshape"])
+@pytest.mark.parametrize("constraint", [pytest.param("rescale", marks=pytest.mark.slow), "reshape"])
 def test_seeds_keep_the_steps_in_between_free(constraint, tmp_path):
     """Under ``vmap`` the constraint stays behind a branch on one shared counter."""
     config = options.resolve(cifar.Config(width=2, constraint=constraint, every=7, seeds=3, out_dir=tmp_path))
@@ -175,6 +178,7 @@ def test_mean_and_standard_error():
 # --- bfloat16, fewer steps, no training, TensorBoard --------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bf16_and_evaluate_only(cache, tmp_path):
     folder = tmp_path / "run"
     train_run.run(cache, "--out-dir", folder, "--epochs", 3, "--bf16", "--constraint", "none")
@@ -200,6 +204,7 @@ def test_bf16_computes_in_bf16_and_losses_in_float32(tmp_path):
     assert re.search(r":f32\[128,10\] = ", text) and not re.search(r":bf16\[128,10\]", text)  # the logits
 
 
+@pytest.mark.slow
 def test_max_steps_reports_quickly(cache, tmp_path):
     output = train_run.run(cache, "--out-dir", tmp_path, "--epochs", 50, "--max-steps", 30, "--constraint", "none")
     assert "stopped after 30 of 1,100 steps" in output

@@ -1,5 +1,6 @@
 """A run that is stopped, killed or damaged in any way ends as one that never was."""
 
+import dataclasses
 import json
 import os
 import random
@@ -14,6 +15,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 import train_run
 from conftest import THOROUGH
@@ -28,6 +30,8 @@ import datasets  # noqa: E402
 import loop  # noqa: E402
 import options  # noqa: E402
 import record  # noqa: E402
+import report  # noqa: E402
+import safetensors.numpy  # noqa: E402
 
 LONG = ("--epochs", 120 if THOROUGH else 30)
 PER_EPOCH = 22
@@ -47,7 +51,7 @@ def outcome(folder: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("compiled")
+    return train_run.cache_folder(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -81,17 +85,32 @@ def until(process, folder, condition):
     return False
 
 
+def test_stopped_and_continued_to_the_same_bits(tmp_path, monkeypatch):
+    """In this process: 8 steps, then the same command again, against one that was never stopped."""
+    monkeypatch.setattr(report, "norms", lambda *args: {})
+    monkeypatch.setattr(report, "plot_spectra", lambda *args: None)
+    config = cifar.Config(width=2, batch_size=64, max_norm=0.5, every=3, epochs=1)
+    for folder, stops in (("one", [None]), ("two", [8, None])):
+        for max_steps in stops:
+            cifar.main(dataclasses.replace(config, out_dir=tmp_path / folder, max_steps=max_steps))
+    assert outcome(tmp_path / "one") == outcome(tmp_path / "two")
+    assert outcome(tmp_path / "one")["step"] == PER_EPOCH
+    kernel = safetensors.numpy.load_file(tmp_path / "two" / "params.safetensors")["params/stem/kernel"]
+    assert 0.4 < oracle.dense_singular_values(kernel, (8, 8), padding="SAME")[0] <= 0.5
+
+
 def being_saved(folder):
     checkpoints = folder / "checkpoints"
     return checkpoints.is_dir() and any("tmp" in name for name in os.listdir(checkpoints))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800 if THOROUGH else 300)
 @pytest.mark.parametrize("moment", ["any", "saving"])
 def test_killed(moment, cache, undisturbed, tmp_path):
     """SIGKILL at random moments after the start, or a few milliseconds into a save, which then stays half written."""
     rng, wanted, killed, landed = random.Random(moment), 20 if THOROUGH else 3, 0, 0
-    while killed < wanted or (moment == "saving" and not landed and killed < 3 * wanted):
+    while killed < wanted or (moment == "saving" and not landed and killed < 20):
         process = start(cache, "--out-dir", tmp_path, *LONG)
         assert process.stdout is not None
         if moment == "any":
@@ -115,6 +134,7 @@ def test_killed(moment, cache, undisturbed, tmp_path):
     assert outcome(tmp_path) == undisturbed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), *([(signal.SIGINT, 130)] if THOROUGH else [])])
 def test_asked_to_stop(number, code, cache, undisturbed, tmp_path):
     process = start(cache, "--out-dir", tmp_path, *LONG, "--save-every", 1000)
@@ -133,6 +153,7 @@ def test_asked_to_stop(number, code, cache, undisturbed, tmp_path):
     assert outcome(tmp_path) == undisturbed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size, margin", [("3m", None), ("420k", "-1000000")], ids=["foreseen", "while writing"])
 def test_full_disk(size, margin, cache, undisturbed, tmp_path):
     """On a small tmpfs: a clear error, the last checkpoint intact; with more room the same command goes on."""

@@ -13,6 +13,12 @@ TRAIN = Path(__file__).resolve().parents[2] / "train"
 SMALL = "--width 2 --batch-size 64 --max-norm 0.5 --every 3 --save-every 1 --resume auto".split()
 
 
+def cache_folder(tmp_path_factory) -> Path:
+    """Where compiled programs are kept: for good if JAX_COMPILATION_CACHE_DIR says so, else for this session."""
+    given = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    return Path(given) if given else tmp_path_factory.mktemp("compiled")
+
+
 def command(*options) -> list[str]:
     """The command line of one run."""
     return [sys.executable, __file__, *SMALL, *map(str, options)]

@@ -55,22 +55,31 @@ def finest_step(kernel):
     return float(np.min([x - np.nextafter(x, np.zeros_like(x)) if x else x for x in flat], initial=np.inf))
 
 
-@pytest.mark.parametrize(
-    "dtype, size", [(dtype, size) for dtype in DTYPES for size in SIZES if scaled(size, dtype) is not None]
-)
-def test_bound_holds_from_any_distance(dtype, size, x64):
-    kernel = scaled(size, dtype)
-    for constraint in ("rescale", "project"):
-        for share in (0, -0.4, 0.5):
+QUICK = {("bfloat16", 100.0), ("bfloat16", 1e3), ("float32", 1.5), ("float32", 1e7)}
+TABLE = [
+    pytest.param(
+        constraint, dtype, size, marks=[] if constraint == "rescale" and (dtype, size) in QUICK else pytest.mark.slow
+    )
+    for constraint in ("rescale", "project")
+    for dtype in DTYPES
+    for size in SIZES
+    if scaled(size, dtype) is not None
+]
+
+
+@pytest.mark.parametrize("constraint, dtype, size", TABLE)
+def test_bound_holds_from_any_distance(constraint, dtype, size):
+    with jax.enable_x64(dtype == "float64"):
+        kernel = scaled(size, dtype)
+        pure = oj.constrain({"k": kernel}, 1.0, {"k": CONV}, constraint=constraint)["k"]
+        check(pure)
+        assert pure.dtype == kernel.dtype and pure.any()
+        # What is possible, by NumPy: some entry can be set to something other than 0 inside the ball.
+        possible = finest_step(kernel) <= 0.5
+        for share in (-0.4, 0.5, 0):
             out = step(constraint, kernel, (share * np.asarray(kernel, np.float64)).astype(kernel.dtype))
             check(out)
-            # The oracle of what is possible: some entry can be set to something other than 0 inside the ball.
-            possible = finest_step(kernel) <= 0.5
-            assert np.asarray(out, np.float64).any() or not possible, (constraint, share)
-            pure = oj.constrain({"k": kernel}, 1.0, {"k": CONV}, constraint=constraint)["k"]
-            check(pure)
-            assert pure.dtype == kernel.dtype and pure.any()
-        out = step(constraint, kernel, 0 * kernel)
+            assert np.asarray(out, np.float64).any() or not possible, share
         if size in (1.01, 1.5):  # within a factor of two of the target, an update loses nothing
             if constraint == "rescale":
                 np.testing.assert_array_equal(out, pure)
@@ -78,6 +87,7 @@ def test_bound_holds_from_any_distance(dtype, size, x64):
         np.testing.assert_array_equal(step(constraint, out, 0 * kernel), out)  # once inside, it stays as it is
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["bfloat16-100", "bfloat16-1000", "float32-1e7", "float32-1e10", "float16-1e4"])
 def test_far_outside_is_not_zero(case):
     dtype, size = case.split("-")
@@ -101,7 +111,7 @@ def test_where_nothing_else_is_in_reach_it_is_zero():
 
 
 @pytest.mark.parametrize("size", [0.5, 1.5, 30.0])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["bfloat16", *(pytest.param(d, marks=pytest.mark.slow) for d in DTYPES[1:])])
 def test_clip_is_the_clip_of_the_sum(dtype, size, x64):
     """It has no bound to keep: what p + u rounds to is all that may differ."""
     kernel = scaled(size, dtype)
@@ -114,7 +124,7 @@ def test_clip_is_the_clip_of_the_sum(dtype, size, x64):
     assert (np.abs(out - want) <= 2 * half_unit + wide).all()
 
 
-@pytest.mark.parametrize("constraint", ["rescale", "project"])
+@pytest.mark.parametrize("constraint", ["rescale", pytest.param("project", marks=pytest.mark.slow)])
 def test_every_third_step(constraint):
     """Steps in between pass; those acted on hold the bound, though the kernel was thrown far out before."""
     tx, jitted = compiled(constraint, 3)
@@ -129,7 +139,7 @@ def test_every_third_step(constraint):
             assert oj.operator_norm(params["k"], CONV) > 100
 
 
-@pytest.mark.parametrize("constraint", ["rescale", "project", "clip"])
+@pytest.mark.parametrize("constraint", ["rescale", pytest.param("project", marks=pytest.mark.slow), "clip"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e25, 3e38], ids=str)
 def test_a_step_that_went_astray_spoils_no_later_one(constraint, bad):
     """The state holds nothing of it: from good parameters the next step is what it would have been."""
@@ -153,9 +163,9 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("wrapper", [*WRAPPERS, "inject_hyperparams"])
-@pytest.mark.parametrize("constraint", ["rescale", "project"])
+@pytest.mark.parametrize("constraint", ["rescale", pytest.param("project", marks=pytest.mark.slow)])
 def test_bound_holds_in_wrappers(constraint, wrapper, dtype):
     params = {"k": scaled(30.0, dtype), "b": jnp.zeros(5)}
     options = {"constraint": constraint, "convs": {"k": CONV, "b": None}}
@@ -170,6 +180,7 @@ def test_bound_holds_in_wrappers(constraint, wrapper, dtype):
     assert out["k"].dtype == jnp.dtype(dtype) and out["k"].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of_update", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("of_kernel", ["bfloat16", "float16", "float32"])
 def test_updates_of_another_dtype(of_kernel, of_update):
@@ -180,7 +191,7 @@ def test_updates_of_another_dtype(of_kernel, of_update):
             check(step("rescale", kernel, jnp.zeros(kernel.shape, of_update)))
 
 
-@pytest.mark.parametrize("constraint", ["rescale", "project", "clip"])
+@pytest.mark.parametrize("constraint", ["rescale", pytest.param("project", marks=pytest.mark.slow), "clip"])
 def test_bounds_that_a_schedule_takes_to_zero_and_below(constraint):
     schedule = lambda count: jnp.asarray([1.0, 0.0, -1.0, jnp.nan, jnp.inf])[count]
     tx = oj.constrain_operator_norm(schedule, {"k": CONV, "small": CONV}, constraint=constraint)
@@ -198,7 +209,7 @@ def test_bounds_that_a_schedule_takes_to_zero_and_below(constraint):
     assert (unbounded["k"] == kernels["k"]).all() and (unbounded["small"] == kernels["small"]).all()
 
 
-@pytest.mark.parametrize("bound", [1e-30, 1e-8, 1e8, 1e30])
+@pytest.mark.parametrize("bound", [1e-30, 1e30])
 def test_bounds_of_any_size(bound):
     kernel = scaled(1.0, "float32")
     out = oj.constrain({"k": kernel * 3 * bound}, bound, {"k": CONV})["k"]
@@ -207,7 +218,7 @@ def test_bounds_of_any_size(bound):
 
 
 @pytest.mark.parametrize("name", ["subnormal kernel", "subnormal bound", "largest kernel"])
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", [pytest.param("float16", marks=pytest.mark.slow), "float32"])
 def test_edges_of_the_range(name, dtype):
     info = jnp.finfo(dtype)
     size, bound = {

@@ -160,7 +160,9 @@ def compilations():
 
 
 @pytest.mark.filterwarnings("ignore:Finished")
-@pytest.mark.parametrize("constraint", ["rescale", "clip", "project"])
+@pytest.mark.parametrize(
+    "constraint", ["rescale", *(pytest.param(c, marks=pytest.mark.slow) for c in ("clip", "project"))]
+)
 def test_second_call_compiles_nothing(constraint):
     params, tx = make_params(), transformation(constraint=constraint, every=2)
     update, updates = jax.jit(tx.update), zeros_like(params)
@@ -174,7 +176,9 @@ def test_second_call_compiles_nothing(constraint):
     assert not second
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", *(pytest.param(d, marks=pytest.mark.slow) for d in ("float16", "float32", "float64"))]
+)
 def test_dtypes_and_state_types_are_stable(dtype, x64):
     params, tx = make_params(dtype), transformation(every=2, log_norms=True)
     state = tx.init(params)
@@ -269,6 +273,7 @@ def test_other_wrappers(wrap):
     check_norms(out, 1.0)
 
 
+@pytest.mark.slow
 def test_under_scan_and_vmap():
     params, tx = make_params(), transformation(every=2)
 

@@ -1,5 +1,6 @@
 """The command line: what it prints, what it writes, and one line for whatever goes wrong."""
 
+import argparse
 import json
 import os
 import pickle
@@ -278,7 +279,7 @@ def oracle_norm(kernel, layout, **geometry):
     return oracle.dense_singular_values(canonical, (8, 8), padding=((1, 1), (1, 1)), **geometry)[0]
 
 
-@pytest.mark.parametrize("constraint", ["rescale", "project"])
+@pytest.mark.parametrize("constraint", ["rescale", pytest.param("project", marks=pytest.mark.slow)])
 def test_constrain_npz(npz, tmp_path, capsys, constraint):
     before, out = Path(npz).read_bytes(), tmp_path / "out.npz"
     os.chmod(npz, 0o640)
@@ -334,6 +335,7 @@ def test_one_clip_says_what_it_leaves(npz, tmp_path, capsys):
     assert "2 still above 1: one clip" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_float64_stays_float64(tmp_path, capsys):
     path, out = tmp_path / "wide.npz", tmp_path / "out.npz"
     np.savez(path, kernel=FIRST.astype(np.float64))
@@ -587,15 +589,18 @@ def test_names_and_shapes_must_agree(tmp_path, capsys):
     "given, expected",
     [
         (["same"], "SAME"),
-        (["1"], [[1, 1], [1, 1]]),
-        (["1", "2"], [[1, 1], [2, 2]]),
-        (["-1"], [[-1, -1], [-1, -1]]),
+        (["1"], ((1, 1), (1, 1))),
+        (["1", "2"], ((1, 1), (2, 2))),
+        (["-1"], ((-1, -1), (-1, -1))),
     ],
     ids=str,
 )
-def test_padding_by_flag(given, expected, npz, capsys):
-    facts, _ = report(capsys, npz, "--input-shape", 8, 8, "--padding", *given)
-    assert facts["layers"][0]["conv"]["padding"] == expected
+def test_padding_by_flag(given, expected, npz):
+    parser = argparse.ArgumentParser()
+    layers.add_arguments(parser)
+    options = parser.parse_args(["--input-shape", "8", "8", "--padding", *given])
+    found = layers.find_kernels(checkpoint.open_checkpoint(npz), options)
+    assert {conv.padding for conv in found.convs.values()} == {expected}
 
 
 def test_pads_of_two_sides_by_file(npz, tmp_path, capsys):

@@ -132,7 +132,7 @@ def prepare(
     state, axes = seeds.create(create)
     digits = config.dataset == "digits"
     pad, flip = (1, False) if digits else (4, True)
-    call = loop.make_run_steps(model, tx, config.batch_size, pad, flip, per_epoch, layout, axes)
+    call = loop.make_run_steps(model, tx, loop.Batches(config.batch_size, per_epoch, pad, flip), layout, axes)
     eval_batch_size = min(config.eval_batch_size, len(data.test_images))
     evaluate = loop.make_evaluate(model, eval_batch_size, layout, config.seeds > 1)
     train_set = layout.place((data.train_images, data.train_labels))

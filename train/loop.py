@@ -55,20 +55,24 @@ def augment(key: jax.Array, images: jax.Array, pad: int, flip: bool) -> jax.Arra
     return out
 
 
-def make_run_steps(
-    model: Any,
-    tx: Any,
-    batch_size: int,
-    pad: int,
-    flip: bool,
-    per_epoch: int,
-    layout: parallel.Layout | None = None,
-    axes: Any = None,
-) -> Any:
-    """``run(state, images, labels, steps)`` takes ``steps`` (static) training steps; returns mean loss and accuracy.
+class Batches(NamedTuple):
+    """How batches are drawn from the training images."""
 
-    ``layout`` says over which devices each batch is split; ``axes`` are a stacked state's, to train several seeds.
+    size: int
+    per_epoch: int
+    pad: int  # pixels of zeros around an image before a crop of its own size
+    flip: bool
+
+
+def make_run_steps(
+    model: Any, tx: Any, batches: Batches, layout: parallel.Layout | None = None, axes: Any = None
+) -> Any:
+    """Makes ``run(state, images, labels, steps)``, which takes ``steps`` (static) training steps.
+
+    It returns the state, the mean loss and the mean accuracy. ``layout`` says over which devices each batch is split;
+    ``axes`` are those of a stacked state, to train several seeds.
     """
+    batch_size, per_epoch, pad, flip = batches
 
     def loss_fn(params, batch_stats, images, labels):
         variables = {"params": params, "batch_stats": batch_stats}

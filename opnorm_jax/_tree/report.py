@@ -22,22 +22,26 @@ _NOT_FINITE = "holds a NaN or an infinity"
 
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
-    """One convolution's figures; floats, NaN where there are none (``reason`` then says why).
+    """What a report says of one convolution.
+
+    All numbers are floats. Where there are none they are NaN, and ``reason`` says why.
 
     Attributes:
-      path: of its kernel in the parameters; a member of a stack ends in its index, ``"blocks/kernel[0]"``.
-      shape: of its kernel, in the kernel's own layout.
+      path: the path of its kernel in the parameters. That of a member of a stack ends in its index,
+        ``"blocks/kernel[0]"``.
+      shape: the shape of its kernel, in the kernel's own layout.
       conv: what it was taken to be; ``None`` where it is unknown.
-      lower, upper: certified bounds on the operator norm, as :func:`operator_norm_bounds`.
-      norm: the operator norm as :func:`operator_norm`: exact if ``exact``, else converged from below.
-      smallest: the smallest singular value *of the circulant embedding*, which is the layer itself if ``exact``. If not
-        it is neither the layer's own nor a bound on it, but tells how near to singular the kernel's symbol comes.
-      condition: the circle's largest singular value over its smallest; infinite where the smallest is no larger than
-        its rounding error (5e-6 of the largest in float32 at 64 channels; on GPU and TPU the root of that).
+      lower, upper: certified bounds on the operator norm, as in :func:`operator_norm_bounds`.
+      norm: the operator norm, as in :func:`operator_norm`: exact if ``exact``, otherwise converged from below.
+      smallest: the smallest singular value *of the circulant embedding*. If ``exact``, that is the layer itself. If
+        not, it is neither the layer's own value nor a bound on it, but it tells how near to singular the layer is.
+      condition: the largest singular value of the circulant embedding divided by its smallest one. It is infinite where
+        the smallest is no larger than its rounding error (5e-6 of the largest in float32 at 64 channels; on GPU and TPU
+        the square root of that).
       frobenius: the Frobenius norm, exact for every padding.
       stable_rank: ``(frobenius / norm) ** 2``.
-      exact: whether the padding is circular and the strides divide the grid, so that there is nothing to certify.
-      reason: why there are no figures, or ``None``.
+      exact: whether the padding is circular and the strides divide the grid, so that all singular values are known.
+      reason: why there are no numbers, or ``None``.
     """
 
     path: str
@@ -54,7 +58,7 @@ class LayerReport:
     reason: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Fields by name, fit for ``json.dumps``; a figure that is not finite is ``None``."""
+        """Returns the fields by name, fit for ``json.dumps``; a number that is not finite becomes ``None``."""
         plain = lambda value: None if isinstance(value, float) and not math.isfinite(value) else value
         return {name: plain(value) for name, value in dataclasses.asdict(self).items()}
 
@@ -66,7 +70,7 @@ class SpectralReport:
     layers: tuple[LayerReport, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, fit for ``json.dumps``."""
+        """Returns plain data, fit for ``json.dumps``."""
         return {"layers": [layer.as_dict() for layer in self.layers]}
 
     def __str__(self) -> str:
@@ -87,7 +91,7 @@ class SpectralReport:
 def spectral_report(
     params: Any, convs: Any, *, progress: bool = False, execution: Execution = Execution()
 ) -> SpectralReport:
-    r"""Norm bounds, smallest singular value, condition and stable rank of each convolution of a network.
+    r"""Reports norm bounds, smallest singular value, condition and stable rank of each convolution of a network.
 
     What is exact: the bounds are certified for every padding, and the Frobenius norm, :math:`\sum_j n_j |K_j|^2` with
     :math:`n_j` the pairs of an output and an input pixel that meet at tap j, is that of the layer really used; so the
@@ -97,7 +101,7 @@ def spectral_report(
 
     Args:
       params: a tree of arrays of any real floating dtype.
-      convs: a tree shaped like ``params``, or a prefix, with a :class:`Conv` (or an input shape) at each kernel, and
+      convs: a tree shaped like ``params``, or a prefix, with a :class:`Conv` at each kernel, and
         ``None`` elsewhere. An :class:`Unknown` gives a row with its reason.
       progress: show a progress bar (needs rich).
       execution: how to compute; see :class:`Execution`.
@@ -131,7 +135,7 @@ def spectral_report(
 
 
 def frobenius_norm(kernel: np.ndarray, conv: Conv) -> float:
-    """Of the layer itself, in float64; ``kernel`` is HWIO."""
+    """Computes the Frobenius norm of the layer itself in float64; ``kernel`` is HWIO."""
     geometry = resolve(conv, kernel.shape)
     taps = geometry.taps
     scale = float(np.max(np.abs(kernel))) or 1.0
@@ -182,7 +186,7 @@ def _layer(path: str, kernel: Any, conv: Conv | Unknown, execution: Execution) -
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 3) -> str:
-    """A table in plain text; a row with fewer cells than the header may run over in its last."""
+    """Formats a table in plain text. The last cell of a row that has fewer cells than the header may be longer."""
     whole = [row if len(row) == len(header) else row[:-1] for row in (header, *rows)]
     widths = [max(len(row[n]) for row in whole if n < len(row)) for n in range(len(header))]
     pad = lambda n, cell: cell.ljust(widths[n]) if n < left else cell.rjust(widths[n])
@@ -191,7 +195,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int
 
 
 def show_progress(rows: list, what: str) -> Iterable:
-    """The rows, with a progress bar on stderr."""
+    """Returns the rows, with a progress bar on stderr while they are taken."""
     try:
         from rich.console import Console
         from rich.progress import track
@@ -225,7 +229,7 @@ def _format_kernel(shape: tuple[int, ...], conv: Conv) -> str:
 
 
 def format_conv(conv: Conv) -> str:
-    """A convolution in a few words, its defaults left out."""
+    """Describes a convolution in a few words, without what is the default."""
     if not conv.input_shape:
         return "dense"
     per_axis = lambda values: str(values[0]) if len(set(values)) == 1 else "x".join(map(str, values))

@@ -146,7 +146,7 @@ def test_a_scan_of_steps_is_single_steps():
     labels = np.arange(16, dtype=np.int32) % 10
     variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), train=False)
     tx = loop.optimizer(0.1, 2e-4, None)
-    run = loop.make_run_steps(model, tx, 4, 1, False, 4)
+    run = loop.make_run_steps(model, tx, loop.Batches(4, 4, 1, False))
 
     def start():
         copy = jax.tree.map(jnp.copy, variables)

@@ -374,9 +374,6 @@ for constraint, every, execution in [
             norm = oracle.dense_singular_values(np.asarray(out[name], np.float64), (6, 6), padding="SAME")[0]
             assert 0.9 < norm <= 1 + 4e-7, (name, norm)
     print(constraint, every, execution.factorization, "same")
-if explicit:
-    print("all the same")
-    sys.exit()
 # The frequencies divided among the devices.
 execution = oj.Execution(mesh=flat)
 divided = jax.jit(lambda p: oj.constrain(p, 1.0, convs, execution=execution))(host)

@@ -16,7 +16,7 @@ from jacobian import Program, conv_norm, forget
 from random_padding import function
 
 import opnorm_jax as oj
-from opnorm_jax._program import lipschitz
+from opnorm_jax._program import signals
 
 PROGRAMS = 5000 if THOROUGH else 150
 BATCH = 30
@@ -60,7 +60,7 @@ def exact(kernel, conv):
 def test_no_random_program_is_steeper_than_its_bound(start, monkeypatch):
     """In most batches the norms of layers are exact, so that no mistake hides behind the slack of their bounds."""
     if start // BATCH % 5:
-        monkeypatch.setattr(lipschitz, "_upper", exact)
+        monkeypatch.setattr(signals, "_upper", exact)
     found, failures = collections.Counter(), []
     for seed in range(start, min(start + BATCH, PROGRAMS)):
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
@@ -329,7 +329,7 @@ def test_parameters_out_of_their_domain_are_never_bounded_falsely(domain):
 
 def test_networks_of_narrow_floats_are_bounded_in_wide_ones(monkeypatch):
     """The bound is that of the function in exact arithmetic, whatever it computes in."""
-    monkeypatch.setattr(lipschitz, "_upper", exact)
+    monkeypatch.setattr(signals, "_upper", exact)
     failures, bounded = [], 0
     for seed in range(600, 600 + (500 if THOROUGH else 16)):
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

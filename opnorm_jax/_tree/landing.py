@@ -80,7 +80,7 @@ def find_scale(target: jax.Array, reach: Callable, conv: Conv, bound: jax.Array,
       target: a kernel in the computing dtype, of norm at most ``bound``.
       reach: gives the kernel that is really reached for a target, in the computing dtype.
       conv: of the kernel.
-      bound, limit: scalars; ``limit`` is a little larger than ``bound``.
+      bound, limit: positive scalars; ``limit`` is a little larger than ``bound``.
 
     Returns:
       A scalar, 1 wherever rounding does no harm, and 0 where no factor was found. It has no derivative.
@@ -94,7 +94,7 @@ def find_scale(target: jax.Array, reach: Callable, conv: Conv, bound: jax.Array,
         moved = norm_bound(reached - scale * target, conv)
         inside = (scale * bound + moved <= limit) | (norm_bound(reached, conv) <= limit)
         good = (inside & jnp.any(reached)) | hopeless
-        excess = 1.1 * (scale * bound + moved - limit) / jnp.where(bound > 0, bound, 1)
+        excess = 1.1 * (scale * bound + moved - limit) / bound
         smaller = jnp.where((excess > 0) & (excess < 0.25 * scale), scale - excess, 0.75 * scale)
         return jnp.where(good, scale, smaller), tries + 1, good
 

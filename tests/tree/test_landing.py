@@ -108,6 +108,10 @@ def test_where_nothing_else_is_in_reach_it_is_zero():
     out = step("rescale", mixed, 0 * mixed)
     check(out)
     assert out[1, 1, 2, 3] == 0.5 and jnp.sum(out != 0) == 1
+    tx = oj.constrain_operator_norm(1e-10, {"k": CONV})  # also to less than the unit of rounding of 1
+    updates, _ = tx.update({"k": 0 * mixed}, tx.init({"k": mixed}), {"k": mixed})
+    out = mixed + updates["k"]
+    assert out[1, 1, 2, 3] == np.float32(5e-11) and jnp.sum(out != 0) == 1
 
 
 @pytest.mark.parametrize("size", [0.5, 1.5, 30.0])

@@ -32,6 +32,15 @@ def rounding(kernel_shape: Sequence[int], dtype: Any) -> float:
     return eps(dtype) * (16 + math.prod(taps) ** 0.5 + 4 * min(i, o) ** 0.5)
 
 
+def dense_rounding(side: int, terms: int, dtype: Any) -> float:
+    """Returns the error allowed for in a bound from the Cholesky factorisation of a layer's own Gram matrix.
+
+    An entry is a sum of at most ``terms`` products of weights, one for each entry of the kernel. As in
+    :func:`rounding`, the worst cases are about ``terms`` and ``side`` units of rounding, and what is seen is their square roots.
+    """
+    return eps(dtype) * (16 + terms**0.5 + 4 * side**0.5)
+
+
 def inside_tolerance(dtype: Any) -> float:
     """Returns the excess of a computed norm over the bound that is attributed to rounding: 32 eps (4e-6 in float32).
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from opnorm_jax._conv import SPATIAL_LETTERS, Conv, as_conv, canonical_kernel, canonical_shape, layout
 from opnorm_jax._execution import Execution, check_execution
 from opnorm_jax._geometry import Geometry, plans_for_every_size, resolve
-from opnorm_jax._kernel import lobpcg
+from opnorm_jax._kernel import dense, lobpcg
 from opnorm_jax._kernel.compiled import compiled
 from opnorm_jax._kernel.norm import circular_extremes, circular_norm
 from opnorm_jax._kernel.prepare import normalise, prepare
@@ -31,6 +31,7 @@ def operator_norm_bounds(
     kernel: Float[Array, ...],
     conv: Conv | Sequence[int],
     *,
+    tight: bool = False,
     execution: Execution = Execution(),
 ) -> Bounds:
     r"""Computes bounds on the operator norm, for every padding: lower <= true <= upper.
@@ -40,11 +41,16 @@ def operator_norm_bounds(
     :math:`m \ge n + \max(lo, hi)` pixels, its *circulant embedding*, whose exact norm is the upper bound. *The circular
     norm at the layer's own size is no bound.* The lower bound is |Ax| / |x| at the best x found. Circular padding with
     a stride that does not divide the grid: the outputs are some of those of the layer of stride 1, whose exact norm is
-    the upper bound.
+    the upper bound. Taps that never meet a pixel do not count.
+
+    The circulant embedding is up to 8 % above the truth on maps of 8 x 8 pixels, and nearer on larger ones.
+    ``tight=True`` certifies the upper bound to about 1e-4 instead, by a Cholesky factorisation of the layer's own
+    matrix.
 
     Args:
       kernel: any real floating dtype, in ``conv.kernel_layout``; computed in float32, or float64 if it is float64.
       conv: the convolution, or the input's spatial shape in pixels (circular).
+      tight: whether to use the layer's own matrix. It has no effect where both bounds are the norm anyway.
       execution: how to compute; see :class:`Execution`.
 
     Returns:
@@ -52,8 +58,11 @@ def operator_norm_bounds(
 
     Raises:
       ValueError, TypeError: the kernel does not fit ``conv``, or is not an array of a real floating dtype.
+      ValueError: ``tight``, and the layer has more than 8192 inputs and outputs (pixels times channels, per group).
 
-    Cost: upper, as a circular :func:`operator_norm`; lower, some 50 to 500 applications of the layer.
+    Cost: upper, as a circular :func:`operator_norm`; lower, some 50 to 500 applications of the layer. With ``tight``
+    also the Gram matrix of the layer's own matrix, of N rows, and a few Cholesky factorisations of it; 3 N² numbers of
+    memory.
 
     Differentiable: each bound as the norm it comes from; see :func:`operator_norm`.
 
@@ -65,14 +74,22 @@ def operator_norm_bounds(
     """
     conv = as_conv(conv)
     check_execution(execution)
+    if not isinstance(tight, bool):
+        raise TypeError(f"expected tight to be True or False (static under jit), got {tight!r}.")
     geometry = resolve(conv, canonical_shape(kernel, conv))
-    return _operator_norm_bounds(jnp.asarray(kernel), geometry, execution)
+    if tight:
+        dense.check_size(geometry)
+    return _operator_norm_bounds(jnp.asarray(kernel), geometry, tight and not geometry.attained, execution)
 
 
 @compiled(1)
-def _operator_norm_bounds(kernel, geometry: Geometry, execution):
+def _operator_norm_bounds(kernel, geometry: Geometry, tight, execution):
     kernel, scale = prepare(kernel, geometry)
-    return _certify(kernel, circular_norm(kernel, geometry.plan, execution), scale, geometry)[0]
+    bounds, norm = _certify(kernel, circular_norm(kernel, geometry.plan, execution), scale, geometry)
+    if tight:
+        upper = scale * dense.tight_bound(kernel, norm / scale, bounds.upper / scale, geometry, execution)
+        bounds = Bounds(jnp.minimum(bounds.lower, upper), upper)
+    return bounds
 
 
 def _certify(kernel, above, scale, geometry: Geometry) -> tuple[Bounds, jax.Array]:

@@ -36,7 +36,8 @@ def dense_rounding(side: int, terms: int, dtype: Any) -> float:
     """Returns the error allowed for in a bound from the Cholesky factorisation of a layer's own Gram matrix.
 
     An entry is a sum of at most ``terms`` products of weights, one for each entry of the kernel. As in
-    :func:`rounding`, the worst cases are about ``terms`` and ``side`` units of rounding, and what is seen is their square roots.
+    :func:`rounding`, the worst cases are about ``terms`` and ``side`` units of rounding, and what is seen is their
+    square roots.
     """
     return eps(dtype) * (16 + terms**0.5 + 4 * side**0.5)
 

@@ -514,7 +514,11 @@ _RULES = {
         np.where(ins[0], ins[2], ins[1]) if len(ins) == 3 and np.asarray(ins[0]).dtype == bool else _choose(ins)
     ),
     "broadcast_in_dim": _broadcast,
-    "reshape": lambda ins, params: np.reshape(ins[0], params["new_sizes"]),
+    "reshape": lambda ins, params: (
+        np.reshape(np.transpose(ins[0], params["dimensions"]), params["new_sizes"])
+        if params.get("dimensions") is not None
+        else np.reshape(ins[0], params["new_sizes"])
+    ),
     "squeeze": lambda ins, params: np.squeeze(ins[0], tuple(params["dimensions"])),
     "expand_dims": lambda ins, params: np.expand_dims(ins[0], tuple(params["dimensions"])),
     "transpose": lambda ins, params: np.transpose(ins[0], params["permutation"]),

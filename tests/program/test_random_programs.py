@@ -373,9 +373,9 @@ def test_parameters_may_be_traced():
 
 
 def test_the_oracle_is_the_program():
-    """The interpreter and jax agree on programs without narrow floats."""
+    """The interpreter and jax agree on programs without narrow floats; 738 permutes axes within a reshape."""
     checked = 0
-    for seed in range(500, 540, 5):
+    for seed in [738, *range(500, 540, 5)]:
         with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             case = random_programs.generate(seed)
             if "float16" in case.text or "reduce_precision" in case.text:

@@ -69,7 +69,7 @@ def test_clip_overshoots_and_the_others_do_not():
 def test_kernel_larger_than_the_image_is_clipped_exactly():
     """All frequencies are reached by the taps, so nothing is lost on the way back."""
     kernel = random_kernel((3, 3, 2, 2))
-    for f in (oj.clip_operator_norm, oj.project_operator_norm):
+    for f in (oj.clip_operator_norm, functools.partial(oj.project_operator_norm, tolerance=1e-6)):
         clipped = f(kernel, (2, 2), 1.0)
         np.testing.assert_allclose(oracle.dense_singular_values(clipped, (2, 2))[0], 1, rtol=2e-5)
 
@@ -150,15 +150,6 @@ def test_nearest_where_taps_fold(channels, x64):
     assert np.linalg.norm(got - want) <= 1.5e-3 * distance  # sqrt(2e-6): what is that near is no further from it
 
 
-def test_warm_start_where_taps_fold(x64):
-    """Three taps on two pixels: the dual is mapped back by the transpose, not by the inverse."""
-    kernel = np.random.default_rng(0).standard_normal((3, 3, 3, 4))
-    bound = 0.4 * oracle.dense_singular_values(kernel, (2, 2))[0]
-    project = lambda dual: oj.project_operator_norm_info(kernel, (2, 2), bound, tolerance=1e-6, dual=dual)[1]
-    cold = project(None)
-    assert project(cold.dual).iterations == 10 < cold.iterations
-
-
 def test_nearer_than_every_other_route_with_a_certificate():
     """16 to 16 channels, 3x3 on 16x16, from norm 2.01 to 1: scaling, clipping once or 30 times, Dykstra's 100 steps."""
     kernel = np.random.default_rng(0).standard_normal((3, 3, 16, 16)).astype(np.float32)
@@ -175,7 +166,7 @@ def test_nearer_than_every_other_route_with_a_certificate():
     out, info = oj.project_operator_norm_info(kernel, (16, 16), 1.0)
     distance = np.linalg.norm(out - kernel)
     assert distance < min(np.linalg.norm(rival - kernel) for rival in rivals)
-    assert 0 <= info.gap <= 1e-3 * info.distance and info.iterations <= 200
+    assert 0 <= info.gap <= 1e-3 * info.distance and info.iterations <= 20
     np.testing.assert_allclose(info.distance, distance, rtol=1e-5)
     np.testing.assert_allclose(info.norm, 2.01, rtol=1e-5)
 
@@ -184,29 +175,94 @@ def test_bound_holds_when_the_iterations_run_out():
     kernel = random_kernel((3, 3, 8, 8), norm=5, image=(8, 8))
     out, info = oj.project_operator_norm_info(kernel, (8, 8), 1.0, max_iterations=1, tolerance=1e-9)
     assert oracle.dense_singular_values(out, (8, 8))[0] <= 1 + 1e-6
-    assert info.iterations == 10 and info.gap > 0
+    assert info.iterations == 1 and info.gap > 0
 
 
-def test_warm_start_saves_iterations_and_changes_nothing_else():
-    kernel = random_kernel((3, 3, 8, 8), norm=2.0, image=(8, 8))
-    project = jax.jit(lambda k, dual: oj.project_operator_norm_info(k, (8, 8), 1.0, dual=dual))
-    first, info = project(kernel, None)
-    again, warm = project(kernel, info.dual)
-    assert warm.iterations == 10 < info.iterations and warm.gap <= 1e-3 * warm.distance
-    np.testing.assert_allclose(again, first, atol=3e-2 * float(info.distance))
-    moved = kernel + 1e-3 * random_kernel(kernel.shape, seed=1)
-    _, cold = project(moved, None)
-    out, warm = project(moved, info.dual)
-    assert warm.iterations < cold.iterations and oracle.dense_singular_values(out, (8, 8))[0] <= 1 + 1e-6
-    inside, info = project(kernel / 4, info.dual)
-    assert (inside == kernel / 4).all() and not info.dual.any()
-    with pytest.raises(ValueError, match="dual of shape"):
-        oj.project_operator_norm_info(kernel, (8, 8), 1.0, dual=jnp.zeros((2, 3)))
+@pytest.mark.parametrize("drift", [3e-3, 1e-2])
+def test_few_iterations_after_a_small_change_of_a_projected_kernel(drift):
+    """The way a training step moves it: the distance is then not far above rounding, which may end the iterations."""
+    conv = oj.Conv((16, 16), padding="SAME")
+    kernel = oj.project_operator_norm(random_kernel((3, 3, 16, 16), norm=2, image=(8, 8)), conv, 1.0)
+    change = random_kernel(kernel.shape, seed=1)
+    moved = kernel + drift * jnp.linalg.norm(kernel) / np.linalg.norm(change) * change
+    out, info = oj.project_operator_norm_info(moved, conv, 1.0)
+    assert info.iterations <= 10 and info.gap <= max(info.floor, 1e-3 * info.distance)
+    assert info.floor <= 2e-5 * jnp.linalg.norm(kernel)
+    assert oracle.paper_singular_values(out, (17, 17)).max() <= 1 + 1e-6
+    # A rescaled kernel moves several times as far.
+    assert info.distance < 0.5 * jnp.linalg.norm(oj.rescale_operator_norm(moved, conv, 1.0) - moved)
 
 
-def test_info_is_printed_without_its_dual():
-    _, info = oj.project_operator_norm_info(jnp.ones((3, 3, 1, 1)), (8, 8), 1.0)
-    assert "dual=<(2, 34, 1, 1, 1)>" in repr(info) and len(repr(info)) < 300  # 34 of 64 frequencies
+@pytest.mark.parametrize("drift", [3e-4, 3e-3])
+def test_gap_is_true_near_the_ball(drift, x64):
+    """Where the lower bound is within rounding, in float32: against the optimum in float64."""
+    projected = oj.project_operator_norm(random_kernel((3, 3, 6, 6), norm=2, image=(8, 8)), (8, 8), 1.0)
+    change = random_kernel(projected.shape, seed=1)
+    moved = np.float32(projected + np.float32(drift * np.linalg.norm(projected) / np.linalg.norm(change)) * change)
+    _, truth = oj.project_operator_norm_info(moved.astype(np.float64), (8, 8), 1.0, tolerance=1e-6)
+    assert 0 <= truth.gap <= 1e-6 * truth.distance
+    out, info = oj.project_operator_norm_info(moved, (8, 8), 1.0)
+    assert out.dtype == np.float32 and info.distance - info.gap <= truth.distance
+    assert np.linalg.norm(np.float64(out) - moved) >= (truth.distance - truth.gap) * (1 - 1e-6)
+    assert info.gap <= max(1e-3 * info.distance, info.floor)
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 8, 8), (1, 1, 8, 8), (3, 3, 2, 8)], ids=str)
+def test_all_values_equal(shape):
+    """Twice an isometry: every singular value is tied and above the bound, and the nearest is half of it."""
+    isometry = np.linalg.qr(np.random.default_rng(0).standard_normal((8, 8)))[0][: shape[2], : shape[3]]
+    kernel = np.zeros(shape, np.float32)
+    kernel[shape[0] // 2, shape[1] // 2] = 2 * isometry
+    out, info = oj.project_operator_norm_info(kernel, (8, 8), 1.0)
+    np.testing.assert_allclose(out, kernel / 2, atol=1e-3)
+    assert info.gap <= 1e-3 * info.distance and info.iterations <= 10
+
+
+def test_values_that_tie_at_the_nearest_kernel(x64):
+    """A 1x1 kernel: the nearest kernel is known, and has all values above the bound brought to it."""
+    kernel = np.random.default_rng(0).standard_normal((1, 1, 7, 5))
+    left, values, right = np.linalg.svd(kernel[0, 0], full_matrices=False)
+    want = (left * np.minimum(values, 1.0)) @ right
+    got, info = oj.project_operator_norm_info(kernel, oj.Conv((8, 8), padding="SAME"), 1.0, tolerance=1e-8)
+    np.testing.assert_allclose(got[0, 0], want, atol=1e-6)
+    assert info.gap <= 1e-8 * info.distance
+
+
+GEOMETRIES = {
+    "groups": ((3, 3, 2, 6), oj.Conv((7, 7), feature_group_count=3)),
+    "depthwise": ((3, 3, 1, 5), oj.Conv((7, 7), feature_group_count=5)),
+    "strided": ((3, 3, 3, 4), oj.Conv((8, 8), strides=2)),
+    "dilated": ((3, 3, 4, 3), oj.Conv((9, 9), kernel_dilation=2)),
+    "transposed": ((3, 3, 3, 4), oj.Conv((6, 6), input_dilation=2, padding=((1, 2), (2, 1)))),
+    "1-D": ((5, 3, 4), oj.Conv((12,), padding="VALID")),
+    "3-D": ((2, 2, 2, 3, 3), oj.Conv((4, 4, 4))),
+    "larger than the circle": ((5, 5, 2, 3), oj.Conv((3, 3), padding="CIRCULAR")),
+}
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_both_methods_agree_in_every_geometry(name, x64):
+    """Newton's and the accelerated gradient's, which share no code but the blocks'."""
+    shape, conv = GEOMETRIES[name]
+    kernel = np.random.default_rng(0).standard_normal(shape)
+    bound = 0.5 * float(oj.operator_norm_bounds(kernel, conv).upper)
+    got, info = oj.project_operator_norm_info(kernel, conv, bound, tolerance=1e-5)
+    products = oj.Execution(factorization="products")
+    want, slow = oj.project_operator_norm_info(
+        kernel, conv, bound, tolerance=1e-4, max_iterations=2000, execution=products
+    )
+    assert info.gap <= 1e-5 * info.distance and slow.gap <= 1e-4 * slow.distance
+    assert info.distance - info.gap <= slow.distance and slow.distance - slow.gap <= info.distance
+    assert np.linalg.norm(got - want) <= 0.03 * info.distance
+    assert oj.operator_norm_bounds(got, conv).upper <= bound * (1 + 1e-12)
+
+
+def test_small_chunks_and_groups_change_nothing():
+    shape, conv = GEOMETRIES["groups"]
+    kernel = random_kernel(shape)
+    want = oj.project_operator_norm(kernel, conv, 1.0)
+    got = oj.project_operator_norm(kernel, conv, 1.0, execution=oj.Execution(chunk_bytes=500))
+    np.testing.assert_allclose(got, want, atol=1e-4)
 
 
 def test_gap_is_a_true_certificate():

@@ -485,7 +485,8 @@ def _newton_share(kernel, bound, frequencies, weights, *, plan, options, executi
     start = _State(
         k=kernel, value=zero, change=jnp.zeros_like(kernel), slope=zero, rate=jnp.ones((), kernel.dtype), margin=zero,
         forced=jnp.ones((), bool), guessed=jnp.zeros((), bool),
-        multipliers=lax.complex(*2 * [jnp.zeros(shape, kernel.dtype)]), penalty=jnp.full((), _FIRST_PENALTY, kernel.dtype),
+        multipliers=lax.complex(*2 * [jnp.zeros(shape, kernel.dtype)]),
+        penalty=jnp.full((), _FIRST_PENALTY, kernel.dtype),
         best=kernel, distance=jnp.full((), jnp.inf, kernel.dtype), below=zero, norm=zero,
         passes=jnp.zeros((), jnp.int32),
     )  # fmt: skip

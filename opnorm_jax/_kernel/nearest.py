@@ -262,34 +262,13 @@ class _Problem:
         excess = jnp.where(rows, penalty.astype(active.excess.dtype) * active.excess, 0)
         return jnp.zeros_like(excess).at[active.order].set(excess)
 
-    def model(self, values) -> _Model:
-        c, above = self.bound, values > self.bound
-        safe = jnp.where(above, values, 1)
-        share = jnp.where(above, 1 - c / safe, 0)
-        a, b = values[..., :, None], values[..., None, :]
-        out_a, out_b = above[..., :, None], above[..., None, :]
-        low, high = jnp.minimum(a, b), jnp.maximum(a, b)
-        both = c / jnp.where(out_a & out_b, a * b * (a + b), 1)
-        # At a tie of a value above c with one that is not, neither differs from c by more than a rounding error.
-        apart = jnp.where(high > low, high - low, 1) * jnp.where(out_a | out_b, high * (high + low), 1)
-        divided = jnp.where(out_a & out_b, both, jnp.where(out_a | out_b, (high - c) / apart, 0))
-        return _Model(values, share, divided)
-
     def pulled(self, change, model: _Model, active: _Active, more):
         """Mᵀ of E'(Z)[M change] + U diag(more) Wᴴ; and how the change moves the values."""
         taps = self.taps(change)
 
         def step(back, phase, weights, x):
-            dtype = x["left"].dtype
-            column = lambda a: a[..., None].astype(dtype)
-            row = lambda a: a[..., None, :].astype(dtype)
-            turned = _matmul(self.symbol(taps, phase), x["right"])
-            inner = _matmul(_adjoint(x["left"]), turned)
-            moved = jnp.diagonal(inner, axis1=-2, axis2=-1).real
-            s = x["values"]
-            mixed = column(s) * inner + row(s) * _adjoint(inner)
-            mixed = column(s) * x["divided"].astype(dtype) * mixed + _diagonal(x["more"]).astype(dtype)
-            out = _matmul(turned * row(x["share"]) + _matmul(x["left"], mixed), _adjoint(x["right"]))
+            blocks = self.symbol(taps, phase)
+            out, moved = derivative_of_excess(blocks, x)
             return back + self.symbol_adjoint(out, phase, weights), {"moved": moved}
 
         xs = {"left": active.left, "right": active.right, "more": more, "moved": jnp.zeros_like(more)}
@@ -304,19 +283,22 @@ class _Problem:
         """
 
         def look(state, pull, along, model):
-            """At the change that the conjugate gradients have led to."""
+            """At the change that the conjugate gradients have led to: goes on from there, or takes less of it."""
             gradient = state.change + state.x - self.kernel + k + penalty * pull
             square = jnp.sum(gradient * gradient)
-            # The first step is a direction of descent for f whatever it does to the model.
-            better = (square < state.first) | (state.rounds <= 1)
-            pick = lambda a, b: jnp.where(better, a, b)
-            return _Step(
-                change=pick(state.change + state.x, state.change), moved=pick(state.moved + state.x_moved, state.moved),
-                model=model, x=jnp.zeros_like(k), x_moved=jnp.zeros_like(state.moved), r=-gradient, p=-gradient,
-                square=square, first=square, start=jnp.where(state.rounds == 0, square, state.start),
-                count=jnp.zeros_like(state.count), rounds=jnp.where(better, state.rounds + 1, _MODEL_STEPS + 1),
-                slope=jnp.where(state.rounds == 0, gradient, state.slope),
+            before, after = jnp.sum(state.gradient * state.x), jnp.sum(gradient * state.x)
+            less = jnp.clip(before / (before - after), 0.1, 0.7)
+            first = state.rounds == 0
+            far = state._replace(x=less * state.x, x_moved=less * state.x_moved, tries=state.tries + 1)
+            near = _Step(
+                change=state.change + state.x, moved=state.moved + state.x_moved, gradient=gradient, model=model,
+                x=jnp.zeros_like(k), x_moved=jnp.zeros_like(state.moved), r=-gradient, p=-gradient,
+                square=square, first=square, start=jnp.where(first, square, state.start),
+                count=jnp.zeros_like(state.count), tries=jnp.zeros_like(state.tries), rounds=state.rounds + 1,
+                slope=jnp.where(first, gradient, state.slope),
             )  # fmt: skip
+            overshot = ~first & (after > -0.5 * before) & (state.tries < _MODEL_STEPS)
+            return jax.tree.map(lambda a, b: jnp.where(overshot, a, b), far, near)
 
         def conjugate(state, pull, along, model):
             q = state.p + penalty * pull
@@ -329,12 +311,13 @@ class _Problem:
             )  # fmt: skip
 
         def looking(state):
-            return (state.rounds == 0) | (state.square <= 1e-2 * state.first) | (state.count >= _STEPS)
+            found = (state.square <= 1e-2 * state.first) | (state.count >= _STEPS) | (state.tries > 0)
+            return (state.rounds == 0) | found
 
         def turn(state):
             new = looking(state)
             values = jnp.maximum(active.values + state.moved + state.x_moved, 0)
-            model = lax.cond(new, lambda: self.model(values), lambda: state.model)
+            model = lax.cond(new, lambda: model_of(values, self.bound), lambda: state.model)
             above = new & (values > self.bound)
             more = jnp.where(above, active.values - self.bound, 0)
             pull, along = self.pulled(jnp.where(new, state.change + state.x, state.p), model, active, more)
@@ -346,9 +329,10 @@ class _Problem:
         square = lax.psum(square, self.names) if self.names else square
         zero, nothing, number = jnp.zeros_like(k), jnp.zeros_like(active.values), jnp.zeros((), k.dtype)
         start = _Step(
-            change=zero, moved=nothing, model=self.model(nothing), x=zero, x_moved=nothing, r=zero, p=zero,
-            square=number, first=number, start=number, count=jnp.zeros((), jnp.int32), rounds=jnp.zeros((), jnp.int32),
-            slope=zero,
+            change=zero, moved=nothing, gradient=zero, model=model_of(nothing, self.bound), x=zero, x_moved=nothing,
+            r=zero, p=zero,
+            square=number, first=number, start=number, count=jnp.zeros((), jnp.int32), tries=jnp.zeros((), jnp.int32),
+            rounds=jnp.zeros((), jnp.int32), slope=zero,
         )  # fmt: skip
         going = lambda state: (
             (state.rounds == 0)
@@ -361,8 +345,9 @@ class _Problem:
 class _Step(NamedTuple):
     """Of the loop that minimises the model."""
 
-    change: jax.Array  # the best so far
+    change: jax.Array  # so far
     moved: jax.Array  # by which the values move so much
+    gradient: jax.Array  # of the model there
     model: _Model  # there
     x: jax.Array  # conjugate gradients' step from there
     x_moved: jax.Array
@@ -372,8 +357,67 @@ class _Step(NamedTuple):
     first: jax.Array  # |r|² before the first of them
     start: jax.Array  # the same at the change 0
     count: jax.Array  # of conjugate gradients
+    tries: jax.Array  # how often x has been shortened
     rounds: jax.Array  # of Newton's steps
     slope: jax.Array  # shaped like the kernel: the model's gradient at the change 0
+
+
+def model_of(values, c) -> _Model:
+    """Returns the linear map for the bound c."""
+    above = values > c
+    safe = jnp.where(above, values, 1)
+    share = jnp.where(above, 1 - c / safe, 0)
+    a, b = values[..., :, None], values[..., None, :]
+    out_a, out_b = above[..., :, None], above[..., None, :]
+    low, high = jnp.minimum(a, b), jnp.maximum(a, b)
+    both = c / jnp.where(out_a & out_b, a * b * (a + b), 1)
+    # At a tie of a value above c with one that is not, neither differs from c by more than a rounding error.
+    apart = jnp.where(high > low, high - low, 1) * jnp.where(out_a | out_b, high * (high + low), 1)
+    divided = jnp.where(out_a & out_b, both, jnp.where(out_a | out_b, (high - c) / apart, 0))
+    return _Model(values, share, divided)
+
+
+def derivative_of_excess(blocks, x):
+    r"""E'(Z)[H] + U diag(more) Wᴴ for blocks H; and how H moves the values.
+
+    With X = UᴴHW, S the values' diagonal matrix and Q the divided differences (0 for two values below the bound),
+
+    .. math:: E'(Z)[H] = H W \phi W^H + U S (Q \circ (S X + X^H S)) W^H.
+    """
+    n = blocks.shape[-1]
+    column = lambda a: a[..., None].astype(blocks.dtype)
+    row = lambda a: a[..., None, :].astype(blocks.dtype)
+
+    def whole(blocks, x):
+        turned = _matmul(blocks, x["right"])
+        inner = _matmul(_adjoint(x["left"]), turned)
+        s = x["values"]
+        mixed = x["divided"].astype(blocks.dtype) * (column(s) * inner + row(s) * _adjoint(inner))
+        mixed = column(s) * mixed + _diagonal(x["more"]).astype(blocks.dtype)
+        out = _matmul(turned * row(x["share"]) + _matmul(x["left"], mixed), _adjoint(x["right"]))
+        return out, jnp.diagonal(inner, axis1=-2, axis2=-1).real
+
+    def thin(blocks, x):
+        """The same if only the last few values are above the bound: Q is 0 but for the last rows and columns."""
+        left, right, s = x["left"], x["right"], x["values"]
+        last = lambda a: a[..., n - few :]
+        turned = _matmul(blocks, last(right))
+        inner = _matmul(_adjoint(left), turned)
+        other = _matmul(_adjoint(right), _matmul(_adjoint(blocks), last(left)))
+        mixed = last(x["divided"]).astype(blocks.dtype) * (column(s) * inner + row(last(s)) * other)
+        corner = _diagonal(last(x["more"])).astype(blocks.dtype)
+        corner = jnp.concatenate([jnp.zeros_like(mixed[..., : n - few, :]), corner], axis=-2)
+        ours = turned * row(last(x["share"])) + _matmul(left, column(s) * mixed + corner)
+        rest = jnp.where(np.arange(n)[:, None] < n - few, mixed * row(last(s)), 0)
+        first = jnp.concatenate([ours, last(left)], axis=-1)
+        second = jnp.concatenate([last(right), _matmul(right, rest)], axis=-1)
+        moved = jnp.diagonal(inner[..., n - few :, :], axis1=-2, axis2=-1).real
+        return _matmul(first, _adjoint(second)), jnp.concatenate([jnp.zeros_like(s[..., : n - few]), moved], axis=-1)
+
+    few = n // 8
+    if few < 2:
+        return whole(blocks, x)
+    return lax.cond(jnp.any(x["share"][..., : n - few] > 0), whole, thin, blocks, x)
 
 
 class _State(NamedTuple):

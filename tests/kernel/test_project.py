@@ -11,6 +11,7 @@ import pytest
 from geometries import generate
 
 import opnorm_jax as oj
+from opnorm_jax._kernel import nearest
 
 FUNCTIONS = {
     "clip": oj.clip_operator_norm,
@@ -196,7 +197,7 @@ def test_few_iterations_after_a_small_change_of_a_projected_kernel(drift):
 @pytest.mark.parametrize("drift", [3e-4, 3e-3])
 def test_gap_is_true_near_the_ball(drift, x64):
     """Where the lower bound is within rounding, in float32: against the optimum in float64."""
-    projected = oj.project_operator_norm(random_kernel((3, 3, 6, 6), norm=2, image=(8, 8)), (8, 8), 1.0)
+    projected = np.asarray(oj.project_operator_norm(random_kernel((3, 3, 6, 6), norm=2, image=(8, 8)), (8, 8), 1.0))
     change = random_kernel(projected.shape, seed=1)
     moved = np.float32(projected + np.float32(drift * np.linalg.norm(projected) / np.linalg.norm(change)) * change)
     _, truth = oj.project_operator_norm_info(moved.astype(np.float64), (8, 8), 1.0, tolerance=1e-6)
@@ -257,6 +258,30 @@ def test_both_methods_agree_in_every_geometry(name, x64):
     assert oj.operator_norm_bounds(got, conv).upper <= bound * (1 + 1e-12)
 
 
+@pytest.mark.parametrize(
+    "shape, above", [((16, 16), 2), ((20, 16), 1), ((16, 16), 5), ((5, 3), 2), ((4, 4), 0)], ids=str
+)
+def test_derivative_of_the_excess(shape, above, x64):
+    """By central differences of NumPy's SVD; few values above the bound take another route than many."""
+    draw = lambda seed: np.random.default_rng(seed).standard_normal((2, *shape))
+    z, h = (draw(seed)[0] + 1j * draw(seed)[1] for seed in (0, 1))
+    left, values, right = np.linalg.svd(z, full_matrices=False)
+    bound = values[0] + 1 if above == 0 else (values[above - 1] + values[above]) / 2
+
+    def excess(z):
+        left, values, right = np.linalg.svd(z, full_matrices=False)
+        return (left * np.maximum(values - bound, 0)) @ right
+
+    want = (excess(z + 1e-6 * h) - excess(z - 1e-6 * h)) / 2e-6
+    model = nearest.model_of(jnp.asarray(values[::-1].copy())[None, None], bound)
+    x = {"left": left[:, ::-1][None, None], "right": right.conj().T[:, ::-1][None, None], **model._asdict()}
+    x["more"] = jnp.zeros((1, 1, len(values)))
+    got, moved = nearest.derivative_of_excess(jnp.asarray(h)[None, None], jax.tree.map(jnp.asarray, x))
+    np.testing.assert_allclose(got[0, 0], want, atol=1e-7)
+    rates = np.sum((left.conj() * (h @ right.conj().T)).real, axis=0)
+    np.testing.assert_allclose(moved[0, 0, len(values) - above :][::-1], rates[:above], atol=1e-12)
+
+
 def test_small_chunks_and_groups_change_nothing():
     shape, conv = GEOMETRIES["groups"]
     kernel = random_kernel(shape)
@@ -269,10 +294,10 @@ def test_gap_is_a_true_certificate():
     """distance - gap never exceeds the distance of the (independently found) nearest kernel."""
     for seed in range(5):
         kernel = random_kernel((3, 3, 2, 3), seed, norm=3.0, image=(5, 5))
-        nearest = np.linalg.norm(dykstra(kernel.astype(np.float64), (5, 5), 1.0, 3000) - kernel)
+        optimum = np.linalg.norm(dykstra(kernel.astype(np.float64), (5, 5), 1.0, 3000) - kernel)
         for iterations in (1, 20, 100):
             _, info = oj.project_operator_norm_info(kernel, (5, 5), 1.0, max_iterations=iterations)
-            assert info.distance - info.gap <= nearest * (1 + 1e-4) and info.distance >= nearest * (1 - 1e-4)
+            assert info.distance - info.gap <= optimum * (1 + 1e-4) and info.distance >= optimum * (1 - 1e-4)
 
 
 @pytest.mark.parametrize("method", FUNCTIONS)

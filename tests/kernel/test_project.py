@@ -203,7 +203,9 @@ def test_gap_is_true_near_the_ball(drift, x64):
     _, truth = oj.project_operator_norm_info(moved.astype(np.float64), (8, 8), 1.0, tolerance=1e-6)
     assert 0 <= truth.gap <= 1e-6 * truth.distance
     out, info = oj.project_operator_norm_info(moved, (8, 8), 1.0)
-    assert out.dtype == np.float32 and info.distance - info.gap <= truth.distance
+    assert out.dtype == np.float32
+    info, truth = (jax.tree.map(np.float64, one) for one in (info, truth))
+    assert info.distance - info.gap <= truth.distance
     assert np.linalg.norm(np.float64(out) - moved) >= (truth.distance - truth.gap) * (1 - 1e-6)
     assert info.gap <= max(1e-3 * info.distance, info.floor)
 

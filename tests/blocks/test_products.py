@@ -80,10 +80,16 @@ def test_not_finite_gives_nan(bad):
 @pytest.mark.parametrize("name", ["clip", "rescale", "project"])
 def test_constraints_are_the_other_methods(name):
     function = getattr(oj, f"{name}_operator_norm")
-    tolerance = {"clip": 2e-6, "rescale": 2e-6, "project": 1e-3}[name]
     for bound in (0.5, 5.0, 12.0):
         found, usual = (function(KERNEL, SAME, bound, execution=execution) for execution in (PRODUCTS, oj.Execution()))
-        np.testing.assert_allclose(found, usual, atol=tolerance * np.abs(KERNEL).max(), err_msg=str(bound))
+        if name == "project":  # what is so near to nearest is no further from the nearest, as the ball is convex
+            infos = [
+                oj.project_operator_norm_info(KERNEL, SAME, bound, execution=e)[1] for e in (PRODUCTS, oj.Execution())
+            ]
+            allowed = sum(float(jnp.sqrt(2 * info.gap * info.distance)) for info in infos)
+            assert np.linalg.norm(found - usual) <= allowed < 0.1 * infos[0].distance
+        else:
+            np.testing.assert_allclose(found, usual, atol=2e-6 * np.abs(KERNEL).max(), err_msg=str(bound))
     inside = KERNEL / 100
     assert (function(inside, SAME, 5.0, execution=PRODUCTS) == inside).all()
     norm = float(oj.operator_norm_bounds(KERNEL, SAME).upper)

@@ -155,9 +155,17 @@ class _Run:
             return self.run(inner, ins)
         if eqn.primitive is p.reduce_precision_p:
             return ins
-        if programs_inside(eqn):  # its own dtypes are part of it
-            narrow = [jnp.asarray(value).astype(v.aval.dtype) for value, v in zip(ins, eqn.invars)]
-            return [widest(out) for out in evaluate(program, eqn, narrow)]
+        if eqn.primitive is p.scan_p:
+            return self._scan(eqn, ins)
+        if eqn.primitive is p.cond_p:
+            return self._cond(eqn, ins)
+        if eqn.primitive is p.while_p and not any(isinstance(value, jax.core.Tracer) for value in ins):
+            return self._while(eqn, ins)
+        name = eqn.primitive.name
+        if name == "scatter-add" or (name == "scatter" and is_plain(eqn)):
+            return run_on(eqn, ins)
+        if programs_inside(eqn):
+            raise Refused(f"{name} on parameters computes in less than single precision: cast them to float32 before.")
         wide = widened(eqn)
         outs = wide.primitive.bind(*map(jnp.asarray, ins), **wide.params)
         return [widest(out) for out in (outs if wide.primitive.multiple_results else [outs])]
@@ -203,6 +211,14 @@ class _Run:
             worst = lambda signals=signals: times(scanned.bound, maximum([signal.bound for signal in signals]))
             stacked.append(Signal(v.aval.shape, compute=worst))
         return [*carry, *stacked]
+
+    def _while(self, eqn: Any, ins: list[Any]) -> list[Any]:
+        """A loop over known values alone."""
+        of_cond, of_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        carry = ins[of_cond + of_body :]
+        while bool(self.run(eqn.params["cond_jaxpr"], [*ins[:of_cond], *carry])[0]):
+            carry = self.run(eqn.params["body_jaxpr"], [*ins[of_cond : of_cond + of_body], *carry])
+        return carry
 
     def _cond(self, eqn: Any, ins: list[Any]) -> list[Any]:
         """A choice that does not depend on the input: of the branch taken if that is known, otherwise of any."""

@@ -416,15 +416,15 @@ def _by_integers(eqn: Any, parts: Sequence[ElementMap | None], value: Callable[[
     with jax.ensure_compile_time_eval():
         if eqn.primitive.name == "scatter-add":
             counts = [np.int32(operand > 0) if n != 1 else operand for n, operand in enumerate(operands)]
-            if np.max(_run(eqn, counts)[0], initial=0) > 1:
+            if np.max(run_on(eqn, counts)[0], initial=0) > 1:
                 return None  # it adds numbers
-        outs = [np.asarray(out, np.int64) - 1 for out in _run(eqn, operands)]
+        outs = [np.asarray(out, np.int64) - 1 for out in run_on(eqn, operands)]
     tables = [np.where(out >= 0, out, HOLE) for out in outs]
     return [ElementMap(given.sources, table.shape, split_by_axis(table) or None, table) for table in tables]
 
 
-def _run(eqn: Any, operands: list[Any]) -> list[Any]:
-    """Evaluates an equation on integers, whatever dtype it was traced for."""
+def run_on(eqn: Any, operands: list[Any]) -> list[Any]:
+    """Evaluates an equation that moves numbers on operands of any dtype, whichever it was traced for."""
     name, params = eqn.primitive.name, eqn.params
     operands = [jnp.asarray(operand) for operand in operands]
     if name == "gather":

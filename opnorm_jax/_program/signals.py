@@ -39,8 +39,8 @@ class Layer(NamedTuple):
         norm = _upper(self.kernel, self.conv)
         if not isinstance(norm, jax.core.Tracer):
             norm = float(norm)
-        # Each rounding changes every entry by half an eps at most, hence the norm by at most so much of itself: each tap
-        # is no larger than the whole, and its Frobenius norm is at most the root of its rank times that.
+        # Each rounding changes every entry by half an eps at most, hence the norm by at most so much of itself: no tap
+        # is larger than the whole, and its Frobenius norm is at most the root of its rank times that.
         *taps, i, o = canonical_shape(self.kernel, self.conv)
         slack = 1 + self.roundings * float(jnp.finfo(self.kernel.dtype).eps) * math.prod(taps) * math.sqrt(min(i, o))
         return times(self.before.bound, norm, slack, self.scale)

@@ -351,6 +351,22 @@ def test_pools_of_equinox_by_addition():
     )
 
 
+LOOPS = {
+    "fori_loop": lambda w: lax.fori_loop(0, 3, lambda _, v: v @ w, w),
+    "while_loop": lambda w: lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1] @ w), (0, w))[1],
+    "scatter": lambda w: jnp.zeros_like(w).at[jnp.arange(5)].add(w @ w @ w @ w),
+    "cond": lambda w: lax.cond(w[0, 0] < 1e3, lambda w: w @ w @ w @ w, lambda w: w, w),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_loops_over_narrow_parameters_lose_nothing(name):
+    w = jnp.asarray(np.random.default_rng(0).uniform(0.1, 1, (5, 5)), jnp.float16)
+    found = oj.lipschitz_bound(lambda w, x: x @ LOOPS[name](w).astype(x.dtype), w, jnp.ones(5))
+    truth = np.linalg.norm(np.linalg.matrix_power(np.asarray(w, np.float64), 4), 2)
+    assert truth <= found <= truth * (1 + 1e-5)
+
+
 def test_batch_norm_in_bfloat16_loses_nothing():
     class Deep(nn.Module):
         @nn.compact

@@ -30,7 +30,7 @@ from opnorm_jax._program.jaxpr import (
     trace,
     widened,
 )
-from opnorm_jax._program.movement import ElementMap, NotUnderstood, row, stack
+from opnorm_jax._program.movement import ElementMap, NotUnderstood, is_plain, row, run_on, stack
 from opnorm_jax._program.numbers import hypot, maximum, rounded_up, times, widest
 from opnorm_jax._program.rules import Refused, is_signal
 from opnorm_jax._program.signals import Signal, bound_of, is_unknown

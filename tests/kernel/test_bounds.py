@@ -113,7 +113,7 @@ def test_upper_bound_is_within_its_slack_for_strides(strides, input_dilation, ke
         ((5, 6), 1, "SAME", (6, 7)),
         ((5, 6), 2, "SAME", (6, 8)),
         ((5, 6), 1, "VALID", (5, 6)),
-        ((5, 4), 1, ((2, 1), (0, 3)), (7, 7)),
+        ((5, 4), 1, ((2, 1), (0, 3)), (7, 6)),  # the last output meets padding alone
         ((7, 6), 1, ((-1, -1), (0, -2)), (5, 4)),
         ((7, 6), 1, ((-2, 1), (2, -1)), (6, 7)),
     ],
@@ -138,7 +138,7 @@ def test_upper_is_the_norm_on_the_next_larger_circle(shape, strides, padding, ci
         ((1, 1, 2, 6), oj.Conv((3, 3), padding="SAME", feature_group_count=3), True),
         ((2, 2, 3, 5), oj.Conv((5, 5), padding="SAME", strides=2), False),  # the last patches are cut
         ((2, 2, 3, 5), oj.Conv((4, 4), padding="VALID"), False),
-        ((1, 1, 3, 5), oj.Conv((3, 3), padding=((1, 1), (1, 1))), False),
+        ((1, 1, 3, 5), oj.Conv((3, 3), padding=((1, 1), (1, 1))), True),  # the padding is met alone
         ((2, 2, 3, 5), oj.Conv((3, 3), padding=((0, 0), (0, 0)), input_dilation=2), False),
     ],
     ids=str,

@@ -539,7 +539,13 @@ def _newton_share(kernel, bound, frequencies, weights, *, plan, options, executi
 
 
 def _matmul(a, b):
-    return jnp.matmul(a, b, precision=_HIGHEST)
+    """A product of complex matrices as one of real ones: on a CPU XLA's own takes up to twice as long."""
+    m, n = a.shape[-2], b.shape[-1]
+    left = jnp.concatenate([a.real, a.imag], axis=-2)
+    right = jnp.concatenate([b.real, b.imag], axis=-1)
+    parts = jnp.matmul(left, right, precision=_HIGHEST)
+    real = parts[..., :m, :n] - parts[..., m:, n:]
+    return lax.complex(real, parts[..., :m, n:] + parts[..., m:, :n])
 
 
 def _adjoint(a):

@@ -451,7 +451,7 @@ def _by_newton(kernel, bound, plan, options, execution):
     if execution.mesh is None:
         return share(kernel, bound, frequencies, weights)
     specs = (jax.P(), jax.P(), *2 * [jax.P(execution.mesh.axis_names)])
-    run = jax.shard_map(share, mesh=execution.mesh, in_specs=specs, out_specs=jax.P(), check_vma=False)
+    run = jax.shard_map(share, mesh=execution.automatic_mesh, in_specs=specs, out_specs=jax.P(), check_vma=False)
     return run(kernel, bound, frequencies, weights)
 
 

@@ -73,7 +73,8 @@ EIGHT_DEVICES = """
     }
     for name, function in functions.items():
         for one, eight in zip(jax.tree.leaves(function(k, None)), jax.tree.leaves(jax.jit(function, static_argnums=1)(k, mesh))):
-            np.testing.assert_allclose(one, eight, atol=1e-5, err_msg=name)
+            # A projection stops at a gap of 1e-3, within which rounding errors lead its iterations elsewhere.
+            np.testing.assert_allclose(one, eight, atol=2e-4 if name == "project" else 1e-5, err_msg=name)
     # Each device has its share: of 9 * 10 frequencies half (and the self-conjugate one) are computed, 46 in all.
     stacks = jax.make_jaxpr(lambda k: functions["singular_values"](k, mesh))(k)
     text = str(stacks)

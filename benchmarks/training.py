@@ -32,7 +32,7 @@ def measure(name, batch, constraints, repeats):
         for every, when in ((1, "acting"), (1000, "in between")):
             act, (updates, start, params) = training.alone(training.constraint(constraint, every))
             compiling[f"{constraint}, {when}"] = compile_seconds(act, updates, start, params)
-            # Its count is then 1: not due if every > 1; the dual variables are warm.
+            # Its count is then 1: not due if every > 1.
             _, state_1 = jax.block_until_ready(act(updates, start, params))
             call = functools.partial(act, updates, state_1, params)
             functions[f"{constraint}, {when}"] = call if every == 1 else chained(act, updates, state_1, params)

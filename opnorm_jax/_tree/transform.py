@@ -16,6 +16,7 @@ import optax
 
 from opnorm_jax._conv import Conv, canonical_shape, check_max_norm, compute_dtype
 from opnorm_jax._execution import Execution, check_execution
+from opnorm_jax._kernel.compiled import place
 from opnorm_jax._kernel.constrain import Constrained, Options, constrained
 from opnorm_jax._rounding import inside_tolerance, rounding
 from opnorm_jax._tree.landing import apply_update, find_scale, round_to, round_update, single_entry, wider
@@ -256,7 +257,7 @@ def _constrain_layers(
         for n, count, end in zip(numbers, counts, itertools.accumulate(counts)):
             own = lambda a, n=n, start=end - count, end=end: a[start:end].reshape(*layers[n].stack, *a.shape[1:])
             outs[n] = jax.tree.map(own, batch)
-    return [_place(out[0], like) for out, like in zip(outs, given)], [out[1] for out in outs]
+    return [place(out[0], like) for out, like in zip(outs, given)], [out[1] for out in outs]
 
 
 def _explicit_sharding(array: Any) -> jax.sharding.NamedSharding | None:
@@ -274,12 +275,6 @@ def _replicate(array: jax.Array, like: Any) -> jax.Array:
     if isinstance(like, jax.core.Tracer):
         return jax.sharding.reshard(array, jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec()))
     return jax.device_put(array, jax.sharding.NamedSharding(like.sharding.mesh, jax.sharding.PartitionSpec()))
-
-
-def _place(array: jax.Array, like: jax.Array) -> jax.Array:
-    """Divides the array over the devices as ``like`` is, if that is part of its type."""
-    sharding = _explicit_sharding(like)
-    return array if sharding is None else jax.sharding.reshard(array, sharding)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))

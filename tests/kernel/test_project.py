@@ -11,7 +11,7 @@ import pytest
 from geometries import generate
 
 import opnorm_jax as oj
-from opnorm_jax._kernel import nearest
+from opnorm_jax._kernel import newton
 
 FUNCTIONS = {
     "clip": oj.clip_operator_norm,
@@ -275,10 +275,10 @@ def test_derivative_of_the_excess(shape, above, x64):
         return (left * np.maximum(values - bound, 0)) @ right
 
     want = (excess(z + 1e-6 * h) - excess(z - 1e-6 * h)) / 2e-6
-    model = nearest.model_of(jnp.asarray(values[::-1].copy())[None, None], bound)
+    model = newton.model_of(jnp.asarray(values[::-1].copy())[None, None], bound)
     x = {"left": left[:, ::-1][None, None], "right": right.conj().T[:, ::-1][None, None], **model._asdict()}
     x["more"] = jnp.zeros((1, 1, len(values)))
-    got, moved = nearest.derivative_of_excess(jnp.asarray(h)[None, None], jax.tree.map(jnp.asarray, x))
+    got, moved = newton.derivative_of_excess(jnp.asarray(h)[None, None], jax.tree.map(jnp.asarray, x))
     np.testing.assert_allclose(got[0, 0], want, atol=1e-7)
     rates = np.sum((left.conj() * (h @ right.conj().T)).real, axis=0)
     np.testing.assert_allclose(moved[0, 0, len(values) - above :][::-1], rates[:above], atol=1e-12)

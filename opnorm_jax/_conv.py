@@ -118,13 +118,6 @@ def as_conv(conv: Conv | Sequence[int]) -> Conv:
     )
 
 
-def is_conv_leaf(node: Any) -> bool:
-    """Whether a node in a tree of convolutions is a leaf: a ``Conv`` or the tuple of ints that stands for one."""
-    if isinstance(node, Conv):
-        return True
-    return isinstance(node, tuple) and bool(node) and all(type(n) is int for n in node)
-
-
 def canonical_kernel(kernel: Float[Array, ...], conv: Conv) -> Float[Array, "*taps i o"]:
     """Checks a kernel against its convolution; returns it spatial-axes-first (HWIO) in the computing dtype.
 

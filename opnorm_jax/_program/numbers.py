@@ -16,6 +16,8 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from opnorm_jax._program.jaxpr import is_narrow
+
 Number = Any
 """A float, or a scalar array."""
 
@@ -25,8 +27,7 @@ def widest(value: Any) -> Any:
     dtype = getattr(value, "dtype", None)
     if dtype is None:
         return np.asarray(value) if isinstance(value, (bool, int, float, complex)) else value
-    is_narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
-    return jnp.asarray(value).astype(jnp.float32) if is_narrow else value
+    return jnp.asarray(value).astype(jnp.float32) if is_narrow(dtype) else value
 
 
 def largest(array: Any) -> Number:

@@ -48,7 +48,8 @@ def is_signal(value: Any) -> bool:
     return getattr(value, "is_signal", False)
 
 
-def _refused(eqn: Any, why: str) -> Refused:
+def refused(eqn: Any, why: str = "has none known here") -> Refused:
+    """Returns the error that names an operation and why it has no bound."""
     shapes = ", ".join(str(getattr(v.aval, "shape", "")) for v in eqn.invars)
     return Refused(f"{eqn.primitive.name} on {shapes}, which depends on the input, {why}.")
 
@@ -107,7 +108,7 @@ def _sum(eqn, ins):
 def _multiple(eqn, ins):
     """A constant factor counts by its largest modulus. A product of two signals has no constant."""
     if all(map(is_signal, ins)):
-        raise _refused(eqn, "times another such, has none (attention?)")
+        raise refused(eqn, "times another such, has none (attention?)")
     (factor,) = (value for value in ins if not is_signal(value))
     return times(*_spread(eqn, ins), largest(factor))
 
@@ -116,7 +117,7 @@ def _multiple(eqn, ins):
 def _quotient(eqn, ins):
     """Division by a constant counts by its smallest modulus. Division by a signal has no constant."""
     if is_signal(ins[1]):
-        raise _refused(eqn, "divides by something that depends on the input (a norm, or a batch's own statistics?)")
+        raise refused(eqn, "divides by something that depends on the input (a norm, or a batch's own statistics?)")
     smallest = 1 / jnp.asarray(ins[1]) if isinstance(ins[1], jax.core.Tracer) else _inverse(ins[1])
     return times(*_spread(eqn, ins), largest(smallest))
 
@@ -139,7 +140,7 @@ def _selection(eqn, ins):
     A choice that depends on the input jumps where it changes, unless the whole is a known activation.
     """
     if is_signal(ins[0]):
-        raise _refused(eqn, "chooses by something that depends on the input, and is no activation that is known")
+        raise refused(eqn, "chooses by something that depends on the input, and is no activation that is known")
     return hypot([value.bound for value in ins[1:] if is_signal(value)])
 
 
@@ -169,9 +170,9 @@ def _reduction(eqn, ins):
     """A reduction by addition is a sum, one by maximum or minimum an extreme. Its program is read, not called."""
     operation = _binary(eqn)
     if operation is None or len(ins) != 2:
-        raise _refused(eqn, "combines elements by a function that is neither add, max nor min")
+        raise refused(eqn, "combines elements by a function that is neither add, max nor min")
     if is_signal(ins[1]):
-        raise _refused(eqn, "starts from something that depends on the input")
+        raise refused(eqn, "starts from something that depends on the input")
     return (_reduced_sum if operation == "add" else _reduced_extreme)(eqn, ins)
 
 
@@ -234,9 +235,9 @@ def _pool(eqn, ins):
     """
     operation = eqn.primitive.name.removeprefix("reduce_window").removeprefix("_") or _binary(eqn)
     if operation not in ("add", "sum", "max", "min") or len(ins) > 2:
-        raise _refused(eqn, "combines elements by a function that is neither add, max nor min")
+        raise refused(eqn, "combines elements by a function that is neither add, max nor min")
     if any(map(is_signal, ins[1:])):
-        raise _refused(eqn, "starts from something that depends on the input")
+        raise refused(eqn, "starts from something that depends on the input")
     norm = 1.0
     for matrix in _windows(eqn):
         if operation in ("max", "min"):
@@ -270,7 +271,7 @@ def _windows(eqn: Any) -> list[np.ndarray]:
 @rule("conv_general_dilated")
 def _convolution(eqn, ins):
     """A convolution by a constant kernel is bounded by its norm, taken elsewhere; this is what is left."""
-    raise _refused(eqn, "as a convolution's kernel has none known here")
+    raise refused(eqn, "as a convolution's kernel has none known here")
 
 
 @rule("dot_general")
@@ -278,11 +279,11 @@ def _product(eqn, ins):
     """A product with constant matrices, one for each batch index, changes by at most the largest of their norms."""
     contracted, batched = eqn.params["dimension_numbers"]
     if all(map(is_signal, ins)):
-        raise _refused(eqn, "times another such, has none (attention?)")
+        raise refused(eqn, "times another such, has none (attention?)")
     me = 1 if is_signal(ins[0]) else 0
     matrix = jnp.asarray(ins[me])
     if jnp.issubdtype(matrix.dtype, jnp.complexfloating):
-        raise _refused(eqn, "times a complex matrix, has none known here")
+        raise refused(eqn, "times a complex matrix, has none known here")
     if not jnp.issubdtype(matrix.dtype, jnp.floating):
         matrix = matrix.astype(jnp.float32)
     free = [n for n in range(matrix.ndim) if n not in contracted[me] and n not in batched[me]]
@@ -360,7 +361,7 @@ def _scattered(eqn, ins):
     """The result holds no element of the operand or of the updates twice, if updates are put in place as they are."""
     _check_places(eqn, ins[1:2])
     if not is_plain(eqn):
-        raise _refused(eqn, "changes the elements by a function of its own")
+        raise refused(eqn, "changes the elements by a function of its own")
     return hypot([ins[n].bound for n in (0, 2) if is_signal(ins[n])])
 
 
@@ -386,7 +387,7 @@ def _indices(eqn: Any) -> int:
 
 def _check_places(eqn: Any, places: Sequence[Any]) -> None:
     if any(map(is_signal, places)):
-        raise _refused(eqn, "moves numbers to or from places that depend on the input")
+        raise refused(eqn, "moves numbers to or from places that depend on the input")
 
 
 # Control flow.
@@ -395,10 +396,10 @@ def _check_places(eqn: Any, places: Sequence[Any]) -> None:
 @rule("cond")
 def _branches(eqn, ins):
     """A choice that depends on the input jumps where it changes. Other choices are followed elsewhere."""
-    raise _refused(eqn, "branches on something that depends on the input")
+    raise refused(eqn, "branches on something that depends on the input")
 
 
 @rule("while")
 def _loop(eqn, ins):
     """A loop may run any number of times."""
-    raise _refused(eqn, "may run any number of times: use jax.lax.scan, or fori_loop with fixed limits")
+    raise refused(eqn, "may run any number of times: use jax.lax.scan, or fori_loop with fixed limits")

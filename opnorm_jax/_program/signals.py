@@ -19,7 +19,7 @@ from opnorm_jax._program.convolution import kernel_letters, read_convolution
 from opnorm_jax._program.jaxpr import p
 from opnorm_jax._program.movement import MOVES, ElementMap, NotUnderstood, Source, identity, moved
 from opnorm_jax._program.numbers import Number, hypot, largest, times
-from opnorm_jax._program.rules import RULES, Refused, is_signal
+from opnorm_jax._program.rules import RULES, Refused, is_signal, refused
 
 _SETTLE = 40
 """Operations after which a bound is computed at once, so that no chain of them is longer than Python's stack."""
@@ -110,11 +110,11 @@ class Signal:
             return times(inner.bound, 0.5)
         rule = RULES.get(self.eqn.primitive.name)
         if rule is None:
-            raise _no_rule(self.eqn)
+            raise refused(self.eqn)
         found = rule(self.eqn, self.ins)
         found = found[self.index] if isinstance(found, list) else found
         if found is None:
-            raise _no_rule(self.eqn)
+            raise refused(self.eqn)
         return found
 
     @functools.cached_property
@@ -162,13 +162,14 @@ class Signal:
     def _moved_layer(self) -> Layer | None:
         """A layer whose output is only laid out anew, as ``vmap`` does, with its channels along one axis still."""
         (signal, *_), elements = self.ins, self.elements
-        layer = signal.layer if is_signal(signal) else None
-        if layer is None or signal.size != self.size or elements.axes is None or len(elements.sources) != 1:
+        if not is_signal(signal) or signal.layer is None or signal.size != self.size:
+            return None
+        if elements.axes is None or len(elements.sources) != 1:
             return None
         source = elements.sources[0]
-        if source.owner.layer is None or math.prod(self.shape) != source.size:
-            return None
         layer = source.owner.layer
+        if layer is None or source.size != self.size:
+            return None
         step, count = math.prod(source.shape[layer.axis + 1 :]), source.shape[layer.axis]
         for axis, entries in enumerate(elements.axes):
             channels = entries - entries[0]
@@ -211,11 +212,6 @@ def _softmax_of(signal: Signal) -> Signal | None:
 
 def _name(signal: Signal) -> str:
     return signal.eqn.primitive.name
-
-
-def _no_rule(eqn: Any) -> Refused:
-    shapes = ", ".join(str(getattr(v.aval, "shape", "")) for v in eqn.invars)
-    return Refused(f"{eqn.primitive.name} on {shapes}, which depends on the input, has none known here.")
 
 
 def is_unknown(value: Any) -> bool:

@@ -2,9 +2,10 @@
 
     pip install cosmic-ray && python benchmarks/mutation.py [COUNT [SEED [SESSION]]]
 
-One mutant of each place and kind. Each is written into its module, the quick tests that should fail are run, and the
-module is put back. SESSION, a file, keeps the results: started again, the command goes on where it was stopped. At the
-end docs/mutation.md is written anew from the results, with the verdicts on survivors that mutation_verdicts.json holds.
+At most COUNT mutants a module, one of each place and kind. Each is written into its module, the quick tests that
+should fail are run, and the module is put back. SESSION, a file, keeps the results: started again, the command goes on
+where it was stopped. At the end docs/mutation.md is written anew from the results, with the verdicts on survivors that
+mutation_verdicts.json holds.
 """
 
 import ast
@@ -24,7 +25,7 @@ from cosmic_ray.operators.operator import Operator
 from cosmic_ray.work_db import use_db
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT = 150  # seconds a mutant
+LIMIT = 150  # seconds of CPU time a mutant
 TESTS = {  # module: files of tests; an expression for -k after a colon
     "_geometry": "kernel/test_geometry",
     "_rounding": "kernel/test_bounds kernel/test_inside kernel/test_project: certif or bound or inside or tolerance",
@@ -80,23 +81,27 @@ def left_out(source):
 
 
 def sample(items, count, rng):
-    """Draws mutants: one of each place and kind, then ``count`` of those (all, if there are fewer)."""
-    places = collections.defaultdict(list)
+    """Draws mutants: one of each place and kind, then ``count`` of those in each module (all, if there are fewer)."""
+    places = collections.defaultdict(lambda: collections.defaultdict(list))
     out = {path: list(left_out(path.read_text())) for path in {item.mutations[0].module_path for item in items}}
     for spec, item in sorted(((item.mutations[0], item) for item in items), key=lambda pair: str(pair[0])):
         inside = any(low <= spec.start_pos < high for low, high in out[spec.module_path])
         if spec.operator_name.endswith(tuple(OPERATORS)) and not inside:
-            places[str(spec.module_path), spec.start_pos, "Number" in spec.operator_name].append(item)
-    singles = [rng.choice(places[place]) for place in sorted(places)]
-    return rng.sample(singles, min(count, len(singles))), len(singles)
+            places[str(spec.module_path)][spec.start_pos, "Number" in spec.operator_name].append(item)
+    drawn = []
+    for module in sorted(places):
+        singles = [rng.choice(places[module][place]) for place in sorted(places[module])]
+        drawn += rng.sample(singles, min(count, len(singles)))
+    return drawn, sum(map(len, places.values()))
 
 
 def command(tests):
     """Returns the command that runs a module's tests."""
     files, _, expression = tests.partition(": ")
     files = " ".join(f"tests/{file}.py" for file in files.split())
-    chosen = f" -k '{expression}'" if expression else ""
-    return f"{sys.executable} -m pytest -n 0 -p no:cacheprovider -x -q -m 'not slow' {files}{chosen}"
+    chosen = f' -k "{expression}"' if expression else ""
+    pytest = f'{sys.executable} -m pytest -n 0 -p no:cacheprovider -x -q -m "not slow" {files}{chosen}'
+    return f"bash -c 'ulimit -t {LIMIT}; exec {pytest}'"
 
 
 def change(diff):
@@ -105,7 +110,7 @@ def change(diff):
     return " => ".join(line[1:].strip() for line in lines[:2])
 
 
-def page(results, places, seed):
+def page(results, places, count, seed):
     """Returns docs/mutation.md: the counts of each module, and every survivor with its verdict."""
     verdicts = json.loads(VERDICTS.read_text()) if VERDICTS.exists() else {}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
@@ -118,14 +123,14 @@ def page(results, places, seed):
         "",
         "```bash",
         'pip install -e ".[test]" cosmic-ray',
-        f"python benchmarks/mutation.py {len(results)} {seed}",
+        f"python benchmarks/mutation.py {count} {seed}",
         "```",
         "",
         f"Commit {commit.strip()}, {versions}, Python {platform.python_version()}.",
-        f"{len(results)} mutants were drawn with seed {seed} from {places}: operators, comparisons, numbers changed",
-        "by 1, negated conditions, booleans, and exchanged names (`maximum` for `minimum`, `any` for `all`, a missing",
-        "`conj`), one of each place and kind. Headers, bodies of classes and errors are left out. A mutant whose tests",
-        f"take more than {LIMIT} s counts as noticed.",
+        f"{len(results)} mutants were drawn with seed {seed} from {places}, at most {count} a module: operators,",
+        "comparisons, numbers changed by 1, negated conditions, booleans, and exchanged names (`maximum` for",
+        "`minimum`, `any` for `all`, a missing `conj`), one of each place and kind. Headers, bodies of classes and",
+        f"errors are left out. A mutant whose tests take more than {LIMIT} s of CPU time, or hang, counts as noticed.",
         "",
         "| module | mutants | killed | timed out | survived | of these equivalent or safe |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -152,7 +157,7 @@ def page(results, places, seed):
     return "\n".join(lines) + "\n"
 
 
-def main(count="140", seed="0", session="mutation.sqlite"):
+def main(count="12", seed="0", session="mutation.sqlite"):
     """Runs what is left of a session, and writes the page."""
     plugins.OPERATOR_PROVIDERS["own"] = {"SwapName": SwapName}
     modules = {Path(f"opnorm_jax/{name}.py"): name for name in TESTS}
@@ -170,13 +175,13 @@ def main(count="140", seed="0", session="mutation.sqlite"):
             assert mutate_and_test([], commands[path], None).test_outcome == "survived", commands[path]
         for item in db.pending_work_items:
             path, (line, _) = item.mutations[0].module_path, item.mutations[0].start_pos
-            result = mutate_and_test(item.mutations, commands[path], LIMIT)
+            result = mutate_and_test(item.mutations, commands[path], 10 * LIMIT)
             db.set_result(item.job_id, result)
             outcome = "timed out" if result.output == "timeout" else result.test_outcome.value
             state["results"].append([[modules[path], line], result.diff, outcome])
             notes.write_text(json.dumps(state))
             print(f"{outcome}: {path}:{line}\n{result.diff}", flush=True)
-    (ROOT / "docs" / "mutation.md").write_text(page(state["results"], state["places"], seed))
+    (ROOT / "docs" / "mutation.md").write_text(page(state["results"], state["places"], count, seed))
 
 
 if __name__ == "__main__":

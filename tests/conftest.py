@@ -47,6 +47,19 @@ def pytest_sessionstart(session):
             file.unlink(missing_ok=True)
 
 
+def pytest_collection_modifyitems(items):
+    """Leaves three cases of every parametrised test to the fast tier, and all cases of tests marked ``quick``."""
+    cases = collections.defaultdict(list)
+    for item in items:
+        if hasattr(item, "callspec") and not any(item.iter_markers("quick")) and not any(item.iter_markers("slow")):
+            cases[item.nodeid.split("[")[0]].append(item)
+    for family in cases.values():
+        kept = {0, len(family) // 2, len(family) - 1}
+        for index, item in enumerate(family):
+            if index not in kept:
+                item.add_marker("slow")
+
+
 def pytest_sessionfinish():
     if _cases and "OPNORM_CASES" in os.environ:
         report = {

@@ -6,6 +6,8 @@ import pytest
 
 import opnorm_jax as oj
 
+pytestmark = pytest.mark.quick
+
 FUNCTIONS = [name for name in oj.__all__ if inspect.isfunction(getattr(oj, name))]
 
 

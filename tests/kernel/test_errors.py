@@ -9,6 +9,8 @@ import pytest
 
 import opnorm_jax as oj
 
+pytestmark = pytest.mark.quick
+
 K = jnp.ones((3, 3, 2, 4))
 KERNEL_CALLS = {
     "singular_values": oj.singular_values,

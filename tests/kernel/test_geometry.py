@@ -7,6 +7,8 @@ from geometries import generate
 import opnorm_jax as oj
 from opnorm_jax._geometry import coarse_plan, half_grid, resolve
 
+pytestmark = pytest.mark.quick
+
 
 def layer(taps, conv, pads, outputs):
     """One axis of a layer as a matrix (outputs, inputs), from the definition."""

@@ -483,7 +483,9 @@ def _flat(body):
 
 
 def forget():
+    """Frees what was compiled: thousands of programs take more memory maps than a process may have."""
     _FLATS.clear()
+    jax.clear_caches()
 
 
 def _while(ins, params):

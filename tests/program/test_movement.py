@@ -8,6 +8,8 @@ from jax import lax
 
 import opnorm_jax as oj
 
+pytestmark = pytest.mark.quick
+
 MOVES = {
     "edge": lambda x: jnp.pad(x, ((1, 2), (3, 0)), mode="edge"),
     "reflect": lambda x: jnp.pad(x, ((1, 2), (3, 0)), mode="reflect"),

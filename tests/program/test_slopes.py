@@ -8,6 +8,8 @@ import pytest
 import opnorm_jax as oj
 from opnorm_jax._program.slopes import ACTIVATIONS
 
+pytestmark = pytest.mark.quick
+
 PARAMETERS = [-3.0, -1.0, -0.25, 0.0, 0.1, 1.0, 2.5]
 
 

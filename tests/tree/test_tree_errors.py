@@ -8,6 +8,8 @@ import pytest
 
 import opnorm_jax as oj
 
+pytestmark = pytest.mark.quick
+
 K = jnp.ones((3, 3, 2, 4))
 PARAMS = {"conv": {"kernel": K, "bias": jnp.zeros(4)}}
 CONVS = {"conv": {"kernel": oj.Conv((8, 8)), "bias": None}}

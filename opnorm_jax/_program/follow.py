@@ -103,7 +103,7 @@ def _moved(eqn: Any, ins: Sequence[Value]) -> list[ElementMap]:
     found = moved(eqn, parts, _known(ins))
     if found is None and name in ("gather", "scatter", "dynamic_update_slice"):
         raise NotUnderstood(f"its input was put together by {name} at places not known beforehand")
-    if found is None and name in ("dynamic_slice", "select_n"):
+    if found is None and name not in ("reduce_sum", "scatter-add"):  # those compute new numbers
         unmoved(ins, f"it was chosen by {name}")
     return fresh() if found is None else found
 

@@ -155,7 +155,7 @@ def moved(eqn: Any, parts: Sequence[ElementMap | None], value: Callable[[int], n
       value: gives the value of a constant operand by its position, None if it is not known.
     """
     name = eqn.primitive.name
-    if name not in MOVES or not is_plain(eqn) or any(math.prod(v.aval.shape) == 0 for v in eqn.outvars):
+    if name not in MOVES or not is_plain(eqn) or all(math.prod(v.aval.shape) == 0 for v in eqn.outvars):
         return None
     parts = _with_common_sources([part if math.prod(v.aval.shape) else None for part, v in zip(parts, eqn.invars)])
     data = [part for n, part in enumerate(parts) if n not in control_operands(name, len(parts))]

@@ -381,3 +381,18 @@ def test_batch_norm_in_bfloat16_loses_nothing():
     variables = Deep().init(jax.random.key(0), x)
     found = oj.lipschitz_bound(lambda p, x: Deep().apply(variables | {"params": p}, x), variables["params"], x)
     assert 1.0035**20 <= found <= 1.0035**20 * (1 + 1e-3)
+
+
+def test_an_empty_piece_hides_no_copies():
+    """Splitting off nothing left the rest counting as an image of its own, however it had been padded before."""
+
+    def net(params, x):
+        x = jnp.pad(x, ((0, 0), (0, 0), (3, 0), (0, 0)), mode="reflect")
+        x = jnp.concatenate(jnp.split(x, [0, 3], 1)[::-1], 1)
+        return jax.lax.conv_general_dilated(x, params["k"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    params, x = {"k": jnp.ones((3, 3, 1, 1))}, jnp.ones((1, 3, 4, 1))
+    found = oj.find_convs(net, params, x, on_unknown="skip")["k"]
+    assert isinstance(found, oj.Unknown) and "reflect" in found.reason
+    matrix = jax.jacobian(lambda x: net(params, x).ravel())(x).reshape(-1, x.size)
+    assert np.linalg.norm(np.asarray(matrix, np.float64), 2) <= oj.lipschitz_bound(net, params, x)

@@ -1,8 +1,8 @@
 """Mutation testing of the modules that certify: a seeded sample of cosmic-ray's mutants, and the page on the result.
 
-    pip install cosmic-ray && python benchmarks/mutation.py [COUNT [SEED [SESSION]]]
+    pip install cosmic-ray && python benchmarks/mutation.py [COUNT [SEED [SESSION [MODULE ...]]]]
 
-At most COUNT mutants a module, one of each place and kind. Each is written into its module, the quick tests that
+At most COUNT mutants a module (all of TESTS, if none is named), one of each place and kind. Each is written into its module, the quick tests that
 should fail are run, and the module is put back. SESSION, a file, keeps the results: started again, the command goes on
 where it was stopped. At the end docs/mutation.md is written anew from the results, with the verdicts on survivors that
 mutation_verdicts.json holds.
@@ -25,7 +25,7 @@ from cosmic_ray.operators.operator import Operator
 from cosmic_ray.work_db import use_db
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT = 150  # seconds of CPU time a mutant
+LIMIT = 300  # seconds of CPU time a mutant
 TESTS = {  # module: files of tests; an expression for -k after a colon
     "_geometry": "kernel/test_geometry",
     "_rounding": "kernel/test_bounds kernel/test_inside kernel/test_project: certif or bound or inside or tolerance",
@@ -157,10 +157,10 @@ def page(results, places, count, seed):
     return "\n".join(lines) + "\n"
 
 
-def main(count="12", seed="0", session="mutation.sqlite"):
+def main(count="12", seed="0", session="mutation.sqlite", *chosen):
     """Runs what is left of a session, and writes the page."""
     plugins.OPERATOR_PROVIDERS["own"] = {"SwapName": SwapName}
-    modules = {Path(f"opnorm_jax/{name}.py"): name for name in TESTS}
+    modules = {Path(f"opnorm_jax/{name}.py"): name for name in chosen or TESTS}
     commands = {path: command(TESTS[name]) for path, name in modules.items()}
     notes = Path(session).with_suffix(".json")  # what was drawn from, and each outcome
     with use_db(session) as db:

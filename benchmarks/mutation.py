@@ -2,10 +2,10 @@
 
     pip install cosmic-ray && python benchmarks/mutation.py [COUNT [SEED [SESSION [MODULE ...]]]]
 
-At most COUNT mutants a module (all of TESTS, if none is named), one of each place and kind. Each is written into its module, the quick tests that
-should fail are run, and the module is put back. SESSION, a file, keeps the results: started again, the command goes on
-where it was stopped. At the end docs/mutation.md is written anew from the results, with the verdicts on survivors that
-mutation_verdicts.json holds.
+At most COUNT mutants a module (of all in TESTS, if none is named), one of each place and kind. Each is written into
+its module, the quick tests that should fail are run, and the module is put back. SESSION, a file, keeps the results:
+started again, the command goes on where it was stopped. At the end docs/mutation.md is written anew from the results,
+with the verdicts on survivors that mutation_verdicts.json holds.
 """
 
 import ast

@@ -14,6 +14,8 @@ from oracle import dense_matrix
 
 import opnorm_jax as oj
 
+pytestmark = pytest.mark.quick
+
 K = jax.ShapeDtypeStruct((3, 3, 4, 4), jnp.float32)
 X = jax.ShapeDtypeStruct((2, 8, 6, 4), jnp.float32)
 MASK = jnp.broadcast_to(jnp.tri(4), (3, 3, 4, 4))

@@ -10,6 +10,8 @@ from oracle import dense_matrix
 
 import opnorm_jax as oj
 
+pytestmark = pytest.mark.quick
+
 X = jnp.ones((1, 6, 6, 3))
 PAIR = (jax.random.normal(jax.random.key(0), (3, 3, 3, 4)) / 4, jax.random.normal(jax.random.key(1), (3, 3, 4, 3)) / 4)
 

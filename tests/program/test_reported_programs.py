@@ -12,6 +12,8 @@ from oracle import dense_singular_values
 
 import opnorm_jax as oj
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture(autouse=True)
 def frameworks_promote():

@@ -18,6 +18,7 @@ from opnorm_jax._kernel.spectrum import singular_values
 from opnorm_jax._program.find_convs import find_convs
 from opnorm_jax._program.lipschitz import lipschitz_bound
 from opnorm_jax._tree.plot import plot_spectra
+from opnorm_jax._tree.radius import certified_radius
 from opnorm_jax._tree.report import LayerReport, SpectralReport, spectral_report
 from opnorm_jax._tree.transform import ConstrainOperatorNormState, constrain, constrain_operator_norm
 
@@ -32,6 +33,7 @@ __all__ = [
     "ProjectionInfo",
     "SpectralReport",
     "Unknown",
+    "certified_radius",
     "clip_operator_norm",
     "constrain",
     "constrain_operator_norm",

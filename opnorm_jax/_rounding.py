@@ -99,3 +99,11 @@ def through_gram(relative: float) -> float:
     The eigenvalue's error is relative to the largest eigenvalue; the root of a small one magnifies it.
     """
     return relative**0.5
+
+
+def semidefinite_rounding(side: int, dtype: Any) -> float:
+    """Returns the error allowed for in a Cholesky factorisation of a matrix of about unit size, and in its entries.
+
+    As in :func:`rounding`, the worst case is about ``side`` units of rounding, and what is seen is its square root.
+    """
+    return eps(dtype) * (16 + 4 * side**0.5)

@@ -85,13 +85,22 @@ def maximum(terms: Sequence[Number]) -> Number:
     return max(float(term) for term in terms)
 
 
+def minimum(terms: Sequence[Number | None]) -> Number:
+    """The smallest of bounds; None is no bound, and neither is NaN."""
+    given = [term for term in terms if term is not None]
+    if any(isinstance(term, jax.core.Tracer) for term in given):
+        array = jnp.stack([jnp.asarray(term, _dtype(given)) for term in given])
+        return jnp.min(jnp.where(jnp.isnan(array), jnp.inf, array))
+    return min(float(term) for term in given if not math.isnan(float(term)))
+
+
 def rounded_up(bound: Number, dtype: Any) -> jax.Array:
     """The bound as an array, at least as large."""
     if isinstance(bound, jax.core.Tracer):
         return bound.astype(dtype) * (1 + jnp.finfo(dtype).eps)
     with np.errstate(over="ignore"):
         found = np.asarray(bound, dtype)
-        return jnp.asarray(np.nextafter(found, np.asarray(np.inf, dtype)) if found < bound else found)
+        return jnp.asarray(np.nextafter(found, np.asarray(np.inf, dtype)) if float(found) < bound else found)
 
 
 def _dtype(terms: Sequence[Number]) -> Any:

@@ -371,8 +371,8 @@ def _accumulated(eqn, ins):
     _check_places(eqn, ins[1:2])
     meeting = _indices(eqn)
     if not isinstance(ins[1], jax.core.Tracer):
-        ones = jnp.ones(eqn.invars[2].aval.shape, jnp.int32)
-        zeros = jnp.zeros(eqn.invars[0].aval.shape, jnp.int32)
+        ones = np.ones(eqn.invars[2].aval.shape, np.int32)
+        zeros = np.zeros(eqn.invars[0].aval.shape, np.int32)
         numbers, mode = eqn.params["dimension_numbers"], eqn.params["mode"]
         with jax.ensure_compile_time_eval():
             counts = jax.lax.scatter_add(zeros, jnp.asarray(ins[1]), ones, numbers, mode=mode)

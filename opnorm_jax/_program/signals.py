@@ -102,7 +102,7 @@ class Signal:
         if not self._is_own_source:
             return bound_of(self.elements)
         if (found := slopes.find(self)) is not None:
-            name, inner, slope = found
+            name, inner, slope, _ = found
             if not isinstance(slope, jax.core.Tracer) and not np.isfinite(slope):
                 raise Refused(f"{name} on {self.shape} has a parameter out of its domain.")
             return times(inner.bound, slope)

@@ -33,8 +33,9 @@ class Activation(NamedTuple):
 
     name: str
     function: Callable[..., Any]
-    slope: Callable[..., Any]  # of the parameters: the largest slope; infinite where they are out of its domain
+    slope: Callable[..., Any]  # of the parameters: the largest modulus of a slope; infinite where out of its domain
     parameters: int = 0
+    lowest: Callable[..., Any] | float = 0.0  # of the parameters: the lowest slope, or that itself
 
 
 def _constant(slope: float) -> Callable[..., Any]:
@@ -42,37 +43,52 @@ def _constant(slope: float) -> Callable[..., Any]:
 
 
 _at_least_one = lambda a: jnp.maximum(1, jnp.abs(a))
+_at_most_zero = lambda a: jnp.minimum(0, a)
+_at_most_one = lambda a: jnp.minimum(1, a)
 _if = lambda holds, slope: jnp.where(holds, slope, jnp.inf)
 
 ACTIVATIONS = [
     Activation("celu", jax.nn.celu, lambda a: _if(a > 0, 1.0), 1),
-    Activation("elu", jax.nn.elu, _at_least_one, 1),
-    Activation("elu by exp", lambda x, a: jnp.where(x > 0, x, a * (jnp.exp(x) - 1)), _at_least_one, 1),
-    Activation("elu by expm1", lambda x, a: jnp.where(x > 0, x, a * jnp.expm1(x)), _at_least_one, 1),
-    Activation("gelu", lambda x: jax.nn.gelu(x, approximate=True), _constant(1.1289931)),
-    Activation("gelu, exact", lambda x: jax.nn.gelu(x, approximate=False), _constant(1.1289042)),
-    Activation("gelu by erf", lambda x: 0.5 * x * (1 + jax.lax.erf(x / math.sqrt(2))), _constant(1.1289042)),
+    Activation("elu", jax.nn.elu, _at_least_one, 1, lowest=_at_most_zero),
+    Activation(
+        "elu by exp", lambda x, a: jnp.where(x > 0, x, a * (jnp.exp(x) - 1)), _at_least_one, 1, lowest=_at_most_zero
+    ),
+    Activation(
+        "elu by expm1", lambda x, a: jnp.where(x > 0, x, a * jnp.expm1(x)), _at_least_one, 1, lowest=_at_most_zero
+    ),
+    Activation("gelu", lambda x: jax.nn.gelu(x, approximate=True), _constant(1.1289931), lowest=-0.1289931),
+    Activation("gelu, exact", lambda x: jax.nn.gelu(x, approximate=False), _constant(1.1289042), lowest=-0.1289042),
+    Activation(
+        "gelu by erf", lambda x: 0.5 * x * (1 + jax.lax.erf(x / math.sqrt(2))), _constant(1.1289042), lowest=-0.1289042
+    ),
     Activation(
         "gelu by tanh",
         lambda x: 0.5 * x * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
         _constant(1.1289931),
+        lowest=-0.1289931,
     ),
     Activation("hard_sigmoid", jax.nn.hard_sigmoid, _constant(1 / 6)),
-    Activation("hard_swish", jax.nn.hard_swish, _constant(1.5)),
+    Activation("hard_swish", jax.nn.hard_swish, _constant(1.5), lowest=-0.5),
     Activation("hard_tanh", jax.nn.hard_tanh, _constant(1.0)),
-    Activation("leaky_relu", jax.nn.leaky_relu, _at_least_one, 1),
-    Activation("leaky_relu by >", lambda x, a: jnp.where(x > 0, x, a * x), _at_least_one, 1),
-    Activation("leaky_relu by <", lambda x, a: jnp.where(x < 0, a * x, x), _at_least_one, 1),
-    Activation("leaky_relu by <=", lambda x, a: jnp.where(x <= 0, a * x, x), _at_least_one, 1),
+    Activation("leaky_relu", jax.nn.leaky_relu, _at_least_one, 1, lowest=_at_most_one),
+    Activation("leaky_relu by >", lambda x, a: jnp.where(x > 0, x, a * x), _at_least_one, 1, lowest=_at_most_one),
+    Activation("leaky_relu by <", lambda x, a: jnp.where(x < 0, a * x, x), _at_least_one, 1, lowest=_at_most_one),
+    Activation("leaky_relu by <=", lambda x, a: jnp.where(x <= 0, a * x, x), _at_least_one, 1, lowest=_at_most_one),
     Activation("log_sigmoid", jax.nn.log_sigmoid, _constant(1.0)),
-    Activation("mish", jax.nn.mish, _constant(1.0884982)),
-    Activation("mish by hand", lambda x: x * jnp.tanh(jnp.log1p(jnp.exp(x))), _constant(1.0884982)),
+    Activation("mish", jax.nn.mish, _constant(1.0884982), lowest=-0.1131),
+    Activation("mish by hand", lambda x: x * jnp.tanh(jnp.log1p(jnp.exp(x))), _constant(1.0884982), lowest=-0.1131),
     Activation("relu6", jax.nn.relu6, _constant(1.0)),
     Activation("selu", jax.nn.selu, _constant(1.7580994)),
     Activation("sigmoid by exp", lambda x: 1 / (1 + jnp.exp(-x)), _constant(0.25)),
-    Activation("silu", jax.nn.silu, _constant(1.0998394)),
-    Activation("silu by exp", lambda x: x / (1 + jnp.exp(-x)), _constant(1.0998394)),
-    Activation("silu, scaled", lambda x, a: x * jax.nn.sigmoid(a * x), lambda a: 1.0998394 + 0 * jnp.abs(a), 1),
+    Activation("silu", jax.nn.silu, _constant(1.0998394), lowest=-0.0998394),
+    Activation("silu by exp", lambda x: x / (1 + jnp.exp(-x)), _constant(1.0998394), lowest=-0.0998394),
+    Activation(
+        "silu, scaled",
+        lambda x, a: x * jax.nn.sigmoid(a * x),
+        lambda a: 1.0998394 + 0 * jnp.abs(a),
+        1,
+        lowest=-0.0998394,
+    ),
     Activation("soft_sign", jax.nn.soft_sign, _constant(1.0)),
     Activation("softplus", jax.nn.softplus, _constant(1.0)),
     Activation("softplus by log", lambda x: jnp.log(1 + jnp.exp(x)), _constant(1.0)),
@@ -81,18 +97,51 @@ ACTIVATIONS = [
     Activation("sparse_sigmoid", jax.nn.sparse_sigmoid, _constant(0.5)),
     Activation("squareplus", jax.nn.squareplus, lambda b: _if(b >= 0, 1.0), 1),
 ]
-"""Slopes rounded up; a test compares each with a fine grid in float64."""
+"""Slopes rounded outwards; a test compares each with a fine grid in float64."""
+
+INTERVALS = {
+    "abs": (-1.0, 1.0),
+    "asinh": (0.0, 1.0),
+    "atan": (0.0, 1.0),
+    "clamp": (0.0, 1.0),
+    "cos": (-1.0, 1.0),
+    "erf": (0.0, 1.1283792),
+    "erfc": (-1.1283792, 0.0),
+    "logistic": (0.0, 0.25),
+    "max": (0.0, 1.0),
+    "min": (0.0, 1.0),
+    "sin": (-1.0, 1.0),
+    "tanh": (0.0, 1.0),
+}
+"""The slopes of operations on one signal and constants."""
 
 
-def find(signal: Any) -> tuple[str, Any, Any] | None:
-    """Returns the name of a known activation, the signal that it is applied to, and its largest slope; or None."""
+def interval(signal: Any) -> tuple[Any, Any, Any] | None:
+    """Returns the signal that a known elementwise function is applied to, its lowest and its highest slope; or None."""
+    if (found := find(signal)) is not None:
+        _, inner, highest, lowest = found
+        return inner, lowest, highest
+    if signal.eqn.primitive.name in INTERVALS:
+        signals = [value for value in signal.ins if is_signal(value)]
+        if len(signals) == 1 and signals[0].shape == signal.shape:
+            return signals[0], *INTERVALS[signal.eqn.primitive.name]
+    return None
+
+
+def find(signal: Any) -> tuple[str, Any, Any, Any] | None:
+    """Returns the name of a known activation, the signal that it is applied to, and two slopes; or None.
+
+    The first is the largest modulus of a slope, which is the highest slope too; the second is the lowest.
+    """
     name, dtype = signal.eqn.primitive.name, np.dtype(signal.eqn.outvars[0].aval.dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         return None
     for activation, expression in _expressions(dtype).get(name, ()):
         for bound in _matches(expression, signal, {}):
             parameters = [jnp.asarray(bound[n]) for n in range(activation.parameters)]
-            return activation.name, bound["x"], jnp.max(jnp.asarray(activation.slope(*parameters)))
+            lowest = activation.lowest(*parameters) if callable(activation.lowest) else activation.lowest
+            largest = jnp.max(jnp.asarray(activation.slope(*parameters)))
+            return activation.name, bound["x"], largest, jnp.min(jnp.asarray(lowest))
     return None
 
 

@@ -126,8 +126,10 @@ NETWORKS = {
 def test_networks(name):
     fn, expected = NETWORKS[name]
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        bound = float(oj.lipschitz_bound(fn, PAIR, X))
-        assert largest_slope(fn, PAIR) <= bound * (1 + 1e-5 if name != "bfloat16" else 1.02)
+        bound = float(oj.lipschitz_bound(fn, PAIR, X, method="product"))
+        semidefinite = float(oj.lipschitz_bound(fn, PAIR, X))
+        assert largest_slope(fn, PAIR) <= semidefinite * (1 + 1e-5 if name != "bfloat16" else 1.02)
+        assert semidefinite <= bound
     if expected is not None:
         # Bounds on zero-padded layers are a few per cent above the truth on images this small.
         assert expected() * (1 - 1e-5) <= bound <= expected() * 1.25
@@ -178,7 +180,7 @@ def test_an_impostor_is_not_taken_for_an_activation():
 
 
 def test_what_is_not_used_is_not_refused():
-    assert oj.lipschitz_bound(lambda p, x: (jnp.argmax(x), 2 * x)[1], None, X) == 2
+    assert oj.lipschitz_bound(lambda p, x: (jnp.argmax(x), 2 * x)[1], None, X) <= 2 * (1 + 1e-6)
 
 
 class Net(nn.Module):
@@ -209,7 +211,7 @@ def test_flax_with_running_statistics_and_a_constraint():
 def test_under_jit_and_its_gradient():
     fn, _ = NETWORKS["residual"]
     value, gradient = jax.jit(jax.value_and_grad(lambda p: oj.lipschitz_bound(fn, p, X)))(PAIR)
-    assert np.isclose(value, oj.lipschitz_bound(fn, PAIR, X))
+    assert np.isclose(value, oj.lipschitz_bound(fn, PAIR, X), rtol=1e-3)  # traced: in single precision
     step = jax.tree.map(lambda k, g: k - 1e-2 * g, PAIR, gradient)
     assert oj.lipschitz_bound(fn, step, X) < value
 

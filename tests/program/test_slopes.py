@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 import opnorm_jax as oj
-from opnorm_jax._program.slopes import ACTIVATIONS
+from opnorm_jax._program.slopes import ACTIVATIONS, INTERVALS
 
 pytestmark = pytest.mark.quick
 
@@ -14,13 +15,14 @@ PARAMETERS = [-3.0, -1.0, -0.25, 0.0, 0.1, 1.0, 2.5]
 
 
 def steepest(function, *parameters):
-    """The largest difference quotient on a grid that is finer where most activations bend."""
-    largest = 0.0
+    """The lowest difference quotient and the largest modulus of one, on a grid finer where most activations bend."""
+    lowest, largest = np.inf, 0.0
     with jax.enable_x64(True):
         for x in (np.linspace(-12, 12, 400_001), np.linspace(-200, 200, 40_001)):
             y = np.asarray(function(jnp.asarray(x), *map(jnp.float64, parameters)))
-            largest = max(largest, np.max(np.abs(np.diff(y) / np.diff(x))))
-    return largest
+            quotients = np.diff(y) / np.diff(x)
+            lowest, largest = min(lowest, np.min(quotients)), max(largest, np.max(np.abs(quotients)))
+    return lowest, largest
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda activation: activation.name)
@@ -29,7 +31,9 @@ def test_slopes_are_the_largest(activation):
         given = () if parameter is None else (parameter,)
         slope = float(activation.slope(*given))
         if np.isfinite(slope):
-            found = steepest(activation.function, *given)
+            low, found = steepest(activation.function, *given)
+            lowest = activation.lowest(*given) if callable(activation.lowest) else activation.lowest
+            assert low >= float(lowest) - 1e-7 * abs(float(lowest)) - 1e-10
             assert found <= slope * (1 + 1e-7)
             assert found >= slope * (1 - 1e-4) or parameter not in (None, 1.0, 2.5)
 
@@ -43,6 +47,29 @@ def test_expressions_are_recognised(activation, dtype):
         found = float(oj.lipschitz_bound(fn, None, jax.ShapeDtypeStruct((2, 3), dtype)))
     slope = 3 * float(activation.slope(*(0.5,) * activation.parameters))
     assert slope * (1 - 1e-6) <= found <= slope * (1 + 1e-5)
+
+
+OPERATIONS = {
+    "abs": lax.abs,
+    "asinh": lax.asinh,
+    "atan": lax.atan,
+    "clamp": lambda x: lax.clamp(-0.5, x, 1.0),
+    "cos": lax.cos,
+    "erf": lax.erf,
+    "erfc": lax.erfc,
+    "logistic": lax.logistic,
+    "max": lambda x: lax.max(x, 0.3),
+    "min": lambda x: lax.min(x, 0.3),
+    "sin": lax.sin,
+    "tanh": lax.tanh,
+}
+
+
+@pytest.mark.parametrize("name", INTERVALS)
+def test_slopes_of_operations(name):
+    low, found = steepest(jax.vmap(OPERATIONS[name]))
+    lowest, highest = INTERVALS[name]
+    assert lowest - 1e-9 <= low and found <= max(-lowest, highest) + 1e-7
 
 
 LOOKALIKES = {

@@ -1,0 +1,379 @@
+r"""The semidefinite bound of one stage of a network, frequency by frequency.
+
+A *stage* maps changes of one signal to changes of another by convolutions, sums, and diagonals: elementwise functions,
+whose slopes lie in an interval, and the masks that crop zero-padded results. All maps live on one circle of pixels,
+so that everything but the diagonals is a small matrix at each frequency.
+
+What is known of the stage's input s is a *root* G at each frequency: s = G u with :math:`\sum_\omega |u|^2 \le 1` for a
+change of the network's input of length 1. For a diagonal d of slopes in [a, b] after a linear form z, the sum over all
+pixels of :math:`(d - a z)(b z - d)` is not negative, whatever positive multiplier :math:`\lambda` each channel has. So
+with v = (u, d1, d2, ...)
+
+.. math:: v^H Q v = |u|^2 - \sum_k 2 \lambda_k (d_k - a_k z_k)^H (b_k z_k - d_k) \le |u|^2,
+
+summed over the frequencies. Where every Q is positive definite and t = B v is the stage's output, the Schur complement
+gives :math:`t = G' u'` with :math:`G' G'^H = B Q^{-1} B^H`: the root for the next stage. This is LipSDP (Fazlyab et
+al., 2019) with one multiplier per diagonal, cut into the blocks of the discrete Fourier transform.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from opnorm_jax._geometry import half_grid
+from opnorm_jax._rounding import semidefinite_rounding
+
+
+class Step(NamedTuple):
+    """One operation of a stage. Values are numbered: 0 is the stage's input, n the result of step n - 1."""
+
+    kind: str  # "conv", "scale", "sum", "concatenate", "slope" or "mask"
+    sources: tuple[int, ...]
+    channels: int  # of the result
+    coarse: bool = False  # whether the result lives on the coarse grid of a strided stage
+    array: int = -1  # of a convolution: its kernel; of a scale: a factor per channel; of a slope: its interval
+    lows: tuple[int, ...] = ()  # of a convolution: pixels of padding at the low end of each axis
+    dilation: tuple[int, ...] = ()
+    strided: bool = False
+    masked: bool = False  # whether a convolution's result is still to be cropped to its image
+    signs: tuple[int, ...] = ()
+
+
+class Stage(NamedTuple):
+    """A part of a network, static. ``steps`` end in the output."""
+
+    channels: int  # of the input
+    steps: tuple[Step, ...]
+    grid: tuple[int, ...]  # pixels of the circle, an axis
+    strides: tuple[int, ...]
+
+    @property
+    def coarse_grid(self) -> tuple[int, ...]:
+        return tuple(m // s for m, s in zip(self.grid, self.strides))
+
+    @property
+    def diagonals(self) -> list[int]:
+        """The steps that are diagonals of slopes."""
+        return [n for n, step in enumerate(self.steps) if step.kind in ("slope", "mask")]
+
+    def side(self, step: Step | None) -> int:
+        """How many numbers a value has at one frequency of the coarse grid: fine ones have all their aliases there."""
+        channels, coarse = (step.channels, step.coarse) if step else (self.channels, False)
+        return channels * (1 if coarse else math.prod(self.strides))
+
+    @property
+    def sides(self) -> list[int]:
+        """The sides of Q's blocks."""
+        return [self.side(None), *(self.side(self.steps[n]) for n in self.diagonals)]
+
+
+class Arithmetic(NamedTuple):
+    """What computes: NumPy in double precision with numbers that are known, jax with traced ones.
+
+    Both compute with stacks of matrices, one for each frequency of a chunk.
+    """
+
+    xp: Any
+    dtype: Any
+    cholesky: Callable[[Any], Any]  # lower factors; NaN where a matrix is not positive definite
+    solve: Callable[[Any, Any], Any]  # L^-1 B
+    top: Callable[[Any], tuple[Any, Any]]  # the largest eigenvalue and its vector
+    still: Callable[[Any], Any]  # takes no part in derivatives
+    chunk: int | None  # frequencies at a time; None: as many as fit
+
+    def mul(self, a: Any, b: Any) -> Any:
+        return jnp.matmul(a, b, precision=lax.Precision.HIGHEST) if self.xp is jnp else np.matmul(a, b)
+
+
+def _numpy_cholesky(matrices):
+    try:
+        return np.linalg.cholesky(matrices)
+    except np.linalg.LinAlgError:
+        return np.full_like(matrices, np.nan)
+
+
+def _jax_cholesky(matrices):
+    return lax.linalg.cholesky(matrices[0], symmetrize_input=False)[None]
+
+
+def _jax_top(matrices):
+    vectors, values = lax.linalg.eigh(matrices[0], symmetrize_input=False)
+    return values[None, -1], vectors[None, :, -1]
+
+
+def _numpy_top(matrices):
+    if not np.isfinite(matrices).all():
+        return np.full(len(matrices), np.nan), np.full(matrices.shape[:-1], np.nan, matrices.dtype)
+    values, vectors = np.linalg.eigh(matrices)
+    return values[:, -1], vectors[:, :, -1]
+
+
+_NUMPY = Arithmetic(np, np.float64, _numpy_cholesky, np.linalg.solve, _numpy_top, lambda x: x, None)
+
+
+def _jax_arithmetic(dtype):
+    # One matrix a call: see _blocks/factor.py.
+    solve = lambda factor, b: lax.linalg.triangular_solve(factor[0], b[0], left_side=True, lower=True)[None]
+    return Arithmetic(jnp, dtype, _jax_cholesky, solve, _jax_top, lax.stop_gradient, 1)
+
+
+def certify(stage: Stage, arrays: Sequence[Any], multipliers: Any, roots: Any, dtype: Any) -> tuple[Any, Any]:
+    """Computes the roots of a stage's output and their largest squared singular value, both rounded outwards.
+
+    Args:
+      stage: what the stage does.
+      arrays: its kernels (taps, ..., i, o), factors (channels,) and intervals of slopes (2,).
+      multipliers: a positive number for each diagonal.
+      roots: of the input, (points of the grid, c, c) over the whole fine grid; None for the identity.
+      dtype: what is computed in where anything is traced.
+
+    Returns:
+      Roots (points of the coarse grid, c, c), and a scalar: infinite, with roots that are NaN, where no certificate was
+      found. Differentiable in all arrays where they are traced; in double precision where nothing is.
+    """
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((arrays, multipliers, roots))):
+        return _certify_traced(stage, np.dtype(dtype), arrays, multipliers, roots)
+    return _certify(_NUMPY, stage, arrays, multipliers, roots)
+
+
+def _certify(arithmetic, stage, arrays, multipliers, roots):
+    xp, half = arithmetic.xp, half_grid(stage.coarse_grid)
+    one = lambda k: _certified(arithmetic, stage, *_system(arithmetic, stage, arrays, multipliers, roots, k))
+    outs, tops = _mapped(arithmetic, stage, one, half.frequencies)
+    points = np.moveaxis(np.indices(stage.coarse_grid), 0, -1).reshape(len(half.expand), -1)
+    mirrored = (half.frequencies[half.expand] != points).any(-1)[:, None, None]
+    outs = outs[half.expand]
+    return xp.where(mirrored, outs.conj(), outs), xp.max(tops)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _certify_traced(stage, dtype, arrays, multipliers, roots):
+    with _promotion():
+        return _certify(_jax_arithmetic(dtype), stage, arrays, *_narrowed(dtype, multipliers, roots))
+
+
+def _narrowed(dtype, multipliers, roots):
+    return jnp.asarray(multipliers, dtype), None if roots is None else jnp.asarray(roots, _complex(dtype))
+
+
+@contextlib.contextmanager
+def _promotion():
+    """Lets jax promote dtypes and ranks as NumPy does, in what both compute."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def _mapped(arithmetic, stage, function, frequencies):
+    """Maps a function of stacks of frequencies over all of them, in chunks."""
+    if arithmetic.xp is jnp:
+        outs = lax.map(lambda k: function(k[None]), jnp.asarray(frequencies))
+        return jax.tree.map(lambda out: out[:, 0], outs)
+    chunk = max(1, _CHUNK_BYTES // (16 * 8 * sum(stage.sides) ** 2))
+    parts = [function(frequencies[n : n + chunk]) for n in range(0, len(frequencies), chunk)]
+    return tuple(np.concatenate(each) for each in zip(*parts))
+
+
+_CHUNK_BYTES = 2**27
+
+
+def search(stage: Stage, arrays: Sequence[Any], multipliers: Any, roots: Any, dtype: Any) -> Any:
+    """Improves multipliers by coordinate descent on the largest singular value, over a sample of the frequencies."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((arrays, multipliers, roots))):
+        return _search_traced(stage, np.dtype(dtype), arrays, multipliers, roots)
+    return _search(_NUMPY, stage, arrays, multipliers, roots)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _search_traced(stage, dtype, arrays, multipliers, roots):
+    arrays, multipliers, roots = jax.tree.map(lax.stop_gradient, (arrays, multipliers, roots))
+    with _promotion():
+        return _search(_jax_arithmetic(dtype), stage, arrays, *_narrowed(dtype, multipliers, roots))
+
+
+def _search(arithmetic, stage, arrays, multipliers, roots):
+    xp, frequencies = arithmetic.xp, half_grid(stage.coarse_grid).frequencies
+    frequencies = frequencies[:: -(-len(frequencies) // _sample(stage))]
+
+    def value(multipliers):
+        def one(k):
+            q, b = _system(arithmetic, stage, arrays, multipliers, roots, k)
+            return arithmetic.top(_gram(arithmetic, arithmetic.solve(arithmetic.cholesky(q), _adjoint(b))))[:1]
+
+        (tops,) = _mapped(arithmetic, stage, one, frequencies)
+        return xp.where(xp.isnan(xp.max(tops)), xp.inf, xp.max(tops))
+
+    def move(carry, factors):
+        best, multipliers = carry
+        tried = multipliers * factors
+        found = value(tried)
+        return (xp.minimum(best, found), xp.where(found < best, tried, multipliers)), None
+
+    count = len(stage.diagonals)
+    moves = [np.ones(count)]
+    for factors in ((2, 2, 2, 0.5), (1.4, 1 / 1.4), (1.15, 1 / 1.15), (1.05, 1 / 1.05)):
+        moves += [np.where(np.arange(count) == n, factor, 1.0) for n in range(count) for factor in factors]
+    carry = xp.asarray(np.inf, arithmetic.dtype), multipliers
+    if xp is jnp:
+        carry, _ = lax.scan(move, carry, jnp.asarray(np.stack(moves), arithmetic.dtype))
+    else:
+        for factors in moves:
+            carry, _ = move(carry, factors)
+    return carry[1]
+
+
+def _sample(stage: Stage) -> int:
+    """How many frequencies a search looks at: as many as some 10^9 operations allow, at least 8."""
+    return max(8, int(1e9 / (60 * sum(stage.sides) ** 3)))
+
+
+def _system(arithmetic, stage, arrays, multipliers, roots, k):
+    """Returns Q and B at frequencies of the coarse grid, where each diagonal is divided by the root of 2 lambda."""
+    xp, dtype, mul = arithmetic.xp, arithmetic.dtype, arithmetic.mul
+    copies, ends, many = math.prod(stage.strides), np.cumsum(stage.sides), len(k)
+    aliases = np.moveaxis(np.indices(stage.strides), 0, -1).reshape(copies, len(stage.strides))
+    fine = k[:, None] + (aliases * np.asarray(stage.coarse_grid, int)).astype(np.int32)
+    total, offsets = int(ends[-1]), iter(ends[:-1])
+    complex_dtype = _complex(dtype)
+    eye = xp.asarray(np.eye(copies), dtype)[:, None, :, None]
+    own = xp.asarray(np.eye(stage.channels), complex_dtype) if roots is None else roots[_flat(fine, stage.grid)]
+    start = eye * xp.reshape(own, (-1, *((1,) if roots is None else (copies,)), stage.channels, 1, stage.channels))
+    start = xp.broadcast_to(start, (many, copies, stage.channels, copies, stage.channels))
+    start = xp.reshape(start, (many, copies, stage.channels, copies * stage.channels))
+    widened = lambda part, before: _pad(xp, part, before, total - before - part.shape[-1])
+    values: list[Any] = [(widened(start, 0), None)]
+    below, quadratic = [xp.zeros((many, int(ends[0]), total), complex_dtype)], 0
+    for step in stage.steps:
+        parts = [values[n] for n in step.sources]
+        done, pending = parts[0]
+        if step.kind == "conv":
+            coarse = step.coarse and not step.strided
+            at, grid = (k[:, None], stage.coarse_grid) if coarse else (fine, stage.grid)
+            matrix = _symbol(arithmetic, arrays[step.array], at, grid, step)
+            out = mul(xp.swapaxes(matrix, -1, -2), _sum([done, pending]))
+            if step.strided:
+                out = xp.sum(out, axis=1, keepdims=True) / math.sqrt(copies)
+            values.append((None, out) if step.masked else (out, None))
+        elif step.kind == "scale":
+            factor = xp.asarray(arrays[step.array], dtype)[:, None]
+            values.append(tuple(None if part is None else factor * part for part in parts[0]))
+        elif step.kind == "sum":
+            signed = lambda part, sign: None if part is None else sign * part
+            every = [zip(each, step.signs, strict=True) for each in zip(*parts)]
+            values.append(tuple(_sum([signed(part, sign) for part, sign in each]) for each in every))
+        elif step.kind == "concatenate":
+            values.append(tuple(_concatenate(xp, each, parts) for each in zip(*parts)))
+        else:
+            mask = step.kind == "mask"
+            z = pending if mask else _sum([done, pending])
+            low, high = (0.0, 1.0) if mask else xp.asarray(arrays[step.array], dtype)
+            multiplier = multipliers[len(below) - 1]
+            length = stage.side(step)
+            z = xp.reshape(z, (many, length, total))
+            below.append(-xp.sqrt(multiplier / 2) * (low + high) * z)
+            if not mask:
+                quadratic = quadratic + 2 * multiplier * low * high * _gram(arithmetic, z)
+            diagonal = xp.asarray(np.eye(length).reshape(1, -1, step.channels, length), complex_dtype)
+            diagonal = widened(
+                xp.broadcast_to(diagonal / xp.sqrt(2 * multiplier), (many, *diagonal.shape[1:])), int(next(offsets))
+            )
+            values.append((_sum([diagonal, done if mask else None]), None))
+    lower = xp.concatenate(below, axis=1)
+    q = xp.asarray(np.eye(total), complex_dtype) + lower + _adjoint(lower) + quadratic
+    return q, xp.reshape(_sum(list(values[-1])), (many, -1, total))
+
+
+def _certified(arithmetic, stage, q, b):
+    """Returns roots G of matrices that are certainly at least B Q^-1 Bᴴ, and the largest eigenvalues of G Gᴴ."""
+    xp, mul, still = arithmetic.xp, arithmetic.mul, arithmetic.still
+    side, rows = q.shape[-1], b.shape[-2]
+    identity = lambda n: xp.asarray(np.eye(n), q.dtype)
+    by_matrix = lambda x: x[:, None, None]
+    # A positive semidefinite matrix is at most as large as the norms of its diagonal blocks together.
+    starts = [0, *np.cumsum(stage.sides)]
+    sizes = [xp.sum(xp.abs(q[:, i:j, i:j]), axis=-1).max(-1) for i, j in zip(starts, starts[1:])]
+    size = (1 + len(sizes)) * functools.reduce(xp.maximum, sizes)
+    slack = still(semidefinite_rounding(side + rows, arithmetic.dtype) * size)
+    factor = arithmetic.cholesky(q - by_matrix(slack) * identity(side))
+    found = _gram(arithmetic, arithmetic.solve(factor, _adjoint(b)))
+    top, vector = arithmetic.top(still(found))
+    smallest = xp.diagonal(factor, axis1=-2, axis2=-1).real.min(-1) ** 2
+    found = found + by_matrix(still((2 + 1 / smallest) * slack * top)) * identity(rows)
+    # Whether Q and what was found enclose B is checked by one more factorisation, of a matrix of about unit size.
+    positive = by_matrix(top > 0)
+    scale = xp.where(positive, 1 / xp.sqrt(xp.where(positive, by_matrix(top), 1)), 0)
+    unit = xp.where(positive, scale * found * scale, identity(rows))
+    rows_above = xp.concatenate([q, _adjoint(scale * b)], axis=-1)
+    whole = xp.concatenate([rows_above, xp.concatenate([scale * b, unit], axis=-1)], axis=-2)
+    checked = arithmetic.cholesky(still(whole - by_matrix(slack) * identity(side + rows)))
+    holds = xp.isfinite(checked).all((-1, -2)) & xp.isfinite(top)
+    column = vector[:, :, None]
+    quotient = mul(_adjoint(column), mul(found, column))[:, 0, 0].real
+    margin = still(semidefinite_rounding(rows, arithmetic.dtype) * top)
+    root = arithmetic.cholesky(found + by_matrix(margin + (top <= 0)) * identity(rows))
+    return xp.where(by_matrix(holds), root, np.nan), xp.where(holds, quotient + 3 * margin, np.inf)
+
+
+def _symbol(arithmetic, kernel, frequencies, grid, step):
+    """The convolution's matrices (i, o) at integer coordinates on ``grid``, an array of shape (c, aliases, axes)."""
+    xp, dtype = arithmetic.xp, arithmetic.dtype
+    kernel = xp.asarray(kernel, dtype)
+    *taps, i, o = kernel.shape
+    several = frequencies.shape[:2]
+    cos, sin = xp.ones((*several, 1), dtype), xp.zeros((*several, 1), dtype)
+    for axis, (k, m) in enumerate(zip(taps, grid, strict=True)):
+        # The angle is reduced modulo the grid in exact integers.
+        turns = np.outer(np.arange(m), step.dilation[axis] * np.arange(k) - step.lows[axis]) % m
+        c, s = (xp.asarray(f(2 * np.pi * turns / m), dtype)[frequencies[..., axis]] for f in (np.cos, np.sin))
+        outer = lambda a, b: xp.reshape(a[..., :, None] * b[..., None, :], (*several, -1))
+        cos, sin = outer(cos, c) - outer(sin, s), outer(cos, s) + outer(sin, c)
+    flat = xp.reshape(kernel, (-1, i * o))
+    real, imaginary = (xp.reshape(arithmetic.mul(part, flat), (*several, i, o)) for part in (cos, sin))
+    return real + 1j * imaginary
+
+
+def _flat(frequencies, grid):
+    """The row-major index of points of a grid."""
+    flat = np.zeros(frequencies.shape[:-1], np.int32)
+    for axis, m in enumerate(grid):
+        flat = flat * m + frequencies[..., axis]
+    return flat
+
+
+def _adjoint(matrices):
+    return matrices.conj().swapaxes(-1, -2)
+
+
+def _gram(arithmetic, matrices):
+    return arithmetic.mul(_adjoint(matrices), matrices)
+
+
+def _pad(xp, part, before, after):
+    return xp.pad(part, [(0, 0)] * (part.ndim - 1) + [(before, after)])
+
+
+def _sum(parts):
+    parts = [part for part in parts if part is not None]
+    return functools.reduce(operator.add, parts) if parts else None
+
+
+def _concatenate(xp, parts, pairs):
+    if all(part is None for part in parts):
+        return None
+    alike = [pair[1] if pair[0] is None else pair[0] for pair in pairs]
+    filled = [xp.zeros_like(other) if part is None else part for part, other in zip(parts, alike, strict=True)]
+    return xp.concatenate(filled, axis=-2)
+
+
+def _complex(dtype):
+    return np.result_type(dtype, np.complex64)

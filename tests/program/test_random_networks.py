@@ -1,0 +1,134 @@
+"""Random networks: their bounds against dense float64 matrices, with slopes chosen to make the worst of them."""
+
+import collections
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import random_networks
+from conftest import THOROUGH, count_case
+from jacobian import conv_norm, forget
+
+import opnorm_jax as oj
+from opnorm_jax._program import signals
+
+CASES = 2000 if THOROUGH else 80
+BATCH = 20
+
+
+def loose(kernel, conv):
+    """A layer's norm by the oracle, and 30 % more: so no stage is left to the product only because that is exact."""
+    return jnp.float32(1.3 * conv_norm(np.asarray(kernel), conv))
+
+
+def bounds(net, method):
+    params = [jnp.asarray(param) for param in net.params]
+    return float(oj.lipschitz_bound(net.fn, params, jax.ShapeDtypeStruct((1, *net.shape), jnp.float32), method=method))
+
+
+@pytest.mark.parametrize("start", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(BATCH, CASES, BATCH))])
+def test_no_diagonal_of_slopes_is_steeper_than_the_bound(start, monkeypatch):
+    monkeypatch.setattr(signals, "_upper", loose)
+    failures, ratios = [], []
+    for seed in range(start, start + BATCH):
+        net = random_networks.generate(seed)
+        product, bound = bounds(net, "product"), bounds(net, "sdp")
+        found = net.steepest(np.random.default_rng(seed))
+        count_case("random networks", "bounded")
+        if not found * (1 - 1e-12) <= bound <= product:
+            failures.append(f"seed {seed}: {found} found, bound {bound}, product {product}\n{net}")
+        if product > 0:
+            ratios.append(bound / product)
+    forget()
+    assert not failures, "\n\n".join(failures)
+    assert np.mean(ratios) < 0.75  # the test would be weak if most bounds were the product
+
+
+def test_linear_circular_networks_are_exact(monkeypatch):
+    """Without activations the semidefinite bound is the norm of the whole, not a product."""
+    monkeypatch.setattr(signals, "_upper", loose)
+    found = collections.Counter()
+    for seed in range(100, 260):
+        net = random_networks.generate(seed)
+        linear = not any(name == "act" for name, _, _ in net.ops)
+        circular = all(options["padding"] == "CIRCULAR" for name, _, options in net.ops if name == "conv")
+        # Two strides need two stages, and a wrapped concatenation is not followed.
+        plain = sum(max(o.get("strides", o.get("window", [1]))) > 1 for _, _, o in net.ops) < 2
+        if linear and circular and plain and not any(name == "concatenate" for name, _, _ in net.ops):
+            norm = net.steepest(np.random.default_rng(seed))
+            found[bool(norm * (1 - 1e-12) <= bounds(net, "sdp") <= norm * (1 + 1e-6))] += 1
+    forget()
+    assert not found[False] and found[True] > 5, found
+
+
+def chain(kernels, shape, slopes=None):
+    """The certificate of a chain of zero-padded layers and ReLUs by its recursion, in dense float64 NumPy.
+
+    M_0 = I; A = K M^-1 Kᴴ; M' = (2 / s) I - A / s^2 where s is the largest eigenvalue of A over all frequencies.
+    """
+    grid = [n + 1 for n in shape]
+    frequencies = [2 * np.pi * np.asarray(k) / grid for k in np.ndindex(*grid)]
+    inverse = [np.eye(kernels[0].shape[-2])] * len(frequencies)
+    for n, kernel in enumerate(kernels):
+        matrices = []
+        for frequency, before in zip(frequencies, inverse):
+            taps = np.ndindex(*kernel.shape[:-2])
+            symbol = sum(np.exp(1j * np.dot(frequency, tap)) * kernel[tap].astype(np.float64).T for tap in taps)
+            matrices.append(symbol @ before @ symbol.conj().T)
+        top = max(np.linalg.eigvalsh(matrix)[-1] for matrix in matrices)
+        if n == len(kernels) - 1:
+            return math.sqrt(top)
+        inverse = [np.linalg.inv(2 / top * np.eye(len(matrix)) - matrix / top**2) for matrix in matrices]
+
+
+@pytest.mark.parametrize("layers, shape", [(2, (5, 5)), (3, (5, 5)), (5, (4, 4)), (8, (7,))])
+def test_chains_are_as_good_as_their_recursion(layers, shape):
+    """The multipliers that are searched for are at least as good as those of the closed form, within 1 %."""
+    rng = np.random.default_rng(layers)
+    kernels = [rng.standard_normal((*[3] * len(shape), 3, 3)).astype(np.float32) / 4 for _ in range(layers)]
+    letters = "DHW"[3 - len(shape) :]
+
+    def net(kernels, x):
+        for n, kernel in enumerate(kernels):
+            numbers = (f"N{letters}C", f"{letters}IO", f"N{letters}C")
+            x = jax.lax.conv_general_dilated(x, kernel, [1] * len(shape), "SAME", dimension_numbers=numbers)
+            x = jax.nn.relu(x) if n < layers - 1 else x
+        return x
+
+    x = jax.ShapeDtypeStruct((1, *shape, 3), jnp.float32)
+    assert oj.lipschitz_bound(net, kernels, x) <= 1.01 * chain(kernels, shape)
+
+
+def test_traced_bounds_hold_too(x64):
+    """Under jit the certificate is computed in the network's precision, here double; its derivative is right."""
+    net = random_networks.Network((5, 2))
+    rng = np.random.default_rng(0)
+    for n, channels in enumerate((3, 2)):
+        net.params.append(rng.standard_normal((3, net.shapes[-1][-1], channels)))
+        options = dict(padding="SAME", strides=[1], kernel_dilation=[1], feature_group_count=1, kernel=n)
+        net.add(("conv", (len(net.ops),), options), (5, channels))
+        net.add(("act", (len(net.ops),), {"name": "relu"}), (5, channels))
+    net.add(("sum", (len(net.ops), 0), {}), (5, 2))
+    bound = jax.jit(lambda params: oj.lipschitz_bound(net.fn, params, jnp.zeros((1, 5, 2))))
+    value, gradient = jax.value_and_grad(bound)(net.params)
+    known = oj.lipschitz_bound(net.fn, net.params, jnp.zeros((1, 5, 2)))
+    assert known <= value <= known * (1 + 1e-9)
+    direction = [rng.standard_normal(param.shape) for param in net.params]
+    moved = lambda t: bound([param + t * d for param, d in zip(net.params, direction)])
+    slope = sum(np.sum(g * d) for g, d in zip(gradient, direction))
+    # The multipliers are found anew for every kernel, near a minimum: so their change hardly matters.
+    assert np.isclose((moved(1e-4) - moved(-1e-4)) / 2e-4, slope, rtol=0.03)
+
+
+@pytest.mark.slow
+def test_single_precision_certificates_hold():
+    for seed in range(100 if THOROUGH else 8):
+        net = random_networks.generate(seed)
+        params, x = [jnp.asarray(param) for param in net.params], jax.ShapeDtypeStruct((1, *net.shape), jnp.float32)
+        bound = float(jax.jit(lambda params, x=x, net=net: oj.lipschitz_bound(net.fn, params, x))(params))
+        known = float(oj.lipschitz_bound(net.fn, params, x))
+        found = net.steepest(np.random.default_rng(seed))
+        assert found * (1 - 1e-6) <= bound <= 1.02 * known, (seed, found, bound, known)
+        forget()

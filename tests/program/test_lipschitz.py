@@ -216,6 +216,45 @@ def test_under_jit_and_its_gradient():
     assert oj.lipschitz_bound(fn, step, X) < value
 
 
+EXACT = {  # functions of six numbers, and their constants
+    "cumsum": (jnp.cumsum, 1 / (2 * np.sin(np.pi / 26))),
+    "two signals side by side": (lambda x: jnp.concatenate([jnp.tanh(x), 3 * jnp.sin(x)]), np.sqrt(10)),
+    "three in two steps": (
+        lambda x: jnp.concatenate([jnp.concatenate([jnp.tanh(x), 3 * jnp.sin(x)]), 5 * jnp.arctan(x)]),
+        np.sqrt(35),
+    ),
+    "updates that meet": (lambda x: (3 * jnp.sin(x)).at[jnp.zeros(3, int)].add(x[:3]), 3 + np.sqrt(3)),
+    "sorted by constants": (lambda x: lax.sort((jnp.array([3, 1, 2, 6, 5, 4]), 2 * x), num_keys=1)[1], 2.0),
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_rules_that_are_exact(name):
+    fn, expected = EXACT[name]
+    with jax.numpy_rank_promotion("allow"):
+        found = oj.lipschitz_bound(lambda _, x: fn(x), None, jnp.zeros(6), method="product")
+    assert np.isclose(found, expected, rtol=1e-6)
+
+
+def test_what_sorting_carries_along_jumps():
+    with pytest.raises(ValueError, match="sort"):
+        oj.lipschitz_bound(lambda _, x: lax.sort((x, 2 * x), num_keys=1)[1], None, jnp.zeros(6))
+
+
+def test_an_update_by_a_function_is_no_move():
+    try:
+        found = oj.lipschitz_bound(lambda _, x: x.at[2].apply(lambda value: 5 * value), None, jnp.zeros(6))
+    except ValueError:
+        return
+    assert found >= 5
+
+
+def test_sums_over_many_windows():
+    """Too many for their matrix's norm: its largest row and column sums bound it."""
+    fn = lambda _, x: lax.reduce_window(x, 0.0, lax.add, (3,), (1,), "SAME")
+    assert 2.99 < oj.lipschitz_bound(fn, None, jnp.zeros(1100)) <= 3 * (1 + 1e-6)
+
+
 def test_wrong_calls():
     with pytest.raises(TypeError, match="fn to be a function"):
         oj.lipschitz_bound(PAIR, PAIR, X)

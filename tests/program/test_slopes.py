@@ -20,6 +20,7 @@ def steepest(function, *parameters):
     with jax.enable_x64(True):
         for x in (np.linspace(-12, 12, 400_001), np.linspace(-200, 200, 40_001)):
             y = np.asarray(function(jnp.asarray(x), *map(jnp.float64, parameters)))
+            assert np.isfinite(y).all()
             quotients = np.diff(y) / np.diff(x)
             lowest, largest = min(lowest, np.min(quotients)), max(largest, np.max(np.abs(quotients)))
     return lowest, largest

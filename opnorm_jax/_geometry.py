@@ -32,6 +32,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from opnorm_jax._cache import cached_arrays
 from opnorm_jax._conv import Conv
 
 COARSE_POINTS = 2.5
@@ -254,7 +255,7 @@ def deduplicate(plan: Plan) -> Plan:
     return Plan(tuple(axes), plan.groups)
 
 
-@functools.lru_cache(maxsize=128)
+@cached_arrays
 def positions(plan: Plan) -> np.ndarray:
     """Returns where the block of each of the plan's grid points stands in the half grid of :func:`deduplicate`."""
     once = deduplicate(plan).grid
@@ -265,7 +266,7 @@ def positions(plan: Plan) -> np.ndarray:
     return half_grid(once).expand[flat]
 
 
-@functools.lru_cache(maxsize=512)
+@cached_arrays
 def couplings(axis: Axis) -> Couplings:
     """Returns the offsets on the coarse grid, and the 0/1 array that places each tap there."""
     run, grid = axis.run, axis.period // axis.run
@@ -288,7 +289,7 @@ def couplings(axis: Axis) -> Couplings:
     return Couplings(offsets, place)
 
 
-@functools.lru_cache(maxsize=128)
+@cached_arrays
 def half_grid(grid: tuple[int, ...]) -> HalfGrid:
     """Returns representatives of the pairs (omega, -omega) of a frequency grid."""
     points = np.moveaxis(np.indices(grid), 0, -1).reshape(math.prod(grid), len(grid))

@@ -5,6 +5,7 @@ import pytest
 from geometries import generate
 
 import opnorm_jax as oj
+from opnorm_jax import _cache
 from opnorm_jax._geometry import coarse_plan, half_grid, resolve
 
 pytestmark = pytest.mark.quick
@@ -114,3 +115,23 @@ def test_half_grid_holds_one_of_each_pair():
     for point, position in zip(np.ndindex(4, 6), half.expand):
         found = half.frequencies[position]
         assert (found == point).all() or (found == -np.array(point) % (4, 6)).all()
+
+
+def test_caches_are_bounded_by_bytes():
+    """Many large grids leave no more than the limit, and what was dropped is computed again, the same."""
+    first = half_grid((700, 700))
+    for n in range(20):
+        half_grid((700, 701 + n))
+    sizes = [size for _, size in half_grid.kept.values()]
+    assert sum(sizes) <= _cache.LIMIT and len(sizes) > 1
+    assert (((700, 700),), ()) not in half_grid.kept and half_grid((700, 720)) is half_grid((700, 720))
+    for one, again in zip(first, half_grid((700, 700)), strict=True):
+        np.testing.assert_array_equal(one, again)
+
+
+def test_a_result_beyond_the_limit_is_kept_alone():
+    cached = _cache.cached_arrays(lambda n: np.zeros(n, np.uint8))
+    large = cached(_cache.LIMIT + 1)
+    assert cached(_cache.LIMIT + 1) is large
+    cached(10)
+    assert [key for key in cached.kept] == [((10,), ())]

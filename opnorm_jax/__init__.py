@@ -12,9 +12,12 @@ from opnorm_jax._kernel.constrain import (
     project_operator_norm_info,
     rescale_operator_norm,
 )
+from opnorm_jax._kernel.inverse import log_abs_det, solve
 from opnorm_jax._kernel.nearest import ProjectionInfo
 from opnorm_jax._kernel.norm import operator_norm
 from opnorm_jax._kernel.spectrum import singular_values
+from opnorm_jax._kernel.steepest import Steepest, steepest_direction
+from opnorm_jax._kernel.two_sided import clip_singular_values
 from opnorm_jax._program.find_convs import find_convs
 from opnorm_jax._program.lipschitz import lipschitz_bound
 from opnorm_jax._tree.plot import plot_spectra
@@ -32,13 +35,16 @@ __all__ = [
     "LayerReport",
     "ProjectionInfo",
     "SpectralReport",
+    "Steepest",
     "Unknown",
     "certified_radius",
     "clip_operator_norm",
+    "clip_singular_values",
     "constrain",
     "constrain_operator_norm",
     "find_convs",
     "lipschitz_bound",
+    "log_abs_det",
     "operator_norm",
     "operator_norm_bounds",
     "operator_norm_upper_bound",
@@ -47,5 +53,7 @@ __all__ = [
     "project_operator_norm_info",
     "rescale_operator_norm",
     "singular_values",
+    "solve",
     "spectral_report",
+    "steepest_direction",
 ]

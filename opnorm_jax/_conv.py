@@ -183,15 +183,28 @@ def _check_dtype(dtype: Any) -> None:
         )
 
 
+def check_floating(array: Any, name: str) -> None:
+    """Raises a ``TypeError`` unless the argument is an array of a real floating dtype."""
+    if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+        raise TypeError(f"expected {name} to be an array, got {type(array).__name__}.")
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"expected {name} to have a real floating dtype, got {array.dtype}.")
+
+
+def check_scalar(value: Any, name: str) -> None:
+    """Raises an error unless the argument is one number, which may be traced."""
+    if isinstance(value, (bool, str)) or not (
+        isinstance(value, (int, float)) or hasattr(value, "__jax_array__") or hasattr(value, "dtype")
+    ):
+        raise TypeError(f"expected {name} to be a positive number, got {value!r} ({type(value).__name__}).")
+    shape = getattr(value, "shape", ())
+    if shape != ():
+        raise ValueError(f"expected {name} to be a scalar, got shape {shape}. Use jax.vmap for one bound per kernel.")
+
+
 def check_max_norm(max_norm: Any) -> Any:
     """A bound that is a positive number, checked where its value is known (a traced one cannot be)."""
-    if isinstance(max_norm, (bool, str)) or not (
-        isinstance(max_norm, (int, float)) or hasattr(max_norm, "__jax_array__") or hasattr(max_norm, "dtype")
-    ):
-        raise TypeError(f"expected max_norm to be a positive number, got {max_norm!r} ({type(max_norm).__name__}).")
-    shape = getattr(max_norm, "shape", ())
-    if shape != ():
-        raise ValueError(f"expected max_norm to be a scalar, got shape {shape}. Use jax.vmap for one bound per kernel.")
+    check_scalar(max_norm, "max_norm")
     if not isinstance(max_norm, jax.core.Tracer) and not float(max_norm) > 0:
         raise ValueError(f"expected max_norm to be positive, got {float(max_norm)}. Use float('inf') for no bound.")
     return max_norm

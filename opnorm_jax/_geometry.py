@@ -108,7 +108,7 @@ class Geometry:
     output_shape: tuple[int, ...]
     live: tuple[Live, ...]  # for each axis, what is left of the layer without what meets no pixel
     plan: Plan  # the circulant embedding, with each different block once
-    own_plan: Plan | None  # that of the layer itself, on its own grid, where it is circular and strides divide the grid
+    own_plan: Plan | None  # that of the layer itself, on its own grid, where it has one: see ``exact``
     attained: bool  # whether the norm of the circulant embedding is the norm of the layer
 
     @property
@@ -128,7 +128,10 @@ class Geometry:
 
     @property
     def exact(self) -> bool:
-        """Whether the circulant embedding is the layer itself, so that all singular values are known."""
+        """Whether the layer is block-diagonal in frequency, so that all singular values are known.
+
+        It is circular and its strides divide the grid; or its patches tile the image (1x1 kernels, dense layers).
+        """
         return self.own_plan is not None
 
 
@@ -153,8 +156,8 @@ def resolve(conv: Conv, kernel_shape: tuple[int, ...]) -> Geometry:
         live = tuple(Live(0, k, (True,) * k, pad, m) for k, pad, m in zip(taps, pads, outputs))
     else:
         live = tuple(_live(*size, k, low, m) for size, k, (low, _), m in zip(sizes, taps, pads, outputs))
-    own_plan = _circular_plan(conv, taps, conv.strides) if circular else None
-    if own_plan is not None:
+    own_plan = _circular_plan(conv, taps, conv.strides) if circular or _tiles(conv, taps, pads) else None
+    if circular and own_plan is not None:
         embedding = own_plan
     elif circular:
         # A stride that does not divide the grid keeps some of the outputs of stride 1.
@@ -169,6 +172,12 @@ def resolve(conv: Conv, kernel_shape: tuple[int, ...]) -> Geometry:
     patches = patches and max([1, *plan.grid, *conv.input_dilation]) == 1
     attained = own_plan is not None if circular else patches
     return Geometry(conv, tuple(kernel_shape), pads, outputs, live, plan, own_plan, attained)
+
+
+def _tiles(conv: Conv, taps: tuple[int, ...], pads: tuple[tuple[int, int], ...]) -> bool:
+    """Decides whether the outputs' patches tile the image: then nothing is padded, and nothing would wrap around."""
+    sizes = zip(conv.input_shape, conv.strides, conv.input_dilation, conv.kernel_dilation, taps, pads, strict=True)
+    return all(pair == (0, 0) and e == 1 and d * (k - 1) < s and n % s == 0 for n, s, e, d, k, pair in sizes)
 
 
 def _live(n: int, stride: int, input_dilation: int, dilation: int, k: int, low: int, outputs: int) -> Live:
@@ -217,7 +226,7 @@ def _circular_plan(conv: Conv, taps: tuple[int, ...], strides: tuple[int, ...]) 
     for n, k, s, e, d in zip(conv.input_shape, taps, strides, conv.input_dilation, conv.kernel_dilation, strict=True):
         if (n * e) % s:
             return None
-        axes.append(Axis(n * e, k, s, e, d, (d * (k - 1)) // 2))
+        axes.append(Axis(n * e, k, s, e, d, (d * (k - 1)) // 2 if conv.padding == "CIRCULAR" else 0))
     return Plan(tuple(axes), conv.feature_group_count)
 
 

@@ -32,7 +32,15 @@ class Geometry:
     def exact(self):
         conv = self.conv
         divides = all(n * e % s == 0 for n, e, s in zip(conv.input_shape, conv.input_dilation, conv.strides))
-        return conv.padding == "CIRCULAR" and divides
+        return divides and (conv.padding == "CIRCULAR" or self._tiles)
+
+    @property
+    def _tiles(self):
+        """Whether the outputs' patches are as far apart as they are large, or farther, and none meets padding."""
+        conv = self.conv
+        pads = oracle.resolve_padding(conv.padding, conv.input_shape, self.taps, conv.strides, conv.kernel_dilation)
+        apart = all(d * (k - 1) < s for d, k, s in zip(conv.kernel_dilation, self.taps, conv.strides))
+        return apart and not np.any(pads) and max(conv.input_dilation) == 1
 
     def kernels(self, rng, count, dtype=np.float32):
         """``count`` random kernels in the layout of ``conv``; some of low rank, some of extreme scale."""

@@ -81,6 +81,18 @@ def excess(
     return jnp.where(outside[:, None, None], part, 0), jnp.where(outside, nuclear, 0), largest
 
 
+def polar(blocks: Complex[Array, "c m n"]) -> Complex[Array, "c m n"]:
+    """Computes each block's polar factor U, where F = U (FᴴF)^(1/2).
+
+    Its singular values are 1; those that belong to values of F below sqrt(eps) of the largest come out smaller.
+    """
+    if blocks.shape[-1] > blocks.shape[-2]:
+        return polar(blocks.swapaxes(-1, -2)).swapaxes(-1, -2)
+    largest = norms(blocks, ROUGH)
+    least = float(jnp.finfo(largest.dtype).eps) ** 0.5
+    return _sign(blocks / jnp.where(largest > 0, largest, 1).astype(blocks.dtype)[:, None, None], least, gram)
+
+
 def _sign(x, lowest, square):
     """Takes every singular value (or eigenvalue) of ``x`` from ``lowest`` (at least 4 eps) to 1 in modulus to 1, or -1.
 

@@ -3,6 +3,8 @@
 Start with :func:`singular_values`, :func:`operator_norm_bounds` and :func:`constrain_operator_norm`.
 """
 
+import importlib as _importlib
+
 from opnorm_jax._conv import Conv, Unknown
 from opnorm_jax._execution import Execution
 from opnorm_jax._kernel.bounds import Bounds, operator_norm_bounds, operator_norm_upper_bound
@@ -20,6 +22,8 @@ from opnorm_jax._kernel.steepest import Steepest, steepest_direction
 from opnorm_jax._kernel.two_sided import clip_singular_values
 from opnorm_jax._program.find_convs import find_convs
 from opnorm_jax._program.lipschitz import lipschitz_bound
+from opnorm_jax._tree.muon import ScaleByConvMuonState, conv_muon, scale_by_conv_muon
+from opnorm_jax._tree.normalize import normalize
 from opnorm_jax._tree.plot import plot_spectra
 from opnorm_jax._tree.radius import certified_radius
 from opnorm_jax._tree.report import LayerReport, SpectralReport, spectral_report
@@ -34,6 +38,7 @@ __all__ = [
     "Execution",
     "LayerReport",
     "ProjectionInfo",
+    "ScaleByConvMuonState",
     "SpectralReport",
     "Steepest",
     "Unknown",
@@ -42,9 +47,11 @@ __all__ = [
     "clip_singular_values",
     "constrain",
     "constrain_operator_norm",
+    "conv_muon",
     "find_convs",
     "lipschitz_bound",
     "log_abs_det",
+    "normalize",
     "operator_norm",
     "operator_norm_bounds",
     "operator_norm_upper_bound",
@@ -52,8 +59,16 @@ __all__ = [
     "project_operator_norm",
     "project_operator_norm_info",
     "rescale_operator_norm",
+    "scale_by_conv_muon",
     "singular_values",
     "solve",
     "spectral_report",
     "steepest_direction",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Imports the wrappers of a framework's layers when they are first asked for: ``linen``, ``nnx``, ``equinox``."""
+    if name in ("equinox", "linen", "nnx"):
+        return _importlib.import_module(f"opnorm_jax.{name}")
+    raise AttributeError(f"module 'opnorm_jax' has no attribute {name!r}")

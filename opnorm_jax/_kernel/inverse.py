@@ -58,8 +58,8 @@ def log_abs_det(
     Examples:
       >>> import jax.numpy as jnp, opnorm_jax as oj
       >>> kernel = jnp.zeros((3, 3, 2, 2)).at[1, 1].set(jnp.array([[2.0, 0.0], [0.0, 1.0]]))
-      >>> oj.log_abs_det(kernel, (8, 8)) / 64  # one factor of 2 for each pixel
-      Array(0.6931472, dtype=float32)
+      >>> jnp.exp(oj.log_abs_det(kernel, (8, 8)) / 64).round(4)  # one factor of 2 for each pixel
+      Array(2., dtype=float32)
 
     References:
       Hoogeboom, van den Berg and Welling, `Emerging Convolutions for Generative Normalizing Flows

@@ -42,7 +42,7 @@ class Steepest(NamedTuple):
 
     direction: jax.Array  # shaped like the gradient; its certified norm is at most 1
     descent: jax.Array  # shape=(): <gradient, direction>
-    gap: jax.Array  # shape=(): no kernel of norm at most 1 has a descent larger by more; infinite if nothing is known
+    gap: jax.Array  # shape=(): no kernel in the ball has a descent larger by more; infinite if nothing is known
 
 
 def steepest_direction(
@@ -53,6 +53,9 @@ def steepest_direction(
     execution: Execution = Execution(),
 ) -> Steepest:
     r"""Computes a kernel X with \|X\| <= 1 for which <gradient, X> is (nearly) largest: Muon's step, for a convolution.
+
+    The norm is that on the circulant embedding (see :func:`operator_norm_bounds`), so the bound holds for the layer
+    really used.
 
     For dense layers, 1x1 kernels, and kernels as large as the image it is the matrix sign (polar factor) of the
     gradient's block at each frequency, exactly. For other kernels there are two ways:
@@ -70,9 +73,9 @@ def steepest_direction(
       execution: how to compute; see :class:`Execution`.
 
     Returns:
-      A :class:`Steepest`. The direction has the shape and dtype of the gradient. Its norm on the circulant embedding
-      (see :func:`operator_norm_bounds`) is at most 1, besides the final rounding to its dtype. It is zero if the
-      gradient is, and NaN if that holds a NaN or an infinity.
+      A :class:`Steepest`. The direction has the shape and dtype of the gradient. Its norm is at most 1, besides the
+      final rounding to its dtype. It is zero at taps that meet no pixel, and if the gradient is zero; it is NaN if that
+      holds a NaN or an infinity.
 
     Raises:
       ValueError, TypeError: the gradient does not fit ``conv``.
@@ -186,4 +189,4 @@ def _by_projection(kernel, plan: Plan, execution: Execution):
     g, m, n = jax.eval_shape(functools.partial(block_taps, plan=plan), kernel).shape[1:]
     excess = info.gap * (2 * info.distance - info.gap)
     room = jnp.maximum(g * min(m, n) - jnp.sum(found**2), 0)
-    return found, jnp.sum(found * kernel) + (room + excess) / (2 * times)
+    return found, jnp.where(norm > 0, jnp.sum(found * kernel) + (room + excess) / (2 * times), 0)

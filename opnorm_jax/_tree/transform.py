@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import itertools
 import operator
 from typing import Any, NamedTuple
 
@@ -19,6 +17,7 @@ from opnorm_jax._execution import Execution, check_execution
 from opnorm_jax._kernel.compiled import place
 from opnorm_jax._kernel.constrain import Constrained, Options, constrained
 from opnorm_jax._rounding import inside_tolerance, rounding
+from opnorm_jax._tree.alike import map_alike, replicate
 from opnorm_jax._tree.landing import apply_update, find_scale, round_to, round_update, single_entry, wider
 from opnorm_jax._tree.layers import Layer, broadcast, check_convs, find_layers, is_masked
 
@@ -130,7 +129,7 @@ def constrain_operator_norm(
         if log_norms:
             norms, treedef = jax.tree.flatten(jax.tree.map(lambda _: jnp.zeros((), jnp.float32), convs))
             for index, layer, _ in layers:
-                norms[places(params)[index]] = _replicate(jnp.zeros(layer.stack, jnp.float32), layer.kernel)
+                norms[places(params)[index]] = replicate(jnp.zeros(layer.stack, jnp.float32), layer.kernel)
             norms = treedef.unflatten(norms)
         return ConstrainOperatorNormState(jnp.zeros((), jnp.int32), norms)
 
@@ -230,51 +229,12 @@ def _constrain_layers(
 
     Layers that are alike in shape, dtype and geometry share one batched call.
     """
-    alike: dict[Any, list[int]] = {}
-    outs: list[Any] = [None] * len(layers)
-    arrays = [(kernel,) for kernel in kernels] if steps is None else list(zip(kernels, steps, strict=True))
-    given = [parts[-1] for parts in arrays]
-    # Layers that share a call may lie differently, and an explicit mesh lets no axis be reshaped that it divides.
-    arrays = [tuple(_replicate(part, part) for part in parts) for parts in arrays]
-    for n, layer in enumerate(layers):
-        if layer.count == 0:
-            outs[n] = (arrays[n][-1], jnp.zeros(layer.stack))
-            continue
-        geometry = dataclasses.replace(layer.conv, stacked=0)
-        alike.setdefault((layer.member, geometry, arrays[n][-1].dtype), []).append(n)
-    for (member, conv, _), numbers in alike.items():
-        one = lambda bound, *arrays, conv=conv: _constrain_one(arrays, bound, conv, options)
-        limits = {n: jnp.asarray(bounds[n]).astype(compute_dtype(member.dtype)) for n in numbers}
-        if len(numbers) == 1 and not layers[numbers[0]].stack:
-            outs[numbers[0]] = one(limits[numbers[0]], *arrays[numbers[0]])
-            continue
-        counts = [layers[n].count for n in numbers]
-        rows = [
-            (jnp.full(count, limits[n]), *(a.reshape(count, *member.shape) for a in arrays[n]))
-            for n, count in zip(numbers, counts)
-        ]
-        batch = jax.vmap(one)(*map(jnp.concatenate, zip(*rows)))
-        for n, count, end in zip(numbers, counts, itertools.accumulate(counts)):
-            own = lambda a, n=n, start=end - count, end=end: a[start:end].reshape(*layers[n].stack, *a.shape[1:])
-            outs[n] = jax.tree.map(own, batch)
-    return [place(out[0], like) for out, like in zip(outs, given)], [out[1] for out in outs]
-
-
-def _explicit_sharding(array: Any) -> jax.sharding.NamedSharding | None:
-    """Returns the sharding that is part of an array's type, if there is one: on a mesh with explicit axes."""
-    sharding = array.sharding if isinstance(array, jax.ShapeDtypeStruct) else jax.typeof(array).sharding
-    types = getattr(getattr(sharding, "mesh", None), "axis_types", ())
-    return sharding if jax.sharding.AxisType.Explicit in types else None
-
-
-def _replicate(array: jax.Array, like: Any) -> jax.Array:
-    """Copies the array whole to every device of the explicit mesh on which ``like`` lies, if it does."""
-    sharding = _explicit_sharding(like)
-    if sharding is None:
-        return array
-    if isinstance(like, jax.core.Tracer):
-        return jax.sharding.reshard(array, jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec()))
-    return jax.device_put(array, jax.sharding.NamedSharding(like.sharding.mesh, jax.sharding.PartitionSpec()))
+    limits = [jnp.asarray(bound).astype(compute_dtype(layer.kernel.dtype)) for layer, bound in zip(layers, bounds)]
+    limits = [jnp.broadcast_to(limit, layer.stack) for layer, limit in zip(layers, limits, strict=True)]
+    given = kernels if steps is None else steps
+    arrays = list(zip(limits, kernels)) if steps is None else list(zip(limits, kernels, steps, strict=True))
+    outs = map_alike(lambda conv, bound, *arrays: _constrain_one(arrays, bound, conv, options), layers, arrays)
+    return [place(out, like) for (out, _), like in zip(outs, given)], [norm for _, norm in outs]
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))

@@ -1,0 +1,68 @@
+"""One call for all layers that are alike: the same geometry and shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+
+from opnorm_jax._tree.layers import Layer
+
+
+def map_alike(
+    function: Callable[..., Any], layers: Sequence[Layer], arrays: Sequence[tuple[jax.Array, ...]]
+) -> list[Any]:
+    """Returns ``function(conv, *arrays)`` for each layer; its results are trees of arrays.
+
+    The arrays of a layer have its stack's leading axes, and so have the results. Layers that are alike share one call,
+    under ``vmap``. On an explicit mesh the function sees whole copies, and results lie as they come.
+    """
+    alike: dict[Any, list[int]] = {}
+    outs: list[Any] = [None] * len(layers)
+    # Layers that share a call may lie differently, and an explicit mesh lets no axis be reshaped that it divides.
+    arrays = [tuple(replicate(array, array) for array in own) for own in arrays]
+    for n, (layer, own) in enumerate(zip(layers, arrays, strict=True)):
+        members = tuple(jax.ShapeDtypeStruct(a.shape[len(layer.stack) :], a.dtype) for a in own)
+        alike.setdefault((dataclasses.replace(layer.conv, stacked=0), members), []).append(n)
+    for (conv, members), numbers in alike.items():
+        one = functools.partial(function, conv)
+        if len(numbers) == 1 and not layers[numbers[0]].stack:
+            outs[numbers[0]] = one(*arrays[numbers[0]])
+            continue
+        counts = [layers[n].count for n in numbers]
+        if not sum(counts):
+            none = lambda like: jnp.zeros((0, *like.shape), like.dtype)
+            batch = jax.tree.map(none, jax.eval_shape(one, *members))
+        else:
+            rows = [
+                [array.reshape(count, *member.shape) for array, member in zip(arrays[n], members, strict=True)]
+                for n, count in zip(numbers, counts)
+            ]
+            batch = jax.vmap(one)(*map(jnp.concatenate, zip(*rows)))
+        for n, count, end in zip(numbers, counts, itertools.accumulate(counts)):
+            own = lambda a, n=n, start=end - count, end=end: a[start:end].reshape(*layers[n].stack, *a.shape[1:])
+            outs[n] = jax.tree.map(own, batch)
+    return outs
+
+
+def replicate(array: jax.Array, like: Any) -> jax.Array:
+    """Copies the array whole to every device of the explicit mesh on which ``like`` lies, if it does."""
+    sharding = _explicit_sharding(like)
+    if sharding is None:
+        return array
+    if isinstance(like, jax.core.Tracer):
+        return jax.sharding.reshard(array, jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec()))
+    return jax.device_put(array, jax.sharding.NamedSharding(like.sharding.mesh, jax.sharding.PartitionSpec()))
+
+
+def _explicit_sharding(array: Any) -> jax.sharding.NamedSharding | None:
+    """Returns the sharding that is part of an array's type, if there is one: on a mesh with explicit axes."""
+    sharding = array.sharding if isinstance(array, jax.ShapeDtypeStruct) else jax.typeof(array).sharding
+    types = getattr(getattr(sharding, "mesh", None), "axis_types", ())
+    return sharding if jax.sharding.AxisType.Explicit in types else None

@@ -1,0 +1,105 @@
+"""Spectral normalisation, exactly: a function whose kernels are rescaled into the ball before they are used."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from opnorm_jax._conv import check_max_norm
+from opnorm_jax._execution import Execution, check_execution
+from opnorm_jax._kernel.compiled import place
+from opnorm_jax._kernel.constrain import rescale_operator_norm
+from opnorm_jax._program.find_convs import find_convs
+from opnorm_jax._tree.alike import map_alike
+from opnorm_jax._tree.layers import check_convs, find_layers, is_masked
+
+
+def normalize(
+    fn: Callable[..., Any],
+    max_norm: Any = 1.0,
+    *,
+    dense: bool = False,
+    on_unknown: str = "error",
+    execution: Execution = Execution(),
+) -> Callable[..., Any]:
+    """Makes a function of the same arguments in which every kernel is first rescaled into the operator-norm ball.
+
+    This is spectral normalisation with the norm of the layer itself, not that of the flattened kernel, and without
+    power iterations or state. Each kernel is multiplied by min(1, max_norm / its certified norm), so the layer's norm
+    is at most ``max_norm`` in every call, also in the first; gradients go through the norm. Kernels inside the ball
+    are used as they are.
+
+    The convolutions are found by :func:`find_convs`, once for each set of argument shapes. The parameters keep their
+    values and their tree; only ``fn`` sees other kernels. To export a network, call :func:`constrain` on the
+    parameters: ``fn`` itself then computes the same.
+
+    Args:
+      fn: a function of the parameters first, of any framework, such as ``model.apply``.
+      max_norm: positive; may be traced. The same for all layers.
+      dense: normalise dense layers too.
+      on_unknown: as in :func:`find_convs`. ``"skip"`` leaves kernels that no ``Conv`` describes as they are.
+      execution: how to compute; see :class:`Execution`.
+
+    Returns:
+      A function, to be used under ``jit``, ``grad``, ``vmap``, ``scan`` and ``checkpoint`` as ``fn`` is.
+
+    Raises:
+      ValueError, TypeError: here for the arguments; in a call as :func:`find_convs`.
+
+    Cost: the norm of each kernel in each call, and its derivative where one is taken: see
+    :func:`rescale_operator_norm`. Layers of equal shape and geometry share one call. The walk over the program takes
+    time once for each set of shapes, not in compiled calls.
+
+    Differentiable: as :func:`rescale_operator_norm`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, opnorm_jax as oj
+      >>> def net(params, x):
+      ...     return jax.lax.conv_general_dilated(
+      ...         x, params["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+      >>> params, x = {"kernel": jnp.ones((3, 3, 1, 1))}, jnp.ones((1, 8, 8, 1))
+      >>> bool(jnp.linalg.norm(oj.normalize(net)(params, x)) <= jnp.linalg.norm(x))
+      True
+
+    References:
+      Miyato, Kataoka, Koyama and Yoshida, `Spectral Normalization for Generative Adversarial Networks
+      <https://arxiv.org/abs/1802.05957>`_, 2018.
+    """
+    if not callable(fn):
+        raise TypeError(f"expected fn to be a function of the parameters, got {fn!r}. Pass model.apply, say.")
+    check_max_norm(max_norm)
+    check_execution(execution)
+    if on_unknown not in ("error", "skip"):
+        raise ValueError(f"expected on_unknown to be 'error' or 'skip', got {on_unknown!r}.")
+
+    @functools.lru_cache(maxsize=64)
+    def described(treedef: Any, leaves: tuple[Any, ...]) -> Any:
+        params, args, kwargs = jax.tree.unflatten(treedef, leaves)
+        return find_convs(fn, params, *args, dense=dense, on_unknown=on_unknown, **kwargs)
+
+    def normalized(params: Any, *args: Any, **kwargs: Any) -> Any:
+        leaves, treedef = jax.tree.flatten((params, args, kwargs))
+        shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "dtype") else x for x in leaves)
+        try:
+            convs = described(treedef, shapes)
+        except TypeError:  # an argument that cannot be hashed; or what was wrong is said again
+            convs = described.__wrapped__(treedef, shapes)
+        return fn(rescaled(params, max_norm, convs, execution), *args, **kwargs)
+
+    return functools.update_wrapper(normalized, fn, updated=())
+
+
+def rescaled(params: Any, max_norm: Any, convs: Any, execution: Execution) -> Any:
+    """Rescales the kernels of a tree into the ball, differentiably."""
+    leaves, treedef = jax.tree.flatten(params, is_leaf=is_masked)
+    found = [(n, layer) for n, layer in enumerate(find_layers(params, check_convs(convs))) if layer is not None]
+    kernels = [jnp.asarray(layer.kernel) for _, layer in found]
+    one = lambda conv, kernel: rescale_operator_norm(kernel, conv, max_norm, execution=execution)
+    outs = map_alike(one, [layer for _, layer in found], [(kernel,) for kernel in kernels])
+    for (n, _), kernel, out in zip(found, kernels, outs, strict=True):
+        leaves[n] = place(out, kernel)
+    return treedef.unflatten(leaves)

@@ -1,0 +1,120 @@
+"""steepest_direction: certified steps, and duality gaps that are true."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from geometries import generate
+
+import opnorm_jax as oj
+
+
+def norm(kernel, conv):
+    return float(oj.operator_norm_bounds(kernel, conv).upper)
+
+
+def gradients(seed, shape=(3, 3, 8, 8)):
+    """A Gaussian gradient, and one of low rank."""
+    rng = np.random.default_rng(seed)
+    k1, k2, i, o = shape
+    low = np.einsum("abr,ri,ro->abio", *(rng.standard_normal(s) for s in ((k1, k2, 2), (2, i), (2, o))))
+    return jnp.asarray(rng.standard_normal(shape), jnp.float32), jnp.asarray(low, jnp.float32)
+
+
+def flattened(gradient):
+    left, _, right = np.linalg.svd(
+        np.asarray(gradient, np.float64).reshape(-1, gradient.shape[-1]), full_matrices=False
+    )
+    return jnp.asarray((left @ right).reshape(gradient.shape), jnp.float32)
+
+
+@pytest.mark.parametrize("padding", ["SAME", "CIRCULAR"])
+@pytest.mark.parametrize("kind", [0, 1])
+def test_descent_beats_what_muon_does_to_the_flattened_kernel(kind, padding):
+    conv = oj.Conv((10, 10), padding=padding)
+    gradient = gradients(3)[kind]
+    best = oj.steepest_direction(gradient, conv, exact=True)
+    cheap = oj.steepest_direction(gradient, conv)
+    descent = lambda x: float(jnp.sum(gradient * x)) / norm(x, conv)
+    assert descent(best.direction) == pytest.approx(float(best.descent), rel=1e-4)
+    assert best.gap < 0.15 * best.descent
+    assert cheap.descent >= 0.85 * best.descent
+    assert cheap.gap == np.inf
+    # ours, then Muon's on the flattened kernel, then the gradient itself
+    assert best.descent > 1.2 * max(descent(flattened(gradient)), descent(gradient))
+    assert cheap.descent > 1.05 * max(descent(flattened(gradient)), descent(gradient))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_step_is_certified_and_the_gap_is_true(seed):
+    """In any geometry: the dense norm is at most 1, and no other kernel of norm 1 has more than descent + gap."""
+    geometry = generate(900 + seed)
+    rng = np.random.default_rng(seed)
+    canonical, given = geometry.kernels(rng, 1)
+    one = oj.steepest_direction(jnp.asarray(given[0]), geometry.conv)
+    exact = oj.steepest_direction(jnp.asarray(given[0]), geometry.conv, exact=True)
+    letters = [{1: "W", 2: "HW", 3: "DHW"}[len(geometry.taps)] + "IO"][0]
+    order = [geometry.conv.kernel_layout.index(letter) for letter in letters]
+    back = lambda kernel: np.asarray(kernel, np.float64).transpose(order)
+    for found in (one, exact):
+        assert geometry.oracle(back(found.direction)).max() <= 1 + 1e-5
+        assert found.descent == pytest.approx((canonical[0].astype(np.float64) * back(found.direction)).sum(), rel=1e-4)
+        assert 0 <= found.gap
+    live = back(exact.direction) != 0  # no bound holds for what the layer never uses
+    limit = float(exact.descent + exact.gap) * (1 + 1e-4)
+    rivals = [one.direction, jnp.asarray(given[0]), *jnp.asarray(geometry.kernels(rng, 4)[1])]
+    rivals += [
+        oj.project_operator_norm(scale * jnp.asarray(given[0]) / float(one.descent), geometry.conv, 1.0)
+        for scale in (3.0, 50.0)
+    ]
+    for rival in rivals:
+        rival = jnp.where(live.transpose(np.argsort(order)), rival, 0)
+        # of zero padding the ball is that of the circulant embedding
+        size = geometry.oracle(back(rival)).max() if geometry.exact else norm(rival, geometry.conv)
+        assert size == 0 or abs((canonical[0] * back(rival)).sum()) / size <= limit
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("name", ["dense", "1x1", "full support"])
+def test_where_the_support_is_full_it_is_the_matrix_sign(name, exact, x64):
+    shape, conv = {
+        "dense": ((5, 7), oj.Conv(())),
+        "1x1": ((1, 1, 5, 4), oj.Conv((6, 6))),
+        "full support": ((4, 5, 2, 3), oj.Conv((4, 5), padding="CIRCULAR")),
+    }[name]
+    gradient = jax.random.normal(jax.random.key(0), shape)
+    found = oj.steepest_direction(gradient, conv, exact=exact)
+    dense = (
+        (lambda kernel: np.asarray(kernel))
+        if name == "dense"
+        else functools.partial(oracle.dense_matrix, input_shape=conv.input_shape)
+    )
+    left, values, right = np.linalg.svd(dense(gradient), full_matrices=False)
+    np.testing.assert_allclose(dense(found.direction), left @ right, atol=1e-8)
+    pixels = int(np.prod(conv.input_shape))
+    assert found.descent == pytest.approx(values.sum() / pixels, rel=1e-8)  # the dual norm
+    assert found.gap <= 1e-7 * found.descent
+
+
+def test_extremes():
+    conv = oj.Conv((6, 6))
+    gradient = gradients(0)[0]
+    for exact in (False, True):
+        find = functools.partial(oj.steepest_direction, conv=conv, exact=exact)
+        assert not find(0 * gradient).direction.any() and find(0 * gradient).gap == 0
+        for scale in (1e-30, 1e30):
+            np.testing.assert_allclose(find(scale * gradient).direction, find(gradient).direction, atol=1e-3)
+        for bad in (jnp.nan, jnp.inf):
+            assert jnp.isnan(find(gradient.at[0, 0, 0, 0].set(bad)).direction).all()
+        assert find(gradient.astype(jnp.bfloat16)).direction.dtype == jnp.bfloat16
+    both = jax.jit(jax.vmap(lambda g: oj.steepest_direction(g, conv).direction))(jnp.stack(gradients(0)))
+    np.testing.assert_allclose(both[1], oj.steepest_direction(gradients(0)[1], conv).direction, atol=1e-4)
+    products = oj.steepest_direction(gradient, conv, execution=oj.Execution(factorization="products"))
+    np.testing.assert_allclose(products.direction, oj.steepest_direction(gradient, conv).direction, atol=1e-3)
+    with pytest.raises(NotImplementedError, match="steepest_direction has no derivative"):
+        jax.grad(lambda g: oj.steepest_direction(g, conv).direction.sum())(gradient)
+    with pytest.raises(TypeError, match="exact to be True or False"):
+        oj.steepest_direction(gradient, conv, exact=1)

@@ -12,8 +12,8 @@ from opnorm_jax._blocks import factor
 
 
 def make_constraint(constraint: str, max_norm: float, convs: Any, every: int) -> optax.GradientTransformation | None:
-    """The transformation, or None for the arm without a constraint."""
-    if constraint == "none":
+    """The transformation, or None for the arms whose steps are not constrained."""
+    if constraint in ("none", "normalize"):
         return None
     if constraint == "reshape":
         return reshape_transformation(max_norm, convs, every)
@@ -26,7 +26,17 @@ def make_finish(constraint: str, max_norm: float, convs: Any) -> Callable[[Any],
         return lambda params: params
     if constraint == "reshape":
         return lambda params: clip_reshaped(params, max_norm, convs)
+    constraint = "rescale" if constraint == "normalize" else constraint  # the same function of the image
     return lambda params: oj.constrain(params, max_norm, convs, constraint=constraint)
+
+
+def make_forward(model: Any, constraint: str, max_norm: float) -> Callable[..., Any]:
+    """Makes ``forward(params, batch_stats, images, **options)``, with normalised kernels in that arm."""
+
+    def forward(params, batch_stats, images, **options):
+        return model.apply({"params": params, "batch_stats": batch_stats}, images, **options)
+
+    return oj.normalize(forward, max_norm) if constraint == "normalize" else forward
 
 
 class ReshapeState(NamedTuple):

@@ -110,12 +110,13 @@ def prepare(
     image = data.train_images.shape[1:]
     init = lambda key: model.init(key, jnp.zeros((1, *image)), train=False)
     shapes = jax.eval_shape(init, jax.random.key(0))
-    convs = resnet.convolutions(model, shapes, image, config.certify)
+    convs = resnet.convolutions(model, shapes, image, config.norm_of)
     decay_steps = None if config.epochs_per_decay is None else config.epochs_per_decay * per_epoch
 
     def make_tx(learning_rate, max_norm):
         constraint = arms.make_constraint(config.constraint, max_norm, convs, config.every)
-        return loop.optimizer(loop.schedule(learning_rate, steps, decay_steps), config.weight_decay, constraint)
+        rate = loop.schedule(learning_rate, steps, decay_steps)
+        return loop.optimizer(config.optimizer, rate, config.weight_decay, convs, constraint)
 
     make = make_tx if hyper is None else optax.inject_hyperparams(make_tx)
     tx = make(config.learning_rate, config.max_norm)
@@ -132,9 +133,10 @@ def prepare(
     state, axes = seeds.create(create)
     digits = config.dataset == "digits"
     pad, flip = (1, False) if digits else (4, True)
-    call = loop.make_run_steps(model, tx, loop.Batches(config.batch_size, per_epoch, pad, flip), layout, axes)
+    forward = arms.make_forward(model, config.constraint, config.max_norm)
+    call = loop.make_run_steps(forward, tx, loop.Batches(config.batch_size, per_epoch, pad, flip), layout, axes)
     eval_batch_size = min(config.eval_batch_size, len(data.test_images))
-    evaluate = loop.make_evaluate(model, eval_batch_size, layout, config.seeds > 1)
+    evaluate = loop.make_evaluate(forward, eval_batch_size, layout, config.seeds > 1)
     train_set = layout.place((data.train_images, data.train_labels))
     test_set = layout.place((data.test_images, data.test_labels))
     run = Run(config, seeds, layout, convs, rate, per_epoch, steps, train_set, test_set, call, evaluate)
@@ -241,7 +243,8 @@ def finish(
     # The last steps may have left the ball: the network that is delivered, and tested, is inside.
     constrain = jax.jit(run.seeds.map(arms.make_finish(config.constraint, config.max_norm, run.convs)))
     params = jax.block_until_ready(constrain(state.params))
-    share = median_seconds(constrain, state.params) / config.every / (seconds / steps) if constrained else 0.0
+    every = 1 if config.constraint == "normalize" else config.every
+    share = median_seconds(constrain, state.params) / every / (seconds / steps) if constrained else 0.0
     errors = run.evaluate(params, state.batch_stats, *run.test_set)
     networks, statistics = run.seeds.split(params), run.seeds.split(state.batch_stats)
     summary = {
@@ -254,7 +257,8 @@ def finish(
         "norms_after": report.norms(networks, run.convs),
         "images_per_second": config.seeds * steps * config.batch_size / seconds,
         "compile_seconds": times["compile_seconds"],
-        # Measured: one call of the constraint on the final parameters, over `every`, against the mean step.
+        # Measured: one call of the constraint on the final parameters, over `every`, against the mean step. The
+        # derivative that normalize takes besides is not in it.
         "constraint_share": share,
         "diverged": None if report.is_finite((params, state.batch_stats)) else "the weights hold NaN or infinity",
     }
@@ -281,7 +285,9 @@ def evaluate_only(config: Config, console: Console) -> dict[str, Any]:
     dtype = jnp.bfloat16 if saved.bf16 else jnp.float32
     model = resnet.ResNet(saved.depth, saved.width, 10, saved.batch_norm, saved.batch_norm_momentum, dtype)
     stacked = weights["params"]["stem"]["kernel"].ndim > 4
-    evaluate = loop.make_evaluate(model, min(config.eval_batch_size, len(data.test_images)), None, stacked)
+    # Saved weights of a normalised network may be a checkpoint's, from before the last rescaling.
+    forward = arms.make_forward(model, saved.constraint, saved.max_norm)
+    evaluate = loop.make_evaluate(forward, min(config.eval_batch_size, len(data.test_images)), None, stacked)
     test = jax.device_put((data.test_images, data.test_labels))
     errors = np.atleast_1d(evaluate(weights["params"], weights["batch_stats"], *test))
     for seed, error in enumerate(errors, saved.seed):

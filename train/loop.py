@@ -8,6 +8,8 @@ import numpy as np
 import optax
 import parallel
 
+import opnorm_jax as oj
+
 
 class TrainState(NamedTuple):
     """Everything that training changes; all of it is arrays, so that it can be saved and resumed."""
@@ -26,9 +28,17 @@ def schedule(learning_rate: Any, steps: int, decay_steps: int | None = None) -> 
     return optax.piecewise_constant_schedule(learning_rate, {int(steps * share): 0.1 for share in (0.4, 0.6, 0.8)})
 
 
-def optimizer(rate: Any, weight_decay: float, constraint: optax.GradientTransformation | None) -> Any:
-    """SGD with momentum 0.9; L2 on all trainables enters before the momentum. The constraint comes last."""
-    parts = [optax.add_decayed_weights(weight_decay), optax.sgd(rate, momentum=0.9)]
+def optimizer(name: str, rate: Any, weight_decay: float, convs: Any, constraint: Any) -> Any:
+    """Makes the optimizer of this name. A constraint that is not None comes last.
+
+    ``sgd`` has momentum 0.9, and L2 on all trainables enters before the momentum. In ``conv-muon`` weight decay is
+    decoupled, and AdamW updates what is no convolution, at a tenth of the rate.
+    """
+    if name == "conv-muon":
+        adam = {"adam_learning_rate": lambda count: 0.1 * rate(count), "adam_weight_decay": weight_decay}
+        parts = [oj.conv_muon(rate, convs, weight_decay=weight_decay, **adam)]
+    else:
+        parts = [optax.add_decayed_weights(weight_decay), optax.sgd(rate, momentum=0.9)]
     return optax.chain(*parts, *([constraint] if constraint is not None else []))
 
 
@@ -65,18 +75,18 @@ class Batches(NamedTuple):
 
 
 def make_run_steps(
-    model: Any, tx: Any, batches: Batches, layout: parallel.Layout | None = None, axes: Any = None
+    forward: Any, tx: Any, batches: Batches, layout: parallel.Layout | None = None, axes: Any = None
 ) -> Any:
     """Makes ``run(state, images, labels, steps)``, which takes ``steps`` (static) training steps.
 
-    It returns the state, the mean loss and the mean accuracy. ``layout`` says over which devices each batch is split;
-    ``axes`` are those of a stacked state, to train several seeds.
+    ``forward(params, batch_stats, images, **options)`` is the network. The call returns the state, the mean loss and
+    the mean accuracy. ``layout`` says over which devices each batch is split; ``axes`` are those of a stacked state, to
+    train several seeds.
     """
     batch_size, per_epoch, pad, flip = batches
 
     def loss_fn(params, batch_stats, images, labels):
-        variables = {"params": params, "batch_stats": batch_stats}
-        logits, changed = model.apply(variables, images, train=True, mutable=["batch_stats"])
+        logits, changed = forward(params, batch_stats, images, train=True, mutable=["batch_stats"])
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
         return loss, (changed.get("batch_stats", {}), (logits.argmax(-1) == labels).mean())
 
@@ -111,7 +121,7 @@ def make_run_steps(
     return jax.jit(run, static_argnames="steps", donate_argnums=0, **placed)
 
 
-def make_evaluate(model: Any, batch_size: int, layout: parallel.Layout | None = None, stacked: bool = False) -> Any:
+def make_evaluate(forward: Any, batch_size: int, layout: parallel.Layout | None = None, stacked: bool = False) -> Any:
     """``evaluate(params, batch_stats, images, labels)``: the share of images classified wrongly, for each seed."""
     if layout is not None:
         batch_size = -(-batch_size // layout.devices) * layout.devices
@@ -122,8 +132,7 @@ def make_evaluate(model: Any, batch_size: int, layout: parallel.Layout | None = 
         valid, rows = rows < len(images), jnp.minimum(rows, len(images) - 1)
 
         def one(params, batch_stats):
-            variables = {"params": params, "batch_stats": batch_stats}
-            logits = model.apply(variables, standardise(images[rows]), train=False)
+            logits = forward(params, batch_stats, standardise(images[rows]), train=False)
             return ((logits.argmax(-1) != labels[rows]) & valid).sum()
 
         return (jax.vmap(one) if stacked else one)(params, batch_stats)

@@ -40,20 +40,24 @@ class Config:
     """Default: 250, for digits 15. The learning rate falls tenfold at 40 %, 60 % and 80 % of them."""
     batch_size: int = 128
     """Images a step, on all devices together."""
+    optimizer: Literal["sgd", "conv-muon"] = "sgd"
+    """SGD with momentum 0.9; or steepest descent in each convolution's operator norm, with AdamW for the rest."""
     learning_rate: float | None = None
-    """Initial learning rate. Default: 0.1 * batch_size / 128."""
+    """Initial learning rate. Default: 0.1 * batch_size / 128, for conv-muon 0.05: then it is the most that a step moves
+    a layer in operator norm, and AdamW's is a tenth of it."""
     epochs_per_decay: int | None = None
     """The learning rate falls tenfold every so many epochs, rather than at 40 %, 60 % and 80 %."""
     weight_decay: float = 2e-4
-    """L2 penalty on all trainables."""
-    constraint: Literal["none", "clip", "rescale", "project", "reshape"] | None = None
+    """L2 penalty on all trainables; decoupled for conv-muon."""
+    constraint: Literal["none", "clip", "rescale", "project", "reshape", "normalize"] | None = None
     """How the norms are constrained; reshape is the baseline that clips the kernel as an (o) x (i kh kw) matrix, which
-    does not bound the operator norm. Default: none, for digits rescale."""
+    does not bound the operator norm; normalize rescales inside the forward pass, in every step. Default: none, for
+    digits rescale."""
     max_norm: float = 1.0
     """The bound on each convolution's operator norm."""
     every: int | None = None
     """Constrain on one step in so many, and once more after the last. Default: 100, for digits 1."""
-    certify: Literal["padding", "circular"] = "padding"
+    norm_of: Literal["layer", "circular"] = "layer"
     """The bound is on the layer as it is (zero padding, strides), or on the paper's circular stand-in."""
     seed: int = 0
     """Of the initialisation, the shuffling and the augmentation."""
@@ -105,7 +109,7 @@ def resolve(config: Config) -> Config:
         raise ValueError(f"expected dataset to be one of {tuple(DEFAULTS)}, got {config.dataset!r}.")
     chosen = {k: v for k, v in DEFAULTS[config.dataset].items() if getattr(config, k) is None}
     if config.learning_rate is None:
-        chosen["learning_rate"] = 0.1 * config.batch_size / 128
+        chosen["learning_rate"] = 0.05 if config.optimizer == "conv-muon" else 0.1 * config.batch_size / 128
     config = dataclasses.replace(config, **chosen)
     resnet.blocks(config.depth, config.width)  # type: ignore[arg-type]
     for name in ("width", "epochs", "batch_size", "eval_batch_size", "every", "seeds", "save_every", "keep"):
@@ -121,6 +125,10 @@ def resolve(config: Config) -> Config:
         raise ValueError(f"expected batch_norm_momentum to be in [0, 1), got {config.batch_norm_momentum}.")
     if not 0 <= config.weight_decay < math.inf:
         raise ValueError(f"expected weight_decay to be 0 or more and finite, got {config.weight_decay}.")
+    if config.constraint == "normalize" and config.norm_of == "circular":
+        raise ValueError(
+            "expected norm_of layer with constraint normalize (it takes layers as they are), got circular."
+        )
     hosts = (config.coordinator, config.num_processes, config.process_id)
     if any(v is None for v in hosts) and any(v is not None for v in hosts):
         raise ValueError(f"expected coordinator, num_processes and process_id together or none of them, got {hosts}.")

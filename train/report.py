@@ -72,7 +72,7 @@ def print_table(console: Console, summary: Mapping[str, Any]) -> None:
     """The closing table: norms before and after, then the run's figures."""
     config = summary["config"]
     bound = config["max_norm"] if config["constraint"] != "none" else None
-    kind = "certified" if config["certify"] == "padding" else "circular stand-in, strides ignored"
+    kind = "certified" if config["norm_of"] == "layer" else "circular stand-in, strides ignored"
     title = f"operator norms, lower and upper bounds ({kind})" + (f", max_norm {bound:g}" if bound else "")
     seeds = config["seeds"]
     table = Table(title=title + (f", largest of {seeds} seeds" if seeds > 1 else ""))

@@ -77,11 +77,11 @@ def blocks(depth: int, width: int) -> list[tuple[int, int, int, int]]:
     return [(s, b, width * 2**s, 2 if s > 0 and b == 0 else 1) for s in range(3) for b in range(per_stage)]
 
 
-def convolutions(model: ResNet, variables: Any, image: tuple[int, ...], certify: str) -> Any:
+def convolutions(model: ResNet, variables: Any, image: tuple[int, ...], norm_of: str) -> Any:
     """A tree shaped like the parameters with the ``Conv`` of each kernel, None elsewhere; ``image`` is (H, W, C).
 
-    ``certify="padding"``: strides and padding as they are, so that bounds hold for the layers really used.
-    ``certify="circular"``: the paper's convention, a circular convolution at the layer's input size, stride ignored.
+    ``norm_of="layer"``: strides and padding as they are, so that bounds hold for the layers really used.
+    ``norm_of="circular"``: the paper's convention, a circular convolution at the layer's input size, stride ignored.
     """
 
     def apply(params, variables, x):
@@ -90,9 +90,7 @@ def convolutions(model: ResNet, variables: Any, image: tuple[int, ...], certify:
     x = jax.ShapeDtypeStruct((1, *image), jnp.float32)
     convs = oj.find_convs(apply, variables["params"], variables, x)
     return (
-        convs
-        if certify == "padding"
-        else jax.tree.map(lambda conv: oj.Conv(conv.input_shape, padding="CIRCULAR"), convs)
+        convs if norm_of == "layer" else jax.tree.map(lambda conv: oj.Conv(conv.input_shape, padding="CIRCULAR"), convs)
     )
 
 

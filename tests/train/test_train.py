@@ -24,6 +24,7 @@ for package in ("rich", "tyro", "sklearn", "safetensors", "matplotlib"):
     pytest.importorskip(package, reason="the trainer needs the extra [train]")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "train"))
 
+import arms  # noqa: E402
 import cifar  # noqa: E402
 import datasets  # noqa: E402
 import loop  # noqa: E402
@@ -57,7 +58,7 @@ def test_depth(depth):
 def test_the_described_convolutions_are_those_of_the_model(image):
     """Against what Flax's own modules are called with."""
     model, variables = initialise(14, (*image, 3))
-    convs = resnet.convolutions(model, variables, (*image, 3), "padding")
+    convs = resnet.convolutions(model, variables, (*image, 3), "layer")
     seen = {}
 
     def record(next_fun, args, kwargs, context):
@@ -125,7 +126,7 @@ def test_schedule_falls_where_the_paper_says():
 
 def test_decay_enters_before_the_momentum():
     params = {"w": jnp.asarray([2.0])}
-    tx = loop.optimizer(0.1, 0.5, None)
+    tx = loop.optimizer("sgd", lambda count: 0.1, 0.5, None, None)
     state = tx.init(params)
     for want in (-0.1, -0.19):  # 0.5 * 2 = 1; then 1 + 0.9 * 1
         updates, state = tx.update({"w": jnp.zeros(1)}, state, params)
@@ -145,8 +146,8 @@ def test_a_scan_of_steps_is_single_steps():
     images = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1)).astype(np.uint8)
     labels = np.arange(16, dtype=np.int32) % 10
     variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), train=False)
-    tx = loop.optimizer(0.1, 2e-4, None)
-    run = loop.make_run_steps(model, tx, loop.Batches(4, 4, 1, False))
+    tx = loop.optimizer("sgd", 0.1, 2e-4, None, None)
+    run = loop.make_run_steps(arms.make_forward(model, "none", 1.0), tx, loop.Batches(4, 4, 1, False))
 
     def start():
         copy = jax.tree.map(jnp.copy, variables)
@@ -164,13 +165,12 @@ def test_a_scan_of_steps_is_single_steps():
 
 
 def test_evaluate_counts_the_last_partial_batch():
-    class Model:
-        def apply(self, variables, x, train):
-            return jnp.tile(jnp.arange(10.0), (len(x), 1))  # always class 9
+    def forward(params, batch_stats, x, train):
+        return jnp.tile(jnp.arange(10.0), (len(x), 1))  # always class 9
 
     labels = np.array([9] * 5 + [0] * 8, np.int32)
     images = np.zeros((13, 4, 4, 1), np.uint8)
-    assert loop.make_evaluate(Model(), 5)({}, {}, jnp.asarray(images), jnp.asarray(labels)) == pytest.approx(8 / 13)
+    assert loop.make_evaluate(forward, 5)({}, {}, jnp.asarray(images), jnp.asarray(labels)) == pytest.approx(8 / 13)
 
 
 # --- the data -----------------------------------------------------------------------------------------------------
@@ -355,9 +355,11 @@ def test_bad_configuration(options, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("constraint", ["none", "rescale"])
+@pytest.mark.parametrize("constraint", ["none", "rescale", "normalize"])
 def test_end_to_end(constraint, tmp_path):
-    config = cifar.Config(out_dir=tmp_path, width=4, epochs=2, constraint=constraint, every=3, max_norm=0.8)
+    optimizer = "conv-muon" if constraint == "normalize" else "sgd"
+    shared = {"width": 4, "epochs": 2, "every": 3, "max_norm": 0.8}
+    config = cifar.Config(out_dir=tmp_path, constraint=constraint, optimizer=optimizer, **shared)
     summary = cifar.main(config)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2] and rows[1]["train_loss"] < rows[0]["train_loss"]
@@ -375,7 +377,10 @@ def test_end_to_end(constraint, tmp_path):
         ("stage2_block0/conv2", (2, 2), {"padding": "SAME"}),
     ):
         norms[name] = oracle.dense_singular_values(weights[f"params/{name}/kernel"], size, **options)[0]
-    if constraint == "rescale":
+    if constraint == "normalize":
+        error = cifar.evaluate_only(cifar.Config(evaluate_only=tmp_path), Console())["test_error"]
+        assert error == pytest.approx(summary["test_error"])
+    if constraint != "none":
         assert max(norms.values()) <= 0.8 * (1 + 1e-5)
         assert all(upper <= 0.8 * (1 + 1e-5) for _, upper in summary["norms_after"].values())
     else:
@@ -421,7 +426,7 @@ def test_the_table_of_a_diverged_run():
     console = Console(width=150, record=True, file=io.StringIO())
     nan = float("nan")
     summary = {
-        "config": {"constraint": "rescale", "max_norm": 1.0, "certify": "padding", "seeds": 1},
+        "config": {"constraint": "rescale", "max_norm": 1.0, "norm_of": "layer", "seeds": 1},
         "norms_before": {"stem": (1.0, 2.0), "block": (1.0, 2.0)},
         "norms_after": {"stem": (nan, nan), "block": (0.9, 1.0)},
         "diverged": "the weights hold NaN or infinity",

@@ -182,7 +182,7 @@ def test_full_disk(size, margin, cache, undisturbed, tmp_path):
 
 def small_state(step=0):
     params = {"conv": {"kernel": jnp.arange(36.0).reshape(3, 3, 2, 2) + step}}
-    tx = loop.optimizer(0.1, 0.0, None)
+    tx = loop.optimizer("sgd", 0.1, 0.0, None, None)
     return loop.TrainState(params, {}, tx.init(params), jnp.int32(step), jax.random.key(7))
 
 

@@ -1,0 +1,141 @@
+"""Optimizers on the handwritten digits: SGD, Adam, optax's Muon on flattened kernels, and Muon for convolutions.
+
+    python -m benchmarks optimizers [--quick]
+
+A ResNet-8 v2 with batch normalisation and no constraint (train/resnet.py, width 8), batches of 128, no augmentation.
+Each optimizer gets the same tuning: five learning rates a factor of 2 apart, one seed each, chosen by the error on a
+fifth of the training images that is held out. With the chosen rate it trains on all training images with three other
+seeds. The rate falls linearly to zero. A line gives, for each, the chosen rate, the training loss and the test error
+(mean and standard error of the mean), and the time of a step against SGD's.
+"""
+
+import functools
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import opnorm_jax as oj
+from benchmarks.measure import interleaved, show
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "train"))
+import datasets  # noqa: E402
+import loop  # noqa: E402
+import resnet  # noqa: E402
+
+BATCH = 128
+RATES = {  # the middle ones of five
+    "SGD, momentum 0.9": 0.1,
+    "Adam": 4e-3,
+    "Muon, flattened kernels": 0.02,
+    "Muon for convolutions": 0.05,
+    "Muon for convolutions, exact": 0.05,
+}
+
+
+def make(name, rate, convs):
+    """An optimizer by name; ``rate`` is a schedule. Muon's other parameters have Adam, at a tenth of the rate."""
+    if name.startswith("SGD"):
+        return optax.sgd(rate, momentum=0.9, nesterov=True)
+    if name == "Adam":
+        return optax.adam(rate)
+    tenth = lambda count: 0.1 * rate(count)
+    if name.startswith("Muon for"):
+        return oj.conv_muon(rate, convs, exact="exact" in name, adam_learning_rate=tenth)
+    flat = optax.contrib.MuonDimensionNumbers(reduction_axis=(0, 1, 2), output_axis=3)
+    dimensions = jax.tree.map(lambda conv: None if conv is None else flat, convs, is_leaf=lambda node: node is None)
+    return optax.contrib.muon(rate, adam_learning_rate=tenth, muon_weight_dimension_numbers=dimensions)
+
+
+def prepare(width, images):
+    """The model and its convolutions."""
+    model = resnet.ResNet(8, width, batch_norm_momentum=0.9)
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, *images.shape[1:])), train=False))
+    return model, resnet.convolutions(model, variables, images.shape[1:], "layer")
+
+
+def start(model, tx, seed, images):
+    variables = jax.jit(functools.partial(model.init, train=False))(
+        jax.random.key(seed), images[:1].astype(jnp.float32)
+    )
+    return variables["params"], variables["batch_stats"], tx.init(variables["params"])
+
+
+def make_step(model, tx):
+    """One training step, jitted."""
+
+    def loss_fn(params, stats, images, labels):
+        logits, changed = model.apply(
+            {"params": params, "batch_stats": stats}, loop.standardise(images), train=True, mutable=["batch_stats"]
+        )
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), changed["batch_stats"]
+
+    @jax.jit
+    def step(state, images, labels):
+        params, stats, opt_state = state
+        (loss, stats), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params, stats, images, labels)
+        updates, opt_state = tx.update(gradient, opt_state, params)
+        return (optax.apply_updates(params, updates), stats, opt_state), loss
+
+    return step
+
+
+def train(model, convs, name, rate, seed, epochs, data):
+    """One run. Returns the mean loss of the last epoch, and the share of errors on the other images."""
+    (images, labels), (test_images, test_labels) = data
+    steps = len(images) // BATCH
+    tx = make(name, optax.linear_schedule(rate, 0.0, epochs * steps), convs)
+    step, state = make_step(model, tx), start(model, tx, seed, images)
+    rng, losses = np.random.default_rng(seed), []
+    for _ in range(epochs):
+        order = rng.permutation(len(images))
+        for n in range(steps):
+            rows = order[n * BATCH : (n + 1) * BATCH]
+            state, loss = step(state, images[rows], labels[rows])
+            losses.append(float(loss))
+    params, stats, _ = state
+    variables = {"params": params, "batch_stats": stats}
+    logits = jax.jit(functools.partial(model.apply, train=False))(variables, loop.standardise(jnp.asarray(test_images)))
+    return float(np.mean(losses[-steps:])), float(np.mean(np.argmax(logits, -1) != test_labels))
+
+
+def run(options):
+    """All rows."""
+    width, epochs, seeds, factors = (4, 1, 1, (1.0,)) if options.quick else (8, 8, 3, (0.25, 0.5, 1.0, 2.0, 4.0))
+    data = datasets.load("digits", None, False)
+    model, convs = prepare(width, data.train_images)
+    order = np.random.default_rng(0).permutation(len(data.train_images))
+    held, kept = np.split(order, [len(order) // 5])
+    part = lambda rows: (data.train_images[rows], data.train_labels[rows])
+    whole = (data.train_images, data.train_labels), (data.test_images, data.test_labels)
+    steps = {}
+    for name, rate in RATES.items():
+        tx = make(name, optax.constant_schedule(rate), convs)
+        state = start(model, tx, 0, data.train_images)
+        batch = data.train_images[:BATCH], data.train_labels[:BATCH]
+        steps[name] = functools.partial(make_step(model, tx), state, *batch)
+    seconds = interleaved(steps, options.repeats)
+    rows = []
+    for name, middle in RATES.items():
+        tuning = {}
+        for factor in factors:
+            tuning[middle * factor] = train(model, convs, name, middle * factor, 100, epochs, (part(kept), part(held)))
+        rate = min(tuning, key=lambda rate: (tuning[rate][1], tuning[rate][0]))
+        runs = np.array([train(model, convs, name, rate, seed, epochs, whole) for seed in range(seeds)])
+        error = lambda column: float(column.std(ddof=1) / len(column) ** 0.5) if len(column) > 1 else None
+        row = {
+            "optimizer": name,
+            "epochs": epochs,
+            "seeds": seeds,
+            "rate": rate,
+            "held out": {f"{rate:g}": round(error, 4) for rate, (_, error) in tuning.items()},
+            "training loss": [float(runs[:, 0].mean()), error(runs[:, 0])],
+            "test error": [float(runs[:, 1].mean()), error(runs[:, 1])],
+            "step / SGD": seconds[name] / seconds["SGD, momentum 0.9"],
+        }
+        rows.append(row)
+        show(row)
+    return rows

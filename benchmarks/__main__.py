@@ -3,9 +3,10 @@
     python -m benchmarks [NAME ...] [--quick] [--repeats 7] [--out benchmarks/results]
 
 NAME: spectrum (the paper's section 4.1), claims (one kernel), projection (in units of a clip), lipschitz (bounds on
-whole networks), training (shares of a step), optimizers (Muon for convolutions and others, on digits), scaling (map,
-channels, layers, devices, memory), gpu (all that is claimed of accelerators, in one run of under 9 minutes); without
-one, all that suit this machine. Each writes NAME.jsonl, with versions and hardware on every line.
+whole networks), training (shares of a step), spectral_norm (what Flax's SpectralNorm leaves of a norm), optimizers
+(Muon for convolutions and others, on digits), scaling (map, channels, layers, devices, memory), gpu (all that is
+claimed of accelerators, in one run of under 9 minutes); without one, all that suit this machine. Each writes
+NAME.jsonl, with versions and hardware on every line.
 ``--table`` prints the tables of docs/speed.md from the files that are there, draws the pictures beside them, and
 measures nothing.
 """
@@ -18,7 +19,7 @@ from benchmarks.measure import CORES, RESULTS, write
 
 import jax  # isort: skip  (after benchmarks.measure, which sets what is read when the libraries load)
 
-NAMES = ("spectrum", "claims", "projection", "lipschitz", "training", "optimizers", "scaling", "gpu")
+NAMES = ("spectrum", "claims", "projection", "lipschitz", "training", "spectral_norm", "optimizers", "scaling", "gpu")
 
 
 def main():

@@ -57,15 +57,18 @@ class Training:
     def constraint(self, constraint, every):
         return oj.constrain_operator_norm(1.0, self.convs, constraint=constraint, every=every)
 
-    def step(self, tx):
+    def step(self, tx, normalized=False):
         """One jitted step of SGD with momentum and ``tx`` last: a function of the optimizer's state, and that state."""
+        forward = lambda params: self.model.apply(
+            {"params": params, "batch_stats": self.statistics}, self.images, train=True, mutable=["batch_stats"]
+        )
+        forward = oj.normalize(forward) if normalized else forward
         tx = optax.chain(optax.sgd(0.1, momentum=0.9), *([tx] if tx else []))
 
         @jax.jit
         def step(params, state):
             def loss(params):
-                variables = {"params": params, "batch_stats": self.statistics}
-                logits, mutated = self.model.apply(variables, self.images, train=True, mutable=["batch_stats"])
+                logits, mutated = forward(params)
                 losses = optax.softmax_cross_entropy_with_integer_labels(logits, self.labels)
                 return losses.mean(), mutated
 

@@ -3,10 +3,14 @@
     python -m benchmarks optimizers [--quick]
 
 A ResNet-8 v2 with batch normalisation and no constraint (train/resnet.py, width 8), batches of 128, no augmentation.
-Each optimizer gets the same tuning: five learning rates a factor of 2 apart, one seed each, chosen by the error on a
-fifth of the training images that is held out. With the chosen rate it trains on all training images with three other
-seeds. The rate falls linearly to zero. A line gives, for each, the chosen rate, the training loss and the test error
-(mean and standard error of the mean), and the time of a step against SGD's.
+Each optimizer gets the same tuning: learning rates a factor of 2 apart, one seed each, chosen by the error on a fifth
+of the training images that is held out; five of them, and more at an end where the best one stands. With the chosen
+rate it trains on all training images with three other seeds. The rate falls linearly to zero. A line gives, for each,
+the chosen rate, the training loss and the test error (mean and standard error of the mean), and the time of a step
+against SGD's.
+
+Before that, for kernels of several sizes and SAME padding: the descent <G, X> / |X| of directions X, in parts of the
+best known, for a Gaussian gradient G and one of rank 4; and the cost of ours, in clips of G at half of its norm.
 """
 
 import functools
@@ -102,8 +106,53 @@ def train(model, convs, name, rate, seed, epochs, data):
     return float(np.mean(losses[-steps:])), float(np.mean(np.argmax(logits, -1) != test_labels))
 
 
+def tune(train, middle, factors):
+    """The rate with the least error (then loss), and what every rate gave; rates are added until it is not the last."""
+    tuning = {middle * factor: train(middle * factor) for factor in factors}
+    while True:
+        rate = min(tuning, key=lambda rate: (tuning[rate][1], tuning[rate][0]))
+        if len(factors) < 3 or len(tuning) > 8 or min(tuning) < rate < max(tuning):
+            return rate, tuning
+        rate *= 2 if rate == max(tuning) else 0.5
+        tuning[rate] = train(rate)
+
+
+def directions(channels, n, kind, repeats):
+    """What each direction reaches for one gradient."""
+    rng, conv = np.random.default_rng(0), oj.Conv((n, n))
+    gradient = rng.standard_normal((3, 3, channels, channels))
+    if kind == "rank 4":
+        factors = (rng.standard_normal(shape) for shape in ((3, 3, 4), (4, channels), (4, channels)))
+        gradient = np.einsum("abr,ri,ro->abio", *factors)
+    left, _, right = np.linalg.svd(gradient.reshape(-1, channels), full_matrices=False)
+    gradient, flat = (jnp.asarray(x, jnp.float32) for x in (gradient, (left @ right).reshape(gradient.shape)))
+    size = lambda kernel: float(oj.operator_norm_bounds(kernel, conv).upper)
+    ours = {
+        "cheap": jax.jit(functools.partial(oj.steepest_direction, conv=conv)),
+        "exact": jax.jit(functools.partial(oj.steepest_direction, conv=conv, exact=True)),
+    }
+    clip = jax.jit(functools.partial(oj.clip_operator_norm, conv=conv, max_norm=size(gradient) / 2))
+    seconds = interleaved(
+        {name: functools.partial(f, gradient) for name, f in (*ours.items(), ("clip", clip))}, repeats
+    )
+    found = {"gradient": gradient, "flattened": flat, **{name: f(gradient).direction for name, f in ours.items()}}
+    descent = {name: float(jnp.sum(gradient * x)) / size(x) for name, x in found.items()}
+    row = {
+        "channels": channels,
+        "map": n,
+        "gradient": kind,
+        "descent": {name: value / max(descent.values()) for name, value in descent.items()},
+        "gap": float(ours["exact"](gradient).gap) / max(descent.values()),
+        "clips": {name: seconds[name] / seconds["clip"] for name in ours},
+    }
+    show(row)
+    return row
+
+
 def run(options):
     """All rows."""
+    sizes = [(4, 8)] if options.quick else [(16, 32), (32, 16), (64, 8)]
+    rows = [directions(*size, kind, options.repeats) for size in sizes for kind in ("Gaussian", "rank 4")]
     width, epochs, seeds, factors = (4, 1, 1, (1.0,)) if options.quick else (8, 8, 3, (0.25, 0.5, 1.0, 2.0, 4.0))
     data = datasets.load("digits", None, False)
     model, convs = prepare(width, data.train_images)
@@ -118,12 +167,12 @@ def run(options):
         batch = data.train_images[:BATCH], data.train_labels[:BATCH]
         steps[name] = functools.partial(make_step(model, tx), state, *batch)
     seconds = interleaved(steps, options.repeats)
-    rows = []
     for name, middle in RATES.items():
-        tuning = {}
-        for factor in factors:
-            tuning[middle * factor] = train(model, convs, name, middle * factor, 100, epochs, (part(kept), part(held)))
-        rate = min(tuning, key=lambda rate: (tuning[rate][1], tuning[rate][0]))
+        rate, tuning = tune(
+            lambda rate, name=name: train(model, convs, name, rate, 100, epochs, (part(kept), part(held))),
+            middle,
+            factors,
+        )
         runs = np.array([train(model, convs, name, rate, seed, epochs, whole) for seed in range(seeds)])
         error = lambda column: float(column.std(ddof=1) / len(column) ** 0.5) if len(column) > 1 else None
         row = {

@@ -221,7 +221,7 @@ def _search(arithmetic, stage, arrays, multipliers, roots):
 
     count = len(stage.diagonals)
     moves = [np.ones(count)]
-    for factors in ((2, 2, 2, 0.5), (1.4, 1 / 1.4), (1.15, 1 / 1.15), (1.05, 1 / 1.05)):
+    for factors in ((2, 2, 2, 0.5, 0.5), *((2**step, 0.5**step) for step in (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32))):
         moves += [np.where(np.arange(count) == n, factor, 1.0) for n in range(count) for factor in factors]
     carry = xp.asarray(np.inf, arithmetic.dtype), multipliers
     if xp is jnp:

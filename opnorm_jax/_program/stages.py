@@ -182,6 +182,11 @@ class _Reader:
         self.channels = start.shape[layout.channel]
         self.needs.append((False, self._image(start)))
 
+    @property
+    def diagonals(self) -> int:
+        """How many diagonals of slopes have been read."""
+        return sum(step.kind in ("slope", "mask") for step in self.steps)
+
     def _image(self, signal: Signal) -> tuple[int, ...]:
         return tuple(signal.shape[axis] for axis in self.layout.spatial)
 
@@ -534,8 +539,11 @@ class _Carrier:
         return found
 
     def _read_stage(self, at: int, layout: Layout) -> _Read | None:
-        """Reads from a cut to the first behind it that ends a stage."""
-        best = None
+        """Reads from a cut to the first behind it that ends a stage.
+
+        A linear rest of the network joins its last stage, whose multipliers are then the best for the whole.
+        """
+        best, diagonals = None, None
         reader = _Reader(self.cuts[at], layout, self.parts, self.dtype)
         for end in range(at + 1, len(self.cuts)):
             try:
@@ -547,6 +555,12 @@ class _Carrier:
             _, pending, coarse = reader.states[value]
             if reader.strides and not coarse:
                 break
+            if diagonals is not None:
+                if reader.diagonals > diagonals:
+                    break
+                if end == len(self.cuts) - 1:
+                    best = _Read(_frozen(reader), value, end, not pending)
+                continue
             best = _Read(_frozen(reader), value, end, not pending)
             if pending and end + 1 < len(self.cuts) and not self._simple(end + 1):
                 try:
@@ -554,8 +568,8 @@ class _Carrier:
                 except NotAStage:
                     break
                 best = _Read(_frozen(reader), value, end, True)
-            if best.goes_on and any(step.kind in ("slope", "mask") for step in reader.steps):
-                break
+            if best.goes_on and reader.diagonals:
+                diagonals = reader.diagonals
         if best is None or not best.reader.steps:
             return None
         return best

@@ -6,8 +6,10 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 import random_networks
+import scipy.optimize
 from conftest import THOROUGH, count_case
 from jacobian import conv_norm, forget
 
@@ -99,6 +101,35 @@ def test_chains_are_as_good_as_their_recursion(layers, shape):
 
     x = jax.ShapeDtypeStruct((1, *shape, 3), jnp.float32)
     assert oj.lipschitz_bound(net, kernels, x) <= 1.01 * chain(kernels, shape)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_one_hidden_layer_is_lipsdp(seed):
+    """With one multiplier for the layer: the least bound that a dense matrix and a search over that number give."""
+    rng, shape = np.random.default_rng(seed), (5, 4)
+    kernels = [rng.standard_normal((3, 3, 2, 3)), rng.standard_normal((3, 3, 3, 2))]
+    first, last = (oracle.dense_matrix(kernel, shape) for kernel in kernels)
+
+    def bound(log):
+        weight = np.exp(log)
+        # the change u of the input, and that of the hidden layer, d with 2 weight d (first u - d) >= 0
+        q = np.block([[np.eye(first.shape[1]), -weight * first.T], [-weight * first, 2 * weight * np.eye(len(first))]])
+        out = np.hstack([np.zeros((len(last), first.shape[1])), last])
+        return np.linalg.norm(np.linalg.solve(np.linalg.cholesky(q), out.T), 2)
+
+    size = np.log(np.linalg.norm(first, 2) ** 2)
+    least = scipy.optimize.minimize_scalar(bound, bounds=(-7 - size, 0.693 - size), method="bounded").fun
+
+    def net(kernels, x):
+        for n, kernel in enumerate(kernels):
+            x = jnp.pad(jax.nn.relu(x) if n else x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="wrap")
+            numbers = ("NHWC", "HWIO", "NHWC")
+            x = jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=numbers)
+        return x
+
+    kernels = [jnp.asarray(kernel, jnp.float32) for kernel in kernels]
+    found = oj.lipschitz_bound(net, kernels, jax.ShapeDtypeStruct((1, *shape, 2), jnp.float32))
+    assert least * (1 - 1e-5) <= found <= 1.003 * least
 
 
 def test_traced_bounds_hold_too(x64):

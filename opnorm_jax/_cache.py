@@ -46,7 +46,7 @@ def cached_arrays(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def _bytes(result: Any) -> int:
-    """The size of the arrays in a result, and something for what holds them."""
+    """Returns the size of the arrays in a result, and something for what holds them."""
     if isinstance(result, np.ndarray):
         return result.nbytes + 200
     return 200 + (sum(map(_bytes, result)) if isinstance(result, tuple) else 0)

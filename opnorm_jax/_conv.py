@@ -129,13 +129,13 @@ def canonical_kernel(kernel: Float[Array, ...], conv: Conv) -> Float[Array, "*ta
 
 
 def canonical_shape(kernel: Any, conv: Conv) -> tuple[int, ...]:
-    """The kernel's shape, spatial axes first, after the same checks."""
+    """Returns the kernel's shape, spatial axes first, after the same checks."""
     check_kernel(kernel, conv)
     return tuple(kernel.shape[axis] for axis in _canonical_order(conv))
 
 
 def restore_kernel(canonical: Float[Array, "*taps i o"], conv: Conv, dtype: Any) -> Float[Array, ...]:
-    """The inverse of :func:`canonical_kernel`."""
+    """Undoes :func:`canonical_kernel`."""
     letters = _canonical_layout(len(conv.input_shape))
     return canonical.transpose([letters.index(letter) for letter in conv.kernel_layout]).astype(dtype)
 
@@ -203,7 +203,7 @@ def check_scalar(value: Any, name: str) -> None:
 
 
 def check_max_norm(max_norm: Any) -> Any:
-    """A bound that is a positive number, checked where its value is known (a traced one cannot be)."""
+    """Returns a bound that is a positive number, checked where its value is known (a traced one cannot be)."""
     check_scalar(max_norm, "max_norm")
     if not isinstance(max_norm, jax.core.Tracer) and not float(max_norm) > 0:
         raise ValueError(f"expected max_norm to be positive, got {float(max_norm)}. Use float('inf') for no bound.")
@@ -211,7 +211,7 @@ def check_max_norm(max_norm: Any) -> Any:
 
 
 def per_axis(value: int | Sequence[int], rank: int, name: str) -> tuple[int, ...]:
-    """A positive int for each spatial axis."""
+    """Returns a positive int for each spatial axis."""
     if isinstance(value, (tuple, list)):
         if len(value) != rank:
             raise ValueError(f"expected {name} to be an int or {rank} of them, one per spatial axis, got {value!r}.")
@@ -220,7 +220,7 @@ def per_axis(value: int | Sequence[int], rank: int, name: str) -> tuple[int, ...
 
 
 def layout(kernel_layout: str | None, rank: int) -> str:
-    """The kernel's layout in capitals, checked; ``None`` is Flax's."""
+    """Returns the kernel's layout in capitals, checked; ``None`` is Flax's."""
     canonical = _canonical_layout(rank)
     if kernel_layout is None:
         return canonical

@@ -159,7 +159,7 @@ def singular_vectors(
 
 @singular_vectors.defjvp
 def _singular_vectors_jvp(count, primals, tangents):
-    r"""The derivative of singular vectors by perturbation theory, in terms of P = Uᴴ dF V.
+    r"""Returns the derivative of singular vectors by perturbation theory, in terms of P = Uᴴ dF V.
 
     Of the columns wanted only: so ties among the other values do no harm. Phases are chosen such that vᴴ dv = 0.
     """

@@ -68,7 +68,7 @@ def _search(geometry, factorization, chunk_bytes, kernel, norm, above):
 
 
 def _gram(kernel, geometry, chunk_bytes):
-    """The Gram matrix of the layer, on its smaller side: one row for each pixel and channel."""
+    """Returns the Gram matrix of the layer, on its smaller side: one row for each pixel and channel."""
     forward = lambda x: lobpcg.apply(kernel, x, geometry)
     inputs = (*geometry.conv.input_shape, kernel.shape[-2])
     outputs = (*(axis.outputs for axis in geometry.live), kernel.shape[-1])

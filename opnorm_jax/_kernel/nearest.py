@@ -107,7 +107,7 @@ def _by_products(kernel, bound, plan: Plan, options: tuple[float, int], executio
         return (k, new, q, grown, (drawn, nuclear)), None
 
     def certify(drawn, nuclear):
-        """A kernel inside the ball, and a lower bound on every such kernel's distance."""
+        """Returns a kernel inside the ball, and a lower bound on every such kernel's distance."""
         k = kernel - drawn
         inside = fit(k, circular_norm(k, plan, execution), bound)
         dual = jnp.sum(drawn * kernel) - 0.5 * jnp.sum(drawn * drawn) - bound * nuclear

@@ -67,7 +67,7 @@ class ProjectionInfo(NamedTuple):
 
 
 def gap_floor(kernel):
-    """What rounding alone can leave of a gap: that of the final scaling, and what is allowed for in the dual value."""
+    """Returns what rounding can leave of a gap: that of the final scaling, and what the dual value is allowed."""
     return 3 * rounding(kernel.shape, kernel.dtype) * jnp.sqrt(jnp.sum(kernel**2))
 
 
@@ -134,7 +134,7 @@ class _Problem:
         return symbol_adjoint(weigh(weights, blocks), phase.swapaxes(0, 1).reshape(-1, phase.shape[-1]))
 
     def kernel_from(self, taps):
-        """The transpose of ``taps``, of the sum over all devices."""
+        """Returns the transpose of ``taps``, of the sum over all devices."""
         taps = lax.psum(taps, self.names) if self.names else taps
         taps = taps.swapaxes(-1, -2) if self.wide else taps
         return kernel_from_block_taps(taps, self.plan, self.kernel.shape[-2:], adjoint=True)
@@ -229,7 +229,7 @@ class _Problem:
         return self.kernel_from(back), xs["moved"]
 
     def step(self, k, active: _Active, penalty):
-        """The change of k that minimises the piecewise quadratic model, nearly; the model's slope along it; |E(Z)|².
+        """Returns the change of k that nearly minimises the piecewise quadratic model; its slope along it; |E(Z)|².
 
         Newton's method, whose steps are found by conjugate gradients. Both kinds of steps need one product with the
         model's matrix, and take turns in one loop, so that it is compiled once.
@@ -492,7 +492,7 @@ def _newton_share(kernel, bound, frequencies, weights, *, plan, options, executi
 
 
 def _matmul(a, b):
-    """A product of complex matrices as one of real ones: on a CPU XLA's own takes up to twice as long."""
+    """Returns a product of complex matrices as one of real ones: on a CPU XLA's own takes up to twice as long."""
     m, n = a.shape[-2], b.shape[-1]
     left = jnp.concatenate([a.real, a.imag], axis=-2)
     right = jnp.concatenate([b.real, b.imag], axis=-1)

@@ -85,7 +85,7 @@ def read_convolution(
 
 
 def _spatial_entries(image: ElementMap, spec: Sequence[int]) -> list[np.ndarray]:
-    """The entries of the spatial axes, of an image each of whose other axes holds every element once."""
+    """Returns the entries of the spatial axes, of an image each of whose other axes holds every element once."""
     if len(image.sources) != 1:
         raise ValueError("its input was put together from pieces of several arrays")
     if image.axes is None:
@@ -110,7 +110,7 @@ def _spatial_entries(image: ElementMap, spec: Sequence[int]) -> list[np.ndarray]
 
 
 def _inputs(axes: list[Axis]) -> list[tuple[int, tuple[int, int] | None, int]]:
-    """For each axis the input's length, its padding (None for circular: all are, or none is), its dilation."""
+    """Returns for each axis the input's length, its padding (None for circular: all are, or none is), its dilation."""
     each: list[tuple[int, tuple[int, int] | None, int]] = [_zero_padded(axis) or _circular(axis) for axis in axes]
     if all(pads is not None for _, pads, _ in each):
         return each
@@ -124,7 +124,7 @@ def _inputs(axes: list[Axis]) -> list[tuple[int, tuple[int, int] | None, int]]:
 
 
 def _zero_padded(axis: Axis) -> tuple[int, tuple[int, int], int] | None:
-    """The axis as one that is padded with zeros, if every pixel occurs once."""
+    """Returns the axis as one that is padded with zeros, if every pixel occurs once."""
     held = np.flatnonzero(axis.entries > HOLE // 2)
     if not len(held):
         raise ValueError("its input holds constants only")
@@ -144,7 +144,7 @@ def _zero_padded(axis: Axis) -> tuple[int, tuple[int, int], int] | None:
 
 
 def _circular(axis: Axis) -> tuple[int, None, int]:
-    """The axis as a circular one, or a ValueError that says what it is instead.
+    """Returns the axis as a circular one, or a ValueError that says what it is instead.
 
     Rotating or mirroring a circle of pixels changes no singular value. All that matters is that the pixels come round,
     that the outputs are those of the whole circle, and that no tap reads beyond the copies.
@@ -161,7 +161,7 @@ def _circular(axis: Axis) -> tuple[int, None, int]:
 
 
 def _mode(entries: np.ndarray) -> str:
-    """The name of a padding that repeats pixels, as ``np.pad`` calls it."""
+    """Returns the name of a padding that repeats pixels, as ``np.pad`` calls it."""
     distinct = len(np.unique(entries[entries > HOLE // 2]))
     if len(entries) <= 512 and entries.min() > HOLE // 2:
         for low in range(len(entries) - distinct + 1):

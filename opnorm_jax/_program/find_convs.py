@@ -162,7 +162,7 @@ def _walk(program: Any, values: Sequence[Value], sites: Sites, sharded: bool, ca
 
 
 def _through_reference(eqn: Any, ins: list[Value], sites: Sites) -> list[Value]:
-    """The results of an equation that reads or writes a mutable reference, whose contents are not followed."""
+    """Returns the results of an equation that reads or writes a mutable reference, whose contents are not followed."""
     name = eqn.primitive.name
     sites.add_reason([v.kernel.leaf for v in ins if v.kernel], f"it goes through a mutable reference by {name}")
 
@@ -174,7 +174,7 @@ def _through_reference(eqn: Any, ins: list[Value], sites: Sites) -> list[Value]:
 
 
 def _captured(array: Any, is_input: bool) -> Value:
-    """The value of an array that fn captured. If fn has no other input, an image among them is the input."""
+    """Returns the value of an array that fn captured. If fn has no other input, an image among them is the input."""
     known = None if isinstance(array, jax.core.Tracer) or not hasattr(array, "__array__") else lambda: np.asarray(array)
     is_input = is_input and jnp.issubdtype(getattr(array, "dtype", np.int32), jnp.inexact)
     return Value(jnp.shape(array), from_input=is_input, captured=True, constant=None if is_input else known)
@@ -244,7 +244,7 @@ def _loop(body: Any, ins: list[Value], carry: slice, sites: Sites, walk: Callabl
 
 
 def _scanned(value: Value, outside: Any, inside: Any) -> Value:
-    """The value inside a scan's body: the same, or a slice along the leading axis."""
+    """Returns the value inside a scan's body: the same, or a slice along the leading axis."""
     if outside.aval.ndim == inside.aval.ndim:
         return entering_a_loop(value)
     shape = inside.aval.shape
@@ -283,7 +283,7 @@ def _convolution(eqn: Any, ins: list[Value], sites: Sites, sharded: bool) -> Val
 
 
 def _covers(eqn: Any) -> tuple[bool, ...]:
-    """For each spatial axis, whether the output holds everything that a kernel reaches from any pixel of the input."""
+    """Tells for each spatial axis whether the output holds all that a kernel reaches from any pixel of the input."""
     numbers, params = eqn.params["dimension_numbers"], eqn.params
     out, image, kernel = (v.aval.shape for v in (*eqn.outvars, *eqn.invars))
     covers = []
@@ -295,7 +295,7 @@ def _covers(eqn: Any) -> tuple[bool, ...]:
 
 
 def _described(eqn: Any, image: Value, kernel: Kernel, sites: Sites, sharded: bool) -> Conv | str:
-    """The ``Conv`` of a convolution, or why there is none."""
+    """Returns the ``Conv`` of a convolution, or why there is none."""
     if sharded:
         return "its convolution is inside shard_map, whose shapes are one device's: trace the model without it"
     try:

@@ -29,7 +29,7 @@ from opnorm_jax._program.values import Value, computed, unmoved
 
 
 def results_of(program: Any, eqn: Any, ins: list[Value]) -> list[Value]:
-    """The values of an equation's results: constants, or moved parameters or images, or else computed."""
+    """Returns the values of an equation's results: constants, or moved parameters or images, or else computed."""
     name, shapes = eqn.primitive.name, [getattr(v.aval, "shape", ()) for v in eqn.outvars]
     if all(value.constant for value in ins):
         evaluated = functools.cache(lambda: _evaluated(program, eqn, ins))
@@ -78,7 +78,7 @@ def _known(ins: Sequence[Value]) -> Callable[[int], np.ndarray | None]:
 
 
 def _moved(eqn: Any, ins: Sequence[Value]) -> list[ElementMap]:
-    """The maps of the results of an equation that may be nothing but movement."""
+    """Returns the maps of the results of an equation that may be nothing but movement."""
     name, outs = eqn.primitive.name, eqn.outvars
     fresh = lambda: [identity(Source(v.aval.shape)) for v in outs]
     if any(ins[n].from_input for n in control_operands(name, len(ins))):
@@ -109,7 +109,7 @@ def _moved(eqn: Any, ins: Sequence[Value]) -> list[ElementMap]:
 
 
 def _moved_kernels(eqn: Any, ins: Sequence[Value], outs: list[Value]) -> list[Value]:
-    """The results of an equation that may only move the numbers of one parameter."""
+    """Returns the results of an equation that may only move the numbers of one parameter."""
     kernel = next(value.kernel for value in ins if value.kernel)
     if eqn.primitive.name == "dynamic_slice" and kernel.elements.axes and any(not v.constant for v in ins[1:]):
         found = [sliced(kernel, outs[0].shape)]
@@ -126,7 +126,7 @@ def _moved_kernels(eqn: Any, ins: Sequence[Value], outs: list[Value]) -> list[Va
 
 
 def _summed(eqn: Any, value: Value, out: Value) -> Value:
-    """The sum of a convolution's output over axes that it was laid out in: Flax's circular transposed layers do so.
+    """Returns a convolution's output summed over axes that it was laid out in, as Flax's circular transposed layers do.
 
     Says so at the convolution's site if the sum adds outputs that lie a period apart, so that the output is wrapped.
     Its result then stands for the outputs of the first period.
@@ -169,7 +169,7 @@ def _summed(eqn: Any, value: Value, out: Value) -> Value:
 
 
 def _distance(target: np.ndarray) -> int | None:
-    """The smallest distance along the first axis between two elements that are added into one."""
+    """Returns the smallest distance along the first axis between two elements that are added into one."""
     for step in range(1, len(target)):
         if ((target[step:] == target[:-step]) & (target[step:] >= 0)).any():
             return step

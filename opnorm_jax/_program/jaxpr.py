@@ -105,17 +105,17 @@ def trace(fn: Callable[..., Any], params: Any, args: Sequence[Any], kwargs: dict
 
 
 def is_identity(eqn: Any) -> bool:
-    """Whether each result is the operand in its place, at most cast to another dtype."""
+    """Tells whether each result is the operand in its place, at most cast to another dtype."""
     return eqn.primitive in _IDENTITIES or eqn.primitive.name in _IDENTITY_NAMES
 
 
 def open_jaxpr(program: Any) -> Any:
-    """The jaxpr inside a closed one, or itself."""
+    """Returns the jaxpr inside a closed one, or itself."""
     return getattr(program, "jaxpr", program)  # jax 0.11 and later make no difference between open and closed
 
 
 def programs_inside(eqn: Any) -> list[Any]:
-    """The programs among an equation's parameters, with their constants where they have any."""
+    """Returns the programs among an equation's parameters, with their constants where they have any."""
     found = []
     for value in eqn.params.values():
         several = value if isinstance(value, (tuple, list)) else (value,)
@@ -124,7 +124,7 @@ def programs_inside(eqn: Any) -> list[Any]:
 
 
 def called_program(eqn: Any) -> Any:
-    """The program that an equation calls on its operands, one by one; None if it does not, or is not known to."""
+    """Returns the program that an equation calls on its operands, one by one; None if it is not known to."""
     if eqn.primitive.name in _CALLS:
         for program in programs_inside(eqn):
             if len(open_jaxpr(program).invars) == len(eqn.invars):
@@ -133,7 +133,7 @@ def called_program(eqn: Any) -> Any:
 
 
 def scan_split(eqn: Any) -> tuple[int, int]:
-    """Numbers of constants and of carries among a scan's operands, known by ranks: what is scanned loses an axis."""
+    """Counts the constants and the carries among a scan's operands, known by ranks: what is scanned loses an axis."""
     jaxpr = open_jaxpr(eqn.params["jaxpr"])
     same_rank = lambda outside, inside: sum(v.aval.ndim == w.aval.ndim for v, w in zip(outside, inside, strict=True))
     carries = same_rank(eqn.outvars, jaxpr.outvars)
@@ -141,24 +141,24 @@ def scan_split(eqn: Any) -> tuple[int, int]:
 
 
 def touches_reference(eqn: Any) -> bool:
-    """Whether an equation makes, reads or writes a mutable reference (``jax.new_ref``)."""
+    """Tells whether an equation makes, reads or writes a mutable reference (``jax.new_ref``)."""
     return any("Ref" in type(v.aval).__name__ for v in (*eqn.invars, *eqn.outvars))
 
 
 def is_narrow(dtype: Any) -> bool:
-    """Whether a dtype is a floating one of less than single precision."""
+    """Tells whether a dtype is a floating one of less than single precision."""
     return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
 
 
 def computes_narrowly(eqn: Any) -> bool:
-    """Whether an equation, or one inside, computes in less than single precision."""
+    """Tells whether an equation, or one inside, computes in less than single precision."""
     if any(is_narrow(getattr(v.aval, "dtype", np.int32)) for v in (*eqn.invars, *eqn.outvars)):
         return True
     return any(computes_narrowly(inner) for program in programs_inside(eqn) for inner in open_jaxpr(program).eqns)
 
 
 def widened(eqn: Any) -> Any:
-    """The equation in single precision, for operands that are in it."""
+    """Returns the equation in single precision, for operands that are in it."""
     params = dict(eqn.params)
     for name in ("preferred_element_type", "new_dtype", "dtype"):
         if params.get(name) is not None and is_narrow(params[name]):

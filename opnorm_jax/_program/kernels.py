@@ -33,7 +33,7 @@ def same_kernel(one: Kernel, other: Kernel | None) -> bool:
 
 
 def member(kernel: Kernel, axis: int) -> Kernel | None:
-    """One of the kernels stacked along an axis, which goes."""
+    """Returns one of the kernels stacked along an axis, which goes."""
     axes = list(kernel.elements.axes)  # type: ignore[arg-type]
     swept = axes.pop(axis)
     if not axes:
@@ -43,7 +43,7 @@ def member(kernel: Kernel, axis: int) -> Kernel | None:
 
 
 def sliced(kernel: Kernel, shape: tuple[int, ...]) -> Kernel | None:
-    """One of the kernels of a stack, at an index that is not known."""
+    """Returns one of the kernels of a stack, at an index that is not known."""
     axes, swept = list(kernel.elements.axes), list(kernel.swept)  # type: ignore[arg-type]
     for n, (old, new) in enumerate(zip(kernel.elements.shape, shape, strict=True)):
         if new not in (1, old):
@@ -123,7 +123,7 @@ class Axes:
         return own_groups
 
     def _slowest_first(self, n: int, along: list[int], groups: int) -> tuple[list[int], bool]:
-        """The parameter's axes along one of the operand's, if they were merged as by ``vmap``.
+        """Returns the parameter's axes along one of the operand's, if they were merged as by ``vmap``.
 
         Also whether the merged kernels share their input: then groups, if any, come before the members.
         """
@@ -142,14 +142,14 @@ class Axes:
         raise ValueError("several of its axes become one before the convolution takes it")
 
     def layout(self) -> tuple[str, int]:
-        """The layout of one kernel, and the number of stacked axes before it."""
+        """Returns the layout of one kernel, and the number of stacked axes before it."""
         stack = sorted(axis for axis in range(len(self.shape)) if axis not in self.letters)
         if stack != list(range(len(stack))):
             raise ValueError(f"stacked along axes {stack}: only leading axes may be")
         return "".join(self.letters[axis] for axis in range(len(stack), len(self.shape))), len(stack)
 
     def is_flipped(self, n: int) -> bool:
-        """Whether the operand's axis runs through one of the parameter's backwards."""
+        """Tells whether the operand's axis runs through one of the parameter's backwards."""
         along = self.along[n]
         return len(along) == 1 and np.array_equal(self.places[n][along[0]], np.arange(self.operand[n])[::-1])
 

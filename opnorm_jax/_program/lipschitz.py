@@ -132,7 +132,7 @@ class _Run:
         self.made: dict[Any, Signal] = {}
 
     def run(self, program: Any, values: Sequence[Any]) -> list[Any]:
-        """The outputs of a program: arrays, or signals where they depend on the input."""
+        """Returns the outputs of a program: arrays, or signals where they depend on the input."""
         jaxpr = open_jaxpr(program)
         consts = [widest(value) for value in getattr(program, "consts", ())]
         known = dict(zip(jaxpr.constvars, consts)) | dict(zip(jaxpr.invars, values, strict=True))
@@ -177,7 +177,7 @@ class _Run:
             return self._evaluated(program, eqn, ins)
 
     def _evaluated(self, program: Any, eqn: Any, ins: list[Any]) -> list[Any]:
-        """The results of an equation on arrays, in at least single precision where that can be had."""
+        """Returns the results of an equation on arrays, in at least single precision where that can be had."""
         if not computes_narrowly(eqn):
             return evaluate(program, eqn, ins)
         if inner := called_program(eqn):
@@ -217,7 +217,7 @@ class _Run:
         return [*carry, *stacked]
 
     def _mapped(self, eqn: Any, ins: list[Any], scanned: Signal) -> list[Any] | None:
-        """The results of a scan whose rows do not depend on one another, or None if they do."""
+        """Returns the results of a scan whose rows do not depend on one another, or None if they do."""
         consts, carries = scan_split(eqn)
         carry, rows = ins[consts : consts + carries], []
         for n in range(eqn.params["length"]):
@@ -266,7 +266,7 @@ class _Run:
         return outs
 
     def sorted_pair(self, signal: Signal) -> ElementMap | None:
-        """The elements of ``max(a, b)`` or ``min(a, b)`` as elements of the sorted pair, of which both are a part.
+        """Returns the elements of ``max(a, b)`` or ``min(a, b)`` as those of the sorted pair, of which both are a part.
 
         Sorting is nonexpansive, so the pair's bound is that of a and b together: MaxMin counts once, not twice.
         """
@@ -303,7 +303,7 @@ def _stacked(rows: list[Any], aval: Any) -> Any:
 
 
 def _identity(value: Any) -> Any:
-    """The same for two operands that are equal for sure."""
+    """Returns the same for two operands that are equal for sure."""
     if is_unknown(value) or np.size(value) != 1 or not jnp.issubdtype(value.dtype, np.number):
         return id(value)
     return np.asarray(value).item()

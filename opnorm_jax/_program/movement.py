@@ -63,7 +63,7 @@ class ElementMap:
     table: np.ndarray | None = None
 
     def numbers(self) -> np.ndarray:
-        """The number of every element, negative for constants."""
+        """Returns the number of every element, negative for constants."""
         if self.axes is None:
             assert self.table is not None
             return self.table
@@ -172,7 +172,7 @@ def moved(eqn: Any, parts: Sequence[ElementMap | None], value: Callable[[int], n
 
 
 def is_plain(eqn: Any) -> bool:
-    """Whether a ``scatter`` puts its updates in place as they are; True of every other operation."""
+    """Tells whether a ``scatter`` puts its updates in place as they are; True of every other operation."""
     program = open_jaxpr(eqn.params.get("update_jaxpr"))
     return eqn.primitive.name != "scatter" or program is None or list(program.outvars) == [program.invars[1]]
 
@@ -226,7 +226,7 @@ def _reshape(eqn: Any, parts: Any, value: Any) -> list[ElementMap] | None:
 
 
 def _regrouped(part: ElementMap, axes: list[np.ndarray], new: tuple[int, ...]) -> list[ElementMap] | None:
-    """The map of a row-major reshape: neighbouring axes are merged and split until their lengths agree."""
+    """Returns the map of a row-major reshape: neighbouring axes are merged and split until their lengths agree."""
     if not new:
         return None
     out, start = [], 0

@@ -31,14 +31,14 @@ def widest(value: Any) -> Any:
 
 
 def largest(array: Any) -> Number:
-    """The largest modulus among an array's elements; 0 of an empty one."""
+    """Returns the largest modulus among an array's elements; 0 of an empty one."""
     if isinstance(array, jax.core.Tracer):
         return jnp.max(jnp.abs(array), initial=0)
     return float(np.max(np.abs(np.asarray(array, np.result_type(np.asarray(array), np.float64))), initial=0))
 
 
 def times(*factors: Number) -> Number:
-    """The product of bounds; infinite where a factor is infinite or NaN."""
+    """Returns the product of bounds; infinite where a factor is infinite or NaN."""
     known = [float(factor) for factor in factors if not isinstance(factor, jax.core.Tracer)]
     product: Any = 1.0
     for factor in known:
@@ -57,7 +57,7 @@ def times(*factors: Number) -> Number:
 
 
 def plus(terms: Sequence[Number]) -> Number:
-    """The sum of bounds."""
+    """Returns the sum of bounds."""
     if any(isinstance(term, jax.core.Tracer) for term in terms):
         total = jnp.sum(jnp.stack([jnp.asarray(term, _dtype(terms)) for term in terms]))
         return total * (1 + len(terms) * float(jnp.finfo(total.dtype).eps))
@@ -65,7 +65,7 @@ def plus(terms: Sequence[Number]) -> Number:
 
 
 def hypot(terms: Sequence[Number]) -> Number:
-    """The root of the sum of squares."""
+    """Returns the root of the sum of squares."""
     if len(terms) == 1:
         return terms[0]
     if any(isinstance(term, jax.core.Tracer) for term in terms):
@@ -79,14 +79,14 @@ def hypot(terms: Sequence[Number]) -> Number:
 
 
 def maximum(terms: Sequence[Number]) -> Number:
-    """The largest of bounds."""
+    """Returns the largest of bounds."""
     if any(isinstance(term, jax.core.Tracer) for term in terms):
         return jnp.max(jnp.stack([jnp.asarray(term, _dtype(terms)) for term in terms]))
     return max(float(term) for term in terms)
 
 
 def minimum(terms: Sequence[Number | None]) -> Number:
-    """The smallest of bounds; None is no bound, and neither is NaN."""
+    """Returns the smallest of bounds; None is no bound, and neither is NaN."""
     given = [term for term in terms if term is not None]
     if any(isinstance(term, jax.core.Tracer) for term in given):
         array = jnp.stack([jnp.asarray(term, _dtype(given)) for term in given])
@@ -95,7 +95,7 @@ def minimum(terms: Sequence[Number | None]) -> Number:
 
 
 def rounded_up(bound: Number, dtype: Any) -> jax.Array:
-    """The bound as an array, at least as large."""
+    """Returns the bound as an array, at least as large."""
     if isinstance(bound, jax.core.Tracer):
         return bound.astype(dtype) * (1 + jnp.finfo(dtype).eps)
     with np.errstate(over="ignore"):

@@ -44,7 +44,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def is_signal(value: Any) -> bool:
-    """Whether a value depends on the input."""
+    """Tells whether a value depends on the input."""
     return getattr(value, "is_signal", False)
 
 

@@ -68,7 +68,7 @@ class Stage(NamedTuple):
         return [n for n, step in enumerate(self.steps) if step.kind in ("slope", "mask")]
 
     def side(self, step: Step | None) -> int:
-        """How many numbers a value has at one frequency of the coarse grid: fine ones have all their aliases there."""
+        """Counts the numbers of a value at one frequency of the coarse grid: fine ones have all their aliases there."""
         channels, coarse = (step.channels, step.coarse) if step else (self.channels, False)
         return channels * (1 if coarse else math.prod(self.strides))
 
@@ -233,7 +233,7 @@ def _search(arithmetic, stage, arrays, multipliers, roots):
 
 
 def _sample(stage: Stage) -> int:
-    """How many frequencies a search looks at: as many as some 10^9 operations allow, at least 8."""
+    """Returns how many frequencies a search looks at: as many as some 10^9 operations allow, at least 8."""
     return max(8, int(1e9 / (60 * sum(stage.sides) ** 3)))
 
 
@@ -325,7 +325,7 @@ def _certified(arithmetic, stage, q, b):
 
 
 def _symbol(arithmetic, kernel, frequencies, grid, step):
-    """The convolution's matrices (i, o) at integer coordinates on ``grid``, an array of shape (c, aliases, axes)."""
+    """Returns the convolution's matrices (i, o) at coordinates on ``grid``, integers of shape (c, aliases, axes)."""
     xp, dtype = arithmetic.xp, arithmetic.dtype
     kernel = xp.asarray(kernel, dtype)
     *taps, i, o = kernel.shape
@@ -343,7 +343,7 @@ def _symbol(arithmetic, kernel, frequencies, grid, step):
 
 
 def _flat(frequencies, grid):
-    """The row-major index of points of a grid."""
+    """Returns the row-major index of points of a grid."""
     flat = np.zeros(frequencies.shape[:-1], np.int32)
     for axis, m in enumerate(grid):
         flat = flat * m + frequencies[..., axis]

@@ -160,7 +160,7 @@ class Signal:
         return None
 
     def _moved_layer(self) -> Layer | None:
-        """A layer whose output is only laid out anew, as ``vmap`` does, with its channels along one axis still."""
+        """Returns a layer whose output is only laid out anew, as by ``vmap``, its channels still along one axis."""
         (signal, *_), elements = self.ins, self.elements
         if not is_signal(signal) or signal.layer is None or signal.size != self.size:
             return None
@@ -179,7 +179,7 @@ class Signal:
 
 
 def _softmax_of(signal: Signal) -> Signal | None:
-    r"""The signal that this is the softmax of, over some axes: :math:`diag(p) - p p^T` has norm 1/2 at most.
+    r"""Returns the signal that this is the softmax of, over some axes: :math:`diag(p) - p p^T` has norm 1/2 at most.
 
     It is exp(x - m) over its own sum, where m is the same along those axes. What m is makes no difference.
     """
@@ -219,7 +219,7 @@ def is_unknown(value: Any) -> bool:
 
 
 def bound_of(elements: ElementMap) -> Number:
-    """The bound of an array whose elements are other signals' elements."""
+    """Returns the bound of an array whose elements are other signals' elements."""
     copies = zip(elements.copies, elements.sources)
     return hypot([times(source.owner.bound, math.sqrt(count)) for count, source in copies if count])
 
@@ -258,7 +258,7 @@ def _dense(eqn: Any, left: Any, right: Any) -> Layer | None:
 
 
 def _scaled(layer: Layer, factor: Any, name: str, rank: int) -> Layer | None:
-    """A layer times a constant for each of its channels."""
+    """Returns a layer times a constant for each of its channels."""
     factor = jnp.asarray(factor, layer.kernel.dtype)
     factor = factor if name == "mul" else 1 / factor
     shape = (1,) * (rank - factor.ndim) + factor.shape

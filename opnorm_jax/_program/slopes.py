@@ -147,7 +147,7 @@ def find(signal: Any) -> tuple[str, Any, Any, Any] | None:
 
 @functools.lru_cache(maxsize=16)
 def _expressions(dtype: Any) -> dict[str, list[tuple[Activation, Expression]]]:
-    """The table's expressions for one dtype, by their last operation."""
+    """Returns the table's expressions for one dtype, by their last operation."""
     found: dict[str, list[tuple[Activation, Expression]]] = {}
     for activation in ACTIVATIONS:
         scalars = [jax.ShapeDtypeStruct((), dtype)] * (1 + activation.parameters)
@@ -182,12 +182,12 @@ def _expression(program: Any, inputs: list[Expression]) -> list[Expression]:
 
 
 def static(eqn: Any) -> tuple:
-    """What tells one use of an elementwise operation from another, operands apart."""
+    """Returns what tells one use of an elementwise operation from another, operands apart."""
     return (eqn.params.get("y"),)
 
 
 def _matches(expression: Expression, value: Any, bound: dict) -> Iterator[dict]:
-    """Every way to read ``value`` as the expression: what ``x`` and the parameters are in it."""
+    """Returns every way to read ``value`` as the expression: what ``x`` and the parameters are in it."""
     kind = expression[0]
     if kind in ("x", "parameter"):
         key = "x" if kind == "x" else expression[1]

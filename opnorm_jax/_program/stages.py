@@ -96,7 +96,7 @@ def _part(signal: Signal) -> Part:
 
 
 def _unmoved(signal: Signal) -> Signal | None:
-    """The signal whose elements this has, all of them in the same order."""
+    """Returns the signal whose elements this has, all of them in the same order."""
     try:
         elements = signal.elements
         if len(elements.sources) != 1 or elements.sources[0].owner is signal or elements.sources[0].size != signal.size:
@@ -113,7 +113,7 @@ def _unmoved(signal: Signal) -> Signal | None:
 
 
 def _cuts(x: Signal, out: Signal, parts: dict[int, Part]) -> list[Signal] | None:
-    """The signals through which every path from ``x`` to ``out`` goes, in order; None if not all paths are known."""
+    """Finds the signals through which every path from ``x`` to ``out`` goes, in order; None if a path is not known."""
     order, done, stack = [], set(), [(out, False)]
     while stack:
         signal, finished = stack.pop()
@@ -158,7 +158,7 @@ def _cuts(x: Signal, out: Signal, parts: dict[int, Part]) -> list[Signal] | None
 
 
 def _has_bound(signal: Signal) -> bool:
-    """Whether the product's rules bound a signal: the exponentials inside of a softmax, say, they do not."""
+    """Tells whether the product's rules bound a signal: the exponentials inside of a softmax, say, they do not."""
     try:
         return signal.bound is not None
     except Refused:
@@ -385,7 +385,7 @@ class _Reader:
         return self.strides or (1,) * len(self.layout.spatial)
 
     def stage(self, grid: tuple[int, ...], end: int) -> Stage:
-        """The stage on a circle, whose output is the value of a number."""
+        """Returns the stage on a circle, whose output is the value of a number."""
         steps = self.steps
         if end != len(steps):  # the output must be the last
             step = Step(
@@ -477,7 +477,7 @@ class _Carrier:
         return at + 1, None
 
     def _summed(self, signal: Signal, part: Part, layout: Layout) -> tuple[int, ...]:
-        """The axes over the whole of which a signal is summed."""
+        """Returns the axes over the whole of which a signal is summed."""
         if part.kind == "total":
             return tuple(sorted(part.data))
         if part.kind == "pool" and math.prod(signal.shape[n] for n in layout.spatial) == 1:
@@ -513,7 +513,7 @@ class _Carrier:
         return run, grid, layout
 
     def _layout(self, at: int) -> Layout | None:
-        """The axes of the first convolution behind a cut; of a dense layer if that comes first."""
+        """Returns the axes of the first convolution behind a cut; of a dense layer if that comes first."""
         rank = len(self.cuts[at].shape)
         for signal in self.cuts[at + 1 :]:
             for inner in self._between(signal):
@@ -526,7 +526,7 @@ class _Carrier:
         return None
 
     def _between(self, signal: Signal) -> list[Signal]:
-        """A cut's own operations, back to the cut before: nearest first."""
+        """Returns a cut's own operations, back to the cut before: nearest first."""
         stop = {id(cut) for cut in self.cuts if cut is not signal}
         found, stack, seen = [], [signal], set()
         while stack:
@@ -575,7 +575,7 @@ class _Carrier:
         return best
 
     def _simple(self, n: int) -> bool:
-        """Whether a cut is made of the one before by an elementwise operation."""
+        """Tells whether a cut is made of the one before by an elementwise operation."""
         part = self.parts[id(self.cuts[n])]
         return part.kind in ("slope", "scale", "sum", "same") and part.sources == [self.cuts[n - 1]]
 
@@ -626,14 +626,14 @@ class _Carrier:
 
 
 def _frozen(reader: _Reader) -> _Reader:
-    """The reader as it is now."""
+    """Returns the reader as it is now."""
     copy = object.__new__(_Reader)
     vars(copy).update({name: list(value) if isinstance(value, list) else value for name, value in vars(reader).items()})
     return copy
 
 
 def _fit(readers: Sequence[_Reader], fixed: tuple[int, ...] | None) -> tuple[int, ...] | None:
-    """The first stage's circle such that every stage of a run has one of the right size; None if there is none."""
+    """Finds the first stage's circle such that every stage of a run has one of the right size; None if none is."""
     grid = []
     for axis in range(len(readers[0].layout.spatial)):
         total, least, exact = 1, 1, set()

@@ -95,7 +95,7 @@ class Sites:
 
 
 def computed(name: str, ins: Sequence[Value], shape: tuple[int, ...]) -> Value:
-    """The value of a result of which nothing is known except what it was computed from."""
+    """Returns the value of a result of which nothing is known except what it was computed from."""
     from_input = any(value.from_input for value in ins)
     ops = tuple(dict.fromkeys([*(op for value in ins for op in value.ops), name]))
     leaves = frozenset().union(*(value.leaves for value in ins))
@@ -104,7 +104,7 @@ def computed(name: str, ins: Sequence[Value], shape: tuple[int, ...]) -> Value:
 
 
 def join(one: Value, other: Value) -> Value:
-    """What holds of a variable that has either value."""
+    """Returns what holds of a variable that has either value."""
     if one is other or (one.kernel is not None and same_kernel(one.kernel, other.kernel)):
         return one
     joined = computed("a loop or a branch that changes it", [one, other], one.shape)
@@ -112,7 +112,7 @@ def join(one: Value, other: Value) -> Value:
 
 
 def unmoved(values: Sequence[Value], where: str) -> ElementMap:
-    """The map of an array that counts as one of its own, if none of ``values`` holds copies or constants."""
+    """Returns the map of an array that counts as one of its own, if none of ``values`` holds copies or constants."""
     for value in values:
         if value.from_input and not value.elements.is_injective:
             raise NotUnderstood(f"its input was padded or copied before {where}")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -44,8 +44,11 @@ class Checkpoint(Protocol):
         """Reads some of the arrays."""
         ...
 
-    def write(self, out: Path, replaced: Mapping[str, np.ndarray]) -> None:
-        """Writes all of it, with some arrays replaced by others of the same shape and dtype."""
+    def write(self, out: Path, replaced: Mapping[str, np.ndarray], force: bool) -> None:
+        """Writes all of it, with some arrays replaced by others of the same shape and dtype.
+
+        A file that is there is replaced only by ``force``.
+        """
         ...
 
 
@@ -56,6 +59,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise UserError(f"{path}: no such file or folder.")
     if path.is_dir():
         return _Orbax(path)
+    if not path.is_file():
+        raise UserError(f"{path}: expected a file or a folder, got a pipe or a device.")
     kinds = {".safetensors": _Safetensors, ".npz": _Npz}
     if path.suffix not in kinds:
         raise UserError(
@@ -66,8 +71,11 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 @contextlib.contextmanager
-def atomic_write(out: Path, like: Path | None = None) -> Iterator[Path]:
-    """Gives a temporary file in the folder of ``out`` that takes its place at the end, or vanishes after an error."""
+def atomic_write(out: Path, like: Path | None = None, replace: bool = False) -> Iterator[Path]:
+    """Gives a temporary file in the folder of ``out`` that takes its place at the end, or vanishes after an error.
+
+    Without ``replace`` a file that has come to be there meanwhile is left alone: that is an error.
+    """
     handle, name = tempfile.mkstemp(dir=out.parent, prefix=out.name + ".", suffix=".part")
     os.close(handle)
     temporary = Path(name)
@@ -81,6 +89,11 @@ def atomic_write(out: Path, like: Path | None = None) -> Iterator[Path]:
             temporary.chmod(0o666 & ~mask)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        if not replace:
+            try:
+                os.close(os.open(out, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            except FileExistsError:
+                raise UserError(f"{out}: exists by now. Pass --force to replace it.") from None
         os.replace(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)
@@ -100,9 +113,9 @@ class _Safetensors:
         with self._open() as file:
             return {name: file.get_tensor(name) for name in names}
 
-    def write(self, out: Path, replaced: Mapping[str, np.ndarray]) -> None:
+    def write(self, out: Path, replaced: Mapping[str, np.ndarray], force: bool) -> None:
         # The file itself with the bytes of some arrays exchanged: order, metadata and foreign dtypes stay as they are.
-        with atomic_write(out, self.path) as temporary:
+        with atomic_write(out, self.path, force) as temporary:
             shutil.copyfile(self.path, temporary)
             with open(temporary, "rb+") as file:
                 size = int.from_bytes(file.read(8), "little")
@@ -132,27 +145,34 @@ class _Npz:
 
     def __init__(self, path: Path):
         self.path = path
-        self.entries = {}
-        with self._open() as file:
-            for name in file.files:
-                try:
-                    array = file[name]
-                except ValueError as error:
-                    if "pickle" not in str(error):
-                        raise
-                    self.entries[name] = Entry((), "object")
-                    continue
-                if isinstance(array, np.ndarray):
-                    self.entries[name] = Entry(array.shape, str(array.dtype))
+        self.entries, self._dtypes = {}, {}
+        with self._open() as archive:
+            for info in archive.infolist():  # headers alone: nothing is inflated
+                if info.filename.endswith(".npy"):
+                    name = info.filename.removesuffix(".npy")
+                    if name in self.entries:
+                        raise ValueError(f"it holds {name!r} twice")
+                    with archive.open(info) as member:
+                        shape, dtype = _read_npy_header(member)
+                        size = member.tell() + math.prod(shape) * dtype.itemsize
+                    if not dtype.hasobject and size != info.file_size:
+                        raise ValueError(f"{name!r} is not as long as its header says")
+                    self._dtypes[name] = dtype
+                    self.entries[name] = Entry(shape, "object" if dtype.hasobject else dtype.newbyteorder("=").name)
         self.names = list(self.entries)
 
     def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
-        with self._open() as file:
-            return {name: file[name] for name in names}
+        arrays = {}
+        with self._open() as archive:
+            for name in names:
+                with archive.open(name + ".npy") as member:
+                    array = np.lib.format.read_array(member, allow_pickle=False)
+                arrays[name] = array.astype(array.dtype.newbyteorder("="), copy=False)
+        return arrays
 
-    def write(self, out: Path, replaced: Mapping[str, np.ndarray]) -> None:
+    def write(self, out: Path, replaced: Mapping[str, np.ndarray], force: bool) -> None:
         with (
-            atomic_write(out, self.path) as temporary,
+            atomic_write(out, self.path, force) as temporary,
             zipfile.ZipFile(self.path) as source,
             zipfile.ZipFile(temporary, "w") as target,
         ):
@@ -160,23 +180,18 @@ class _Npz:
                 fresh = zipfile.ZipInfo(info.filename, info.date_time)
                 fresh.compress_type, fresh.external_attr = info.compress_type, info.external_attr
                 if (name := info.filename.removesuffix(".npy")) in replaced:
-                    _write_npy(target, fresh, replaced[name])
+                    _write_npy(target, fresh, replaced[name].astype(self._dtypes[name], copy=False))
                     continue
                 with source.open(info) as original, target.open(fresh, "w", force_zip64=True) as member:
                     shutil.copyfileobj(original, member)
 
     @contextlib.contextmanager
-    def _open(self) -> Iterator[Any]:
+    def _open(self) -> Iterator[zipfile.ZipFile]:
         try:
-            with open(self.path, "rb") as handle:
-                file = np.load(handle, allow_pickle=False)
-                if not isinstance(file, np.lib.npyio.NpzFile):
-                    raise ValueError("it holds a single array")
-                with file:
-                    yield file
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, TypeError) as error:
-            reason = "no zip archive" if "pickle" in str(error) else _line(error)
-            raise UserError(f"{self.path}: not a readable .npz file ({reason}).") from None
+            with zipfile.ZipFile(self.path) as archive:
+                yield archive
+        except Exception as error:  # the readers of headers, compressions and encryptions raise what they like
+            raise UserError(f"{self.path}: not a readable .npz file ({_line(error)}).") from None
 
 
 class _Orbax:
@@ -210,10 +225,10 @@ class _Orbax:
         everything = self._restore()
         return {name: everything[self._full[name]] for name in names}
 
-    def write(self, out: Path, replaced: Mapping[str, np.ndarray]) -> None:
+    def write(self, out: Path, replaced: Mapping[str, np.ndarray], force: bool) -> None:
         arrays = self._restore()
         arrays.update({self._full[name]: array for name, array in replaced.items()})
-        with atomic_write(out) as temporary:
+        with atomic_write(out, replace=force) as temporary:
             if out.suffix == ".npz":
                 with zipfile.ZipFile(temporary, "w") as target:
                     for name, array in arrays.items():
@@ -244,6 +259,16 @@ class _Orbax:
             yield
         except Exception as error:  # its readers raise whatever the damage leads to
             raise UserError(f"{self.path}: not a readable orbax checkpoint ({_line(error)}).") from None
+
+
+def _read_npy_header(member: Any) -> tuple[tuple[int, ...], np.dtype]:
+    """Reads the shape and the dtype of an array; of a hostile header no more than NumPy's limit of 10,000 bytes."""
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    version = np.lib.format.read_magic(member)
+    if version not in read:
+        raise ValueError(f"an array of the unknown format {version}")
+    shape, _, dtype = read[version](member)
+    return shape, dtype
 
 
 def _write_npy(target: zipfile.ZipFile, info: zipfile.ZipInfo, array: np.ndarray) -> None:

@@ -97,7 +97,7 @@ def find_kernels(checkpoint: Checkpoint, options: argparse.Namespace) -> Kernels
         named = any(pattern in (name, _stem(name)) for pattern in rules)
         if name in factors and (shaped or named or len(entry.shape) > 2):
             unknown[name] = Unknown(factors[name])
-        elif shaped and entry.dtype not in _FLOATS and (named or _last(name) in _KERNEL_NAMES):
+        elif shaped and entry.dtype not in _FLOATS and (named or _is_suspect(name, entry.dtype)):
             unknown[name] = Unknown(_wrong_dtype(entry.dtype))
         elif shaped and entry.dtype in _FLOATS:
             if axes is None:
@@ -152,6 +152,11 @@ def find_factors(names: Iterable[str]) -> dict[str, str]:
                 if kernel == found[3] or kernel.endswith("/" + found[3]):
                     factors[kernel] = f"not the kernel that the layer uses, which Flax's {found[2]} normalises; {how}"
     return factors
+
+
+def _is_suspect(name: str, dtype: str) -> bool:
+    """Tells whether an array of a dtype that cannot be computed with may be a kernel: masks and indices are not."""
+    return _last(name) in _KERNEL_NAMES or not re.match(r"u?int\d|bool", dtype.lower())
 
 
 def _wrong_dtype(dtype: str) -> str:
@@ -218,6 +223,8 @@ def _read_rules(path: Path | None) -> dict[str, dict[str, Any]]:
     """Reads the arguments of ``Conv`` by pattern."""
     if path is None:
         return {}
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: expected a file, got a folder, a pipe or a device.")
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import math
 import os
+import signal
 import sys
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,7 +27,7 @@ import opnorm_jax as oj
 from opnorm_jax._cli.checkpoint import UserError, open_checkpoint
 from opnorm_jax._cli.layers import Kernels, add_arguments, find_kernels
 from opnorm_jax._tree.layers import list_layers
-from opnorm_jax._tree.report import format_table, show_progress
+from opnorm_jax._tree.report import format_table, printable, show_progress
 from opnorm_jax._tree.transform import CONSTRAINTS
 
 _CHECKPOINT = "a .safetensors or .npz file; or the folder of a run, its checkpoints or one step, saved by orbax"
@@ -32,15 +35,42 @@ _CHECKPOINT = "a .safetensors or .npz file; or the folder of a run, its checkpoi
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns 0. An error is one line on stderr, and the exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal cannot show is escaped
+            stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(argv)
     try:
-        options.run(options)
-        sys.stdout.flush()
+        with _stopped_by_sigterm():
+            options.run(options)
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except UserError as error:
         _fail(str(error))
     except BrokenPipeError:  # the reader, head say, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence_stdout()
+    except OSError as error:
+        _silence_stdout()
+        _fail(f"the output cannot be written ({error.strerror or error}).")
+    except (ValueError, TypeError, MemoryError, OverflowError, RecursionError) as error:
+        _fail(f"{str(error) or type(error).__name__}")
     return 0
+
+
+@contextlib.contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """Turns SIGTERM into an exit, so that temporary files vanish."""
+
+    def stop(number: int, frame: Any) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -74,8 +104,8 @@ def _constrain(options: argparse.Namespace) -> None:
         raise UserError(f"{out}: expected a name that ends in {' or '.join(checkpoint.suffixes)} for this checkpoint.")
     if not out.parent.is_dir():
         raise UserError(f"{out}: its folder does not exist.")
-    if out.exists() and (out.is_dir() or out.samefile(checkpoint.path)):
-        raise UserError(f"{out}: expected another file than the checkpoint itself, and no folder.")
+    if out.exists() and (not out.is_file() or out.samefile(checkpoint.path)):
+        raise UserError(f"{out}: expected another file than the checkpoint itself, and no folder, pipe or device.")
     if out.exists() and not options.force:
         raise UserError(f"{out}: exists already. Pass --force to replace it.")
     found = find_kernels(checkpoint, options)
@@ -99,7 +129,7 @@ def _constrain(options: argparse.Namespace) -> None:
         report = oj.spectral_report(after, found.convs, progress=_progress())
     moved = {name: kernel for name, kernel in after.items() if kernel.tobytes() != kernels[name].tobytes()}
     try:
-        checkpoint.write(out, moved)
+        checkpoint.write(out, moved, options.force)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error}).") from None
     rows = []
@@ -108,9 +138,10 @@ def _constrain(options: argparse.Namespace) -> None:
     ]
     for old, new, was, now in zip(before.layers, report.layers, *members):
         distance = np.linalg.norm(now - was) / (np.linalg.norm(was) or 1)
-        rows.append((old.path, f"{old.upper:#.5g}", f"{new.lower:#.5g}", f"{new.upper:#.5g}", f"{distance:.3g}"))
+        bounds = (f"{value:#.5g}" for value in (old.upper, new.lower, new.upper))
+        rows.append((printable(old.path), *bounds, f"{distance:.3g}"))
     print(format_table(("layer", "upper before", "lower after", "upper after", "moved by"), rows, left=1))
-    print(f"{len(moved)} of {len(kernels)} kernels changed; wrote {out}")
+    print(f"{len(moved)} of {len(kernels)} kernels changed; wrote {printable(str(out))}")
     over = sum(not row.upper <= options.max_norm * (1 + 1e-5) for row in report.layers)
     if over:
         why = (
@@ -149,22 +180,35 @@ def _parser() -> argparse.ArgumentParser:
 
 def _positive(text: str) -> float:
     value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}.")
+    if not np.finfo(np.float32).tiny <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a positive number that float32 can hold, got {text}.")
     return value
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"opnorm: error: {' '.join(message.split())}", file=sys.stderr)
+    _tell(f"error: {' '.join(message.split())}")
     raise SystemExit(2)
+
+
+def _silence_stdout() -> None:
+    """Lets what is left in stdout's buffer go nowhere, so that the interpreter's end does not raise once more."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def _tell(message: str) -> None:
+    """Prints a line on stderr, if that is open."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(f"opnorm: {printable(message)}", file=sys.stderr)
 
 
 def _print_notes(found: Kernels) -> None:
     """Prints what was assumed and what was passed over."""
     for note in found.notes:
-        print(f"opnorm: {note}", file=sys.stderr)
+        _tell(note)
     if found.skipped:
-        print(f"opnorm: {len(found.skipped)} other arrays passed over: {_some(found.skipped)}", file=sys.stderr)
+        _tell(f"{len(found.skipped)} other arrays passed over: {_some(found.skipped)}")
 
 
 def _some(names: Iterable[str]) -> str:
@@ -192,12 +236,12 @@ def _wide_enough(kernels: Iterable[np.ndarray]) -> contextlib.AbstractContextMan
 
 
 def _progress() -> bool:
-    return sys.stderr.isatty() and find_spec("rich") is not None
+    return sys.stderr is not None and sys.stderr.isatty() and find_spec("rich") is not None
 
 
 def _print_table(renderable: Any, text: str) -> None:
     """Prints by rich on a terminal, otherwise the plain table, whose lines are never broken."""
-    if not sys.stdout.isatty() or find_spec("rich") is None:
+    if sys.stdout is None or not sys.stdout.isatty() or find_spec("rich") is None:
         print(text)
         return
     from rich.console import Console

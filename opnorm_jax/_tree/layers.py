@@ -127,7 +127,8 @@ def list_layers(params: Any, convs: Any) -> list[tuple[str, Any, Conv | Unknown]
 
 def natural_key(path: str) -> list[list[Any]]:
     """Returns a sorting key by which numbers inside names are ordered by value, level by level."""
-    split = lambda part: [int(s) if n % 2 else s for n, s in enumerate(re.split("([0-9]+)", part))]
+    number = lambda digits: (len(digits.lstrip("0")), digits.lstrip("0"))  # an int of many digits is refused
+    split = lambda part: [number(s) if n % 2 else s for n, s in enumerate(re.split("([0-9]+)", part))]
     return [split(part) for part in path.split("/")]
 
 

@@ -194,6 +194,11 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
+def printable(text: str) -> str:
+    """Returns the text with an escape for every character that a terminal might obey: names come from files."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def show_progress(rows: list, what: str) -> Iterable:
     """Returns the rows, with a progress bar on stderr while they are taken."""
     try:
@@ -205,9 +210,10 @@ def show_progress(rows: list, what: str) -> Iterable:
 
 
 def _cells(layer: LayerReport) -> tuple[str, ...]:
+    path = printable(layer.path)
     if layer.conv is None:
-        return layer.path, "x".join(map(str, layer.shape)), f"({layer.reason})"
-    cells = layer.path, _format_kernel(layer.shape, layer.conv), format_conv(layer.conv)
+        return path, "x".join(map(str, layer.shape)), f"({layer.reason})"
+    cells = path, _format_kernel(layer.shape, layer.conv), format_conv(layer.conv)
     if layer.reason:
         return *cells[:2], f"{cells[2]} ({layer.reason})"
     mark = "" if layer.exact else "~"

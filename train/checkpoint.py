@@ -4,6 +4,7 @@
 "key" (key data) at the top, ``checkpoints/STEP/run`` a JSON document: where the metrics stand, and the state's SHA-256.
 """
 
+import contextlib
 import hashlib
 import shutil
 from collections.abc import Callable
@@ -68,12 +69,23 @@ class Checkpoints:
             "When the cause is removed, the same command continues."
         )
 
-    def restore(self, like: Any, say: Callable[[str], None]) -> tuple[Any, dict[str, Any]] | None:
-        """The newest that is sound, placed like ``like``, and what was saved with it; None if there is none at all."""
+    def restore(
+        self, like: Any, say: Callable[[str], None], check: Callable[[dict[str, Any]], None] = lambda run: None
+    ) -> tuple[Any, dict[str, Any]] | None:
+        """The newest that is sound, placed like ``like``, and what was saved with it; None if there is none at all.
+
+        ``check`` is called with what was saved with it, and raises an error if that belongs to another run.
+        """
         template = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), plain_tree(like))
         args = ocp.args.Composite(state=ocp.args.StandardRestore(template), run=ocp.args.JsonRestore())
         failures: dict[int, str] = {}
+        others: dict[int, dict[str, Any]] = {}
         for step in self.steps():
+            with contextlib.suppress(Exception):  # whatever a damaged file leads to: see below
+                run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
+                others.setdefault(step, dict(run))
+            if step in others:
+                check(others[step])
             try:
                 found = self._manager.restore(step, args=args)
                 if (got := digest(found["state"])) != found["run"]["sha256"]:

@@ -14,15 +14,21 @@ hosts give each process --coordinator HOST:PORT --num-processes N --process-id I
 """
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
 
 # Read when NumPy and jaxlib load, hence set before. The matrices here are small: more threads only wait for each other,
 # and with another process on the cores single steps took up to 80 times as long.
@@ -73,24 +79,26 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     config = options.resolve(config)
     parallel.start(config)
     check_folder(config)
-    run, state = prepare(config, datasets.load(config.dataset, config.data_dir, config.download))
+    data = datasets.load(config.dataset, config.data_dir, config.download)
+    owner = {"config": options.identity(config), "data": datasets.digest(data)}
+    run, state = prepare(config, data)
     first = run.seeds.split(state.params)
     console.print(
         f"ResNet-{config.depth} v2, {resnet.count_parameters(first[0]):,} parameters, {config.dataset}, "
         f"{run.steps:,} steps on {run.layout.devices} device(s); constraint: {config.constraint}"
         + ("" if config.constraint == "none" else f", max_norm {config.max_norm:g}")
     )
-    checkpoints = open_folder(config)
-    with contextlib.closing(checkpoints):
-        found = checkpoints.restore(state, console.print)
+    with locked(config.out_dir), contextlib.closing(open_folder(config)) as checkpoints:
+        found = checkpoints.restore(state, console.print, functools.partial(check_owner, config, owner))
         state, position = found or (state, None)
         if position is not None:
             console.print(f"continuing from the checkpoint of step {position['step']:,} in {config.out_dir}")
         record = Record(config.out_dir, position, config.tensorboard)
         with contextlib.closing(record):
-            state, compile_seconds = train(run, state, record, checkpoints, console)
-    summary = finish(run, state, first, record, console, {"compile_seconds": compile_seconds, "began": began})
-    parallel.wait("finished")
+            save = lambda step, state: checkpoints.save(step, state, {**record.position(step), "owner": owner})
+            state, compile_seconds = train(run, state, record, save, console)
+        summary = finish(run, state, first, record, console, {"compile_seconds": compile_seconds, "began": began})
+        parallel.wait("finished")
     return summary
 
 
@@ -143,6 +151,36 @@ def prepare(
     return run, layout.place(state)
 
 
+def check_owner(config: Config, owner: dict[str, Any], position: dict[str, Any]) -> None:
+    """An error if a checkpoint was saved by a run of another configuration, or on other data."""
+    if (saved := position.get("owner")) is None:
+        raise ValueError(f"{config.out_dir}: its checkpoint does not say of which run it is. Choose another --out-dir.")
+    options.check_same(config, saved["config"])
+    if saved["data"] != owner["data"]:
+        raise ValueError(
+            f"{config.out_dir}: expected the data set that its checkpoint was trained on, got another (SHA-256 "
+            f"{owner['data'][:12]}, there {saved['data'][:12]}). Choose another --out-dir, or --resume never."
+        )
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds a folder for one run at a time. The system gives the lock back when the process ends, however it does."""
+    if fcntl is None or not parallel.is_first():
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{folder}: expected a folder that no other run is using, got one that another process has locked. "
+                "Wait for it, or choose another --out-dir."
+            ) from None
+        yield
+
+
 def check_folder(config: Config) -> None:
     """An error, before anything is done, if the run cannot go on in its folder."""
     saved, checkpoints = config.out_dir / "config.json", config.out_dir / "checkpoints"
@@ -159,7 +197,8 @@ def open_folder(config: Config) -> checkpoint.Checkpoints:
     if parallel.is_first():
         if config.resume == "never" and folder.is_dir():
             for name in ("checkpoints", "tensorboard"):
-                shutil.rmtree(folder / name, ignore_errors=True)
+                with contextlib.suppress(FileNotFoundError):
+                    shutil.rmtree(folder / name)
         folder.mkdir(parents=True, exist_ok=True)
         report.save_json(folder / "config.json", options.plain(config))
     parallel.wait("folder ready")
@@ -167,7 +206,7 @@ def open_folder(config: Config) -> checkpoint.Checkpoints:
 
 
 def train(
-    run: Run, state: loop.TrainState, record: Record, checkpoints: checkpoint.Checkpoints, console: Console
+    run: Run, state: loop.TrainState, record: Record, save: Callable[[int, Any], None], console: Console
 ) -> tuple[loop.TrainState, float]:
     """Steps, tests and saves, to the end or until told to stop; returns the state and the seconds of compilation."""
     config, step = run.config, int(state.step)
@@ -198,7 +237,7 @@ def train(
             minutes = (time.monotonic() - saved_at) / 60
             stop, due = parallel.agree(bool(asked), minutes >= config.save_minutes)
             if stop or due or done or (ended and step // run.per_epoch % config.save_every == 0):
-                checkpoints.save(step, state, record.position(step))
+                save(step, state)
                 saved_at = time.monotonic()
             if stop and not done:
                 console.print(f"asked to stop: saved at step {step:,} of {run.steps:,}; the same command continues")

@@ -121,6 +121,8 @@ def resolve(config: Config) -> Config:
     for name in ("learning_rate", "max_norm", "save_minutes"):
         if not 0 < getattr(config, name) < math.inf:
             raise ValueError(f"expected {name} to be positive and finite, got {getattr(config, name)}.")
+    if not 0 <= config.seed < 2**63 - config.seeds:
+        raise ValueError(f"expected seed to be 0 or more and below 2^63, got {config.seed}.")
     if not 0 <= config.batch_norm_momentum < 1:  # type: ignore[operator]
         raise ValueError(f"expected batch_norm_momentum to be in [0, 1), got {config.batch_norm_momentum}.")
     if not 0 <= config.weight_decay < math.inf:

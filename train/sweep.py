@@ -201,7 +201,8 @@ def run_group(sweep: Sweep, members: list[Member], console: Console) -> None:
     with contextlib.closing(checkpoint.Checkpoints(folder / "checkpoints", keep=1)) as checkpoints:
         state, position = checkpoints.restore(state, console.print) or (state, None)
         with contextlib.closing(Record(folder, position)) as record:
-            cifar.train(run, state, record, checkpoints, console)
+            save = lambda step, state: checkpoints.save(step, state, record.position(step))
+            cifar.train(run, state, record, save, console)
     epochs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     names = ("test_error", "train_error", "train_loss")
     last = {name: np.atleast_1d(epochs[-1][name]).tolist() for name in names}

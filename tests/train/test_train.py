@@ -341,6 +341,8 @@ def test_digits():
             for value in (math.inf, math.nan)
         ],
         ({"batch_norm_momentum": math.nan}, r"batch_norm_momentum to be in \[0, 1\), got nan"),
+        ({"seed": 10**20}, "seed to be 0 or more and below"),
+        ({"seed": -1}, "seed to be 0 or more and below"),
         ({"epochs": 0}, "epochs to be at least 1"),
         ({"every": 0}, "every to be at least 1"),
         ({"batch_size": 5000}, "batch_size of at most 1442 images"),

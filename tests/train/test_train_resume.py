@@ -1,6 +1,7 @@
 """A run that is stopped, killed or damaged in any way ends as one that never was."""
 
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -341,6 +342,55 @@ def test_another_configuration_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json: expected JSON"):
         cifar.main(other)
+
+
+def test_a_checkpoint_knows_whose_it_is(tmp_path):
+    """Without config.json too: another configuration, other data, or a checkpoint that says nothing."""
+    small = {"width": 2, "epochs": 1, "max_steps": 2, "constraint": "none", "out_dir": tmp_path}
+    config = options.resolve(cifar.Config(**small))
+    owner = {"config": options.identity(config), "data": "a" * 64}
+    checkpoints = checkpoint.Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(1, small_state(1), {"step": 1, "owner": owner})
+    restore = lambda config, owner: checkpoints.restore(
+        small_state(), print, functools.partial(cifar.check_owner, config, owner)
+    )
+    equal(restore(config, owner)[0], small_state(1))
+    with pytest.raises(ValueError, match="learning_rate is 0.1 there and 0.2 here"):
+        restore(dataclasses.replace(config, learning_rate=0.2), owner)
+    with pytest.raises(ValueError, match="data set that its checkpoint was trained on"):
+        restore(config, {**owner, "data": "b" * 64})
+    checkpoints.save(2, small_state(2), {"step": 2})
+    with pytest.raises(ValueError, match="does not say of which run it is"):
+        restore(config, owner)
+
+
+def test_one_run_a_folder(tmp_path):
+    with cifar.locked(tmp_path / "run"):
+        with pytest.raises(ValueError, match="no other run is using"), cifar.locked(tmp_path / "run"):
+            pass
+    script = f"import sys, time; sys.path.insert(0, {str(train_run.TRAIN)!r}); import cifar, pathlib\n"
+    script += (
+        f"with cifar.locked(pathlib.Path({str(tmp_path / 'run')!r})):\n    print('held', flush=True); time.sleep(60)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(train_run.TRAIN.parent)}
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match="no other run is using"), cifar.locked(tmp_path / "run"):
+            pass
+        process.kill()  # SIGKILL: the system gives the lock back
+    with cifar.locked(tmp_path / "run"):
+        pass
+
+
+def test_an_old_run_that_cannot_be_deleted_is_an_error(saved, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with pytest.raises(PermissionError):
+        cifar.open_folder(options.resolve(cifar.Config(width=2, out_dir=saved.parent, resume="never")))
 
 
 def test_never_discards(saved):

@@ -84,8 +84,8 @@ def test_frameworks(name):
         assert 0.4 < np.linalg.norm(matrix, 2) <= 0.5 * (1 + 1e-5)
 
 
-def test_five_frameworks_and_four_tutorials():
-    assert list(FRAMEWORKS) == ["Linen", "NNX", "Equinox", "Haiku", "lax"] and len(TUTORIALS) == 4
+def test_five_frameworks_and_five_tutorials():
+    assert list(FRAMEWORKS) == ["Linen", "NNX", "Equinox", "Haiku", "lax"] and len(TUTORIALS) == 5
 
 
 def test_every_public_name_is_in_the_reference():

@@ -13,7 +13,7 @@ from geometries import generate
 
 import opnorm_jax as oj
 
-GEOMETRIES = 330 if THOROUGH else 36
+GEOMETRIES = 330 if THOROUGH else 24
 KERNELS = 17  # per geometry; thorough: 5,610 cases
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from conftest import THOROUGH
 from geometries import generate
 
 import opnorm_jax as oj
@@ -48,7 +49,7 @@ def test_descent_beats_what_muon_does_to_the_flattened_kernel(kind, padding):
     assert cheap.descent > 1.05 * max(descent(flattened(gradient)), descent(gradient))
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(100 if THOROUGH else 8))
 def test_the_step_is_certified_and_the_gap_is_true(seed):
     """In any geometry: the dense norm is at most 1, and no other kernel of norm 1 has more than descent + gap."""
     geometry = generate(900 + seed)

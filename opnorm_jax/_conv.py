@@ -12,12 +12,13 @@ import jax.core
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-Padding = Literal["CIRCULAR", "SAME", "VALID"] | tuple[tuple[int, int], ...]
+Name = Literal["CAUSAL", "CIRCULAR", "SAME", "VALID"]
+Padding = Name | tuple[tuple[int, int] | Name, ...]
 
 SPATIAL_LETTERS = ("", "W", "HW", "DHW")
 """By dimension; a dense layer is a convolution of dimension 0."""
 
-_PADDING_NAMES = ("CIRCULAR", "SAME", "VALID")
+_PADDING_NAMES = ("CAUSAL", "CIRCULAR", "SAME", "VALID")
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -31,8 +32,8 @@ class Conv:
       input_shape: *spatial* shape of the layer's input, in pixels; its length fixes the dimension (1, 2 or 3). The
         empty shape stands for a dense layer, whose kernel is a matrix (layout ``"IO"``, or ``"OI"``).
       strides: an int, or one int per spatial axis.
-      padding: ``"SAME"`` (the default), ``"VALID"``, ``"CIRCULAR"``, or explicit: an int, one int per axis, or one
-        ``(low, high)`` pair per axis.
+      padding: ``"SAME"`` (the default), ``"VALID"``, ``"CIRCULAR"``, ``"CAUSAL"`` (in 1-D), an int, or one entry per
+        axis: an int, a ``(low, high)`` pair, ``"SAME"``, ``"VALID"`` or ``"CAUSAL"``.
       input_dilation: zeros inserted between input pixels, plus one; above 1 it is a transposed convolution, which
         needs ``"CIRCULAR"`` or explicit padding (as in ``jax.lax``).
       kernel_dilation: spacing of the kernel's taps.
@@ -79,7 +80,9 @@ class Conv:
         rank = len(shape)
         input_dilation = per_axis(input_dilation, rank, "input_dilation")
         resolved = _padding(padding, rank)
-        if isinstance(resolved, str) and resolved != "CIRCULAR" and max(input_dilation) > 1:
+        entries = (resolved,) * rank if isinstance(resolved, str) else resolved
+        named = [isinstance(entry, str) and entry != "CIRCULAR" for entry in entries]
+        if any(name and dilation > 1 for name, dilation in zip(named, input_dilation)):
             raise ValueError(
                 f"expected padding 'CIRCULAR' or explicit (low, high) pairs with {input_dilation=}, got {padding=}: "
                 "the other strings mean different things to lax.conv_general_dilated and to a transposed layer. Give "
@@ -277,11 +280,12 @@ def _padding(padding: Any, rank: int) -> Padding:
     if rank == 0:
         return "CIRCULAR"  # nothing to pad: one name for it
     if isinstance(padding, str):
-        if padding not in _PADDING_NAMES:
+        if padding == "CAUSAL" and rank > 1:
             raise ValueError(
-                f"expected padding to be one of {_PADDING_NAMES} or explicit (low, high) pairs, got {padding!r}."
+                "expected padding 'CAUSAL' with one spatial axis, in which time runs, got "
+                f"{rank}. Give one entry per axis: ('CAUSAL', 'SAME'), say."
             )
-        return padding  # type: ignore[return-value]
+        return _padding_name(padding)
     if not isinstance(padding, (tuple, list)):
         pad = _int(padding, "padding")
         return ((pad, pad),) * rank
@@ -289,12 +293,25 @@ def _padding(padding: Any, rank: int) -> Padding:
         raise ValueError(
             f"expected padding to hold one int or one (low, high) pair per spatial axis ({rank}), got {padding!r}."
         )
-    pairs = []
+    entries = []
     for pad in padding:
         if isinstance(pad, (tuple, list)):
             if len(pad) != 2:
                 raise ValueError(f"expected padding to hold (low, high) pairs, got {pad!r} in {padding!r}.")
-            pairs.append((_int(pad[0], "padding"), _int(pad[1], "padding")))
+            entries.append((_int(pad[0], "padding"), _int(pad[1], "padding")))
         else:
-            pairs.append((_int(pad, "padding"),) * 2)
-    return tuple(pairs)
+            entries.append(_padding_name(pad) if isinstance(pad, str) else (_int(pad, "padding"),) * 2)
+    if "CIRCULAR" in entries and set(entries) != {"CIRCULAR"}:
+        raise ValueError(
+            f"expected padding to be circular along every axis or along none, got {padding!r}: there is no bound for both."
+        )
+    alike = set(entries) in ({"CIRCULAR"}, {"SAME"}, {"VALID"}) or entries == ["CAUSAL"]
+    return entries[0] if alike else tuple(entries)
+
+
+def _padding_name(padding: str) -> Name:
+    if padding not in _PADDING_NAMES:
+        raise ValueError(
+            f"expected padding to be one of {_PADDING_NAMES} or explicit (low, high) pairs, got {padding!r}."
+        )
+    return padding  # type: ignore[return-value]

@@ -198,18 +198,18 @@ def _live(n: int, stride: int, input_dilation: int, dilation: int, k: int, low: 
 
 
 def _explicit_padding(conv: Conv, taps: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    entries = (conv.padding,) * len(taps) if isinstance(conv.padding, str) else conv.padding
     pairs = []
-    for a, (n, k, s, d) in enumerate(zip(conv.input_shape, taps, conv.strides, conv.kernel_dilation, strict=True)):
+    for entry, n, k, s, d in zip(entries, conv.input_shape, taps, conv.strides, conv.kernel_dilation, strict=True):
         reach = d * (k - 1)
-        if conv.padding == "CIRCULAR":
-            pairs.append((reach // 2, reach - reach // 2))
-        elif conv.padding == "SAME":
-            total = max((math.ceil(n / s) - 1) * s + reach + 1 - n, 0)
-            pairs.append((total // 2, total - total // 2))
-        elif conv.padding == "VALID":
-            pairs.append((0, 0))
-        else:
-            pairs.append(conv.padding[a])
+        total = max((math.ceil(n / s) - 1) * s + reach + 1 - n, 0)
+        named = {
+            "CAUSAL": (reach, 0),
+            "CIRCULAR": (reach // 2, reach - reach // 2),
+            "SAME": (total // 2, total - total // 2),
+            "VALID": (0, 0),
+        }
+        pairs.append(named[entry] if isinstance(entry, str) else entry)
     return tuple(pairs)
 
 

@@ -12,6 +12,8 @@ import numpy as np
 
 def resolve_padding(padding, shape, taps, strides, kernel_dilation):
     """Explicit pairs for SAME and VALID, by their published definition."""
+    if padding == "CAUSAL":
+        padding = (padding,)
     if padding == "VALID":
         return [(0, 0)] * len(shape)
     if padding == "SAME":
@@ -20,7 +22,15 @@ def resolve_padding(padding, shape, taps, strides, kernel_dilation):
             total = max((math.ceil(n / s) - 1) * s + (k - 1) * d + 1 - n, 0)
             pairs.append((total // 2, total - total // 2))
         return pairs
-    return [tuple(pair) for pair in padding]
+    pairs = []
+    for entry, n, k, s, d in zip(padding, shape, taps, strides, kernel_dilation, strict=True):
+        if entry == "CAUSAL":
+            pairs.append(((k - 1) * d, 0))
+        elif isinstance(entry, str):
+            pairs += resolve_padding(entry, (n,), (k,), (s,), (d,))
+        else:
+            pairs.append(tuple(entry))
+    return pairs
 
 
 def dense_matrix(

@@ -248,6 +248,7 @@ def format_conv(conv: Conv) -> str:
     if isinstance(conv.padding, str):
         words.append(conv.padding)
     else:
-        pairs = [str(low) if low == high else f"{low}:{high}" for low, high in conv.padding]
+        shown = lambda pad: pad if isinstance(pad, str) else str(pad[0]) if pad[0] == pad[1] else f"{pad[0]}:{pad[1]}"
+        pairs = list(map(shown, conv.padding))
         words.append("pad " + per_axis(pairs))
     return " ".join(words)

@@ -60,7 +60,14 @@ CONV = {
     ),
     "lower-case padding": (lambda: oj.Conv((4, 4), padding="same"), ValueError, "'CIRCULAR', 'SAME', 'VALID'.*'same'"),
     "unknown padding": (lambda: oj.Conv((4, 4), padding="REFLECT"), ValueError, "padding to be one of.*'REFLECT'"),
-    "causal padding": (lambda: oj.Conv((4,), padding="CAUSAL"), ValueError, r"explicit \(low, high\) pairs"),
+    "causal padding of an image": (lambda: oj.Conv((4, 4), padding="CAUSAL"), ValueError, "one spatial axis.*got 2"),
+    "partly circular": (lambda: oj.Conv((4, 4), padding=("SAME", "CIRCULAR")), ValueError, "every axis or along none"),
+    "unknown padding of an axis": (lambda: oj.Conv((4, 4), padding=("SAME", "EDGE")), ValueError, "one of.*'EDGE'"),
+    "SAME on a transposed axis": (
+        lambda: oj.Conv((4, 4), padding=("SAME", 1), input_dilation=(2, 1)),
+        ValueError,
+        "pairs with input_dilation",
+    ),
     "too few pads": (lambda: oj.Conv((4, 4), padding=((1, 1),)), ValueError, "pair per spatial axis"),
     "triple pads": (lambda: oj.Conv((4, 4), padding=((1, 1, 1), (1, 1))), ValueError, r"\(low, high\) pairs, got"),
     "float pads": (

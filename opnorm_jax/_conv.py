@@ -303,7 +303,7 @@ def _padding(padding: Any, rank: int) -> Padding:
             entries.append(_padding_name(pad) if isinstance(pad, str) else (_int(pad, "padding"),) * 2)
     if "CIRCULAR" in entries and set(entries) != {"CIRCULAR"}:
         raise ValueError(
-            f"expected padding to be circular along every axis or along none, got {padding!r}: there is no bound for both."
+            f"expected padding to be circular along every axis or along none, got {padding!r}, which has no bound."
         )
     alike = set(entries) in ({"CIRCULAR"}, {"SAME"}, {"VALID"}) or entries == ["CAUSAL"]
     return entries[0] if alike else tuple(entries)

@@ -232,25 +232,37 @@ def train(
             record.add(n, loss, accuracy, time.perf_counter() - began, timed=not fresh)
             fresh, previous = False, loss
             progress.update(bar, completed=step)
+            finite = True
             if ended:
-                progress.update(bar, description=end_epoch(run, state, step, record))
+                words, finite = end_epoch(run, state, step, record)
+                progress.update(bar, description=words)
             minutes = (time.monotonic() - saved_at) / 60
             stop, due = parallel.agree(bool(asked), minutes >= config.save_minutes)
             if stop or due or done or (ended and step // run.per_epoch % config.save_every == 0):
-                save(step, state)
+                finite = finite and bool(np.isfinite(loss).all())
+                if finite or not config.halt_on_nan:
+                    save(step, state)
                 saved_at = time.monotonic()
+            if ended and not finite and config.halt_on_nan:
+                break
             if stop and not done:
-                console.print(f"asked to stop: saved at step {step:,} of {run.steps:,}; the same command continues")
+                saved = (
+                    f"saved at step {step:,}"
+                    if finite or not config.halt_on_nan
+                    else f"diverged, not saved at step {step:,}"
+                )
+                console.print(f"asked to stop: {saved} of {run.steps:,}; the same command continues")
                 raise SystemExit(128 + (asked[0] if asked else signal.SIGTERM))
     return state, compile_seconds
 
 
-def end_epoch(run: Run, state: loop.TrainState, step: int, record: Record) -> str:
-    """Tests, writes the epoch's row, and puts it in a few words."""
+def end_epoch(run: Run, state: loop.TrainState, step: int, record: Record) -> tuple[str, bool]:
+    """Tests, writes the epoch's row, and puts it in a few words. Also tells whether the loss is finite."""
     error = run.evaluate(state.params, state.batch_stats, *run.test_set)
     row = {"epoch": step // run.per_epoch, "step": step, "learning_rate": np.asarray(run.rate(step - 1)).tolist()}
     row = record.end_epoch(row, error, run.config.batch_size)
-    return f"loss {np.mean(row['train_loss']):.3f}, test error {100 * np.mean(row['test_error']):.2f} %"
+    words = f"loss {np.mean(row['train_loss']):.3f}, test error {100 * np.mean(row['test_error']):.2f} %"
+    return words, bool(np.isfinite(row["train_loss"]).all())
 
 
 @contextlib.contextmanager
@@ -299,7 +311,7 @@ def finish(
         # Measured: one call of the constraint on the final parameters, over `every`, against the mean step. The
         # derivative that normalize takes besides is not in it.
         "constraint_share": share,
-        "diverged": None if report.is_finite((params, state.batch_stats)) else "the weights hold NaN or infinity",
+        "diverged": None if report.is_finite((params, state.batch_stats)) else diverged(config),
     }
     if parallel.is_first():
         report.plot_spectra(first[0], networks[0], run.convs, config.out_dir / "spectra.png")
@@ -313,6 +325,13 @@ def finish(
             console.print(f"stopped after {int(state.step):,} of {run.steps:,} steps (--max-steps)")
         console.print(f"written to {config.out_dir}: config, metrics, summary, spectra.png, params.safetensors")
     return summary
+
+
+def diverged(config: Config) -> str:
+    """What is wrong with the weights, and where the last finite ones are."""
+    steps = [int(path.name) for path in (config.out_dir / "checkpoints").glob("*") if path.name.isdigit()]
+    kept = f"the checkpoint of step {max(steps):,} is finite" if steps else "no checkpoint was saved before"
+    return "the weights hold NaN or infinity" + (f"; {kept}" if config.halt_on_nan else "")
 
 
 def evaluate_only(config: Config, console: Console) -> dict[str, Any]:

@@ -81,6 +81,9 @@ class Config:
     """Stop after so many steps (rounded up to whole calls of the device) on the unchanged schedule, and report."""
     evaluate_only: Path | None = None
     """Test a checkpoint (OUT_DIR/checkpoints/STEP), a run's folder or its params.safetensors, and do not train."""
+    halt_on_nan: bool = True
+    """Stop at the end of an epoch whose loss is NaN or infinite. What came after the last finite checkpoint is not
+    saved."""
     tensorboard: bool = False
     """Write OUT_DIR/tensorboard too (needs the package tensorboardX, the extra [tensorboard])."""
     devices: int | None = None
@@ -98,8 +101,8 @@ class Config:
 
 # These may differ when a run is resumed: they decide where it runs and what is kept, not what it computes.
 FREE = frozenset(
-    "data_dir download out_dir eval_batch_size resume save_every save_minutes keep max_steps evaluate_only tensorboard "
-    "devices deterministic coordinator num_processes process_id".split()
+    "data_dir download out_dir eval_batch_size resume save_every save_minutes keep max_steps evaluate_only halt_on_nan "
+    "tensorboard devices deterministic coordinator num_processes process_id".split()
 )
 
 

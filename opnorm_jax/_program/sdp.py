@@ -187,21 +187,25 @@ def _mapped(arithmetic, stage, function, frequencies):
 _CHUNK_BYTES = 2**27
 
 
-def search(stage: Stage, arrays: Sequence[Any], multipliers: Any, roots: Any, dtype: Any) -> Any:
-    """Improves multipliers by coordinate descent on the largest singular value, over a sample of the frequencies."""
+def search(stage: Stage, arrays: Sequence[Any], multipliers: Any, roots: Any, dtype: Any, *, last: bool = False) -> Any:
+    """Improves multipliers by coordinate descent on the largest singular value, over a sample of the frequencies.
+
+    It is sought more finely in the last stage of a network, whose largest value is the bound. In others it is not quite
+    what counts: a little more of it may leave roots that suit the next stage better.
+    """
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((arrays, multipliers, roots))):
-        return _search_traced(stage, np.dtype(dtype), arrays, multipliers, roots)
-    return _search(_NUMPY, stage, arrays, multipliers, roots)
+        return _search_traced(stage, np.dtype(dtype), last, arrays, multipliers, roots)
+    return _search(_NUMPY, stage, last, arrays, multipliers, roots)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _search_traced(stage, dtype, arrays, multipliers, roots):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _search_traced(stage, dtype, last, arrays, multipliers, roots):
     arrays, multipliers, roots = jax.tree.map(lax.stop_gradient, (arrays, multipliers, roots))
     with _promotion():
-        return _search(_jax_arithmetic(dtype), stage, arrays, *_narrowed(dtype, multipliers, roots))
+        return _search(_jax_arithmetic(dtype), stage, last, arrays, *_narrowed(dtype, multipliers, roots))
 
 
-def _search(arithmetic, stage, arrays, multipliers, roots):
+def _search(arithmetic, stage, last, arrays, multipliers, roots):
     xp, frequencies = arithmetic.xp, half_grid(stage.coarse_grid).frequencies
     frequencies = frequencies[:: -(-len(frequencies) // _sample(stage))]
 
@@ -221,7 +225,9 @@ def _search(arithmetic, stage, arrays, multipliers, roots):
 
     count = len(stage.diagonals)
     moves = [np.ones(count)]
-    for factors in ((2, 2, 2, 0.5, 0.5), *((2**step, 0.5**step) for step in (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32))):
+    coarse = (2, 2, 2, 0.5), (1.4, 1 / 1.4), (1.15, 1 / 1.15), (1.05, 1 / 1.05)
+    fine = (2, 2, 2, 0.5, 0.5), *((2**step, 0.5**step) for step in (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32))
+    for factors in fine if last else coarse:
         moves += [np.where(np.arange(count) == n, factor, 1.0) for n in range(count) for factor in factors]
     carry = xp.asarray(np.inf, arithmetic.dtype), multipliers
     if xp is jnp:

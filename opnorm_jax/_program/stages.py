@@ -593,7 +593,8 @@ class _Carrier:
         multipliers = self._multipliers(reader.gains)
         arrays = tuple(reader.arrays)
         if reader.gains:
-            multipliers = search(stage, arrays, multipliers, self.roots, self.dtype)
+            last = read.end == len(self.cuts) - 1
+            multipliers = search(stage, arrays, multipliers, self.roots, self.dtype, last=last)
         roots, top = certify(stage, arrays, multipliers, self.roots, self.dtype)
         if not isinstance(top, jax.core.Tracer) and not np.isfinite(top):  # smaller multipliers make Q more definite
             roots, top = certify(stage, arrays, multipliers / 2, self.roots, self.dtype)

@@ -155,7 +155,7 @@ def test_traced_bounds_hold_too(x64):
 
 @pytest.mark.slow
 def test_single_precision_certificates_hold():
-    for seed in range(100 if THOROUGH else 8):
+    for seed in range(100 if THOROUGH else 4):
         net = random_networks.generate(seed)
         params, x = [jnp.asarray(param) for param in net.params], jax.ShapeDtypeStruct((1, *net.shape), jnp.float32)
         bound = float(jax.jit(lambda params, x=x, net=net: oj.lipschitz_bound(net.fn, params, x))(params))

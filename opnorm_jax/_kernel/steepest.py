@@ -14,7 +14,13 @@ from jaxtyping import Array, Float
 from opnorm_jax._blocks import factor, products
 from opnorm_jax._blocks.clip import apply_spectral
 from opnorm_jax._blocks.guard import forbid_derivative
-from opnorm_jax._blocks.symbol import block_taps, kernel_from_block_taps, scan_frequencies, symbol_adjoint
+from opnorm_jax._blocks.symbol import (
+    block_taps,
+    kernel_from_block_taps,
+    scan_frequencies,
+    squared_norm_of_coupling,
+    symbol_adjoint,
+)
 from opnorm_jax._conv import Conv, as_conv, canonical_shape
 from opnorm_jax._execution import Execution, check_execution
 from opnorm_jax._geometry import Geometry, Plan, resolve, span
@@ -42,7 +48,10 @@ class Steepest(NamedTuple):
 
     direction: jax.Array  # shaped like the gradient; its certified norm is at most 1
     descent: jax.Array  # shape=(): <gradient, direction>
-    gap: jax.Array  # shape=(): no kernel in the ball has a descent larger by more; infinite if nothing is known
+    gap: (
+        jax.Array
+    )  # shape=(): no kernel in the ball has a descent larger by more; infinite if nothing is known. What the
+    # layer does not see, as taps that meet no pixel, does not count
 
 
 def steepest_direction(
@@ -74,8 +83,8 @@ def steepest_direction(
 
     Returns:
       A :class:`Steepest`. The direction has the shape and dtype of the gradient. Its norm is at most 1, besides the
-      final rounding to its dtype. It is zero at taps that meet no pixel, and if the gradient is zero; it is NaN if that
-      holds a NaN or an infinity.
+      final rounding to its dtype. It is zero at taps that meet no pixel (where several taps meet the same pixels only
+      their sum counts), and if the gradient is zero; it is NaN if that holds a NaN or an infinity.
 
     Raises:
       ValueError, TypeError: the gradient does not fit ``conv``.
@@ -112,6 +121,8 @@ def _steepest_direction(gradient, geometry: Geometry, exact, execution):
     gradient = _once(gradient)
     small, scale = prepare(gradient, geometry)
     plan = geometry.plan
+    if squared_norm_of_coupling(plan) > 1 + 1e-9:  # taps fold: only their sums count
+        small = kernel_from_block_taps(block_taps(small, plan), plan, small.shape[-2:])
     if _is_onto(plan, small.shape):
         found, most = _sign(small, plan, execution)
     elif exact:
@@ -119,11 +130,12 @@ def _steepest_direction(gradient, geometry: Geometry, exact, execution):
     else:
         found = _by_clips(small, _small_plan(plan), execution)
         most = jnp.where(jnp.any(small), jnp.inf, jnp.zeros((), small.dtype))
-    upper = circular_norm(found, plan, execution) * (1 + rounding(small.shape, small.dtype))
+    allowed = rounding(small.shape, small.dtype)
+    upper = circular_norm(found, plan, execution) * (1 + allowed)
     found = found / jnp.where(upper > 0, upper, 1)
     found = jnp.where(jnp.isfinite(small).all() & jnp.isfinite(upper), found, jnp.nan)
     descent = jnp.sum(found * small)
-    gap = jnp.maximum(most - descent, 0)
+    gap = jnp.maximum(most * (1 + allowed) - descent, 0)
     dead = jnp.where(jnp.isfinite(gradient).all(), jnp.zeros_like(gradient), jnp.nan)
     return Steepest(restore(found, dead, geometry), scale * descent, scale * gap)
 
@@ -141,25 +153,27 @@ def _small_plan(plan: Plan) -> Plan:
 
 
 def _sign(kernel, plan: Plan, execution: Execution):
-    """Returns the taps of the polar factors of all blocks, and the sum of the blocks' nuclear norms.
+    """Returns the taps of the polar factors of all blocks, and a bound on <kernel, Y> for all Y of norm at most 1.
 
-    If every set of blocks is that of a kernel, the latter is the dual norm: the largest <kernel, Y> with \\|Y\\| <= 1.
+    The bound is the sum of the blocks' singular values. Those that are smaller than their errors count as if they were
+    as large; their part of the polar factor may be shorter than 1.
     """
 
     def step(carry, blocks, phase, weights, x):
         stack = blocks.reshape(-1, *blocks.shape[2:])
         if execution.factorization == "products":
             signs = products.polar(stack)
+            error = min(stack.shape[-2:]) * eps(weights.dtype) ** 0.5 * products.norms(stack, products.ROUGH)
+            nuclear = jnp.sum((signs.conj() * stack).real, axis=(-2, -1)) + error
         else:
             values, vectors = factor.eigh(factor.gram(stack))
             values = jnp.sqrt(jnp.maximum(values, 0))
             # Values below this have no correct digit in the Gram matrix; they are left at less than 1.
             least = 4 * eps(values.dtype) ** 0.5 * values[:, -1:]
             values = jnp.maximum(values, least)
-            signs = apply_spectral(stack, vectors, 1 / jnp.where(values > 0, values, 1))
-        signs = signs.reshape(blocks.shape)
-        nuclear = weights * jnp.sum((signs.conj() * blocks).real, axis=(-3, -2, -1))
-        return carry + symbol_adjoint(weigh(weights, signs), phase), nuclear
+            signs, nuclear = apply_spectral(stack, vectors, 1 / jnp.where(values > 0, values, 1)), values.sum(-1)
+        nuclear = weights * nuclear.reshape(len(blocks), -1).sum(-1)
+        return carry + symbol_adjoint(weigh(weights, signs.reshape(blocks.shape)), phase), nuclear
 
     taps = block_taps(kernel, plan)
     signs, nuclear = scan_frequencies(step, jnp.zeros_like(taps), taps, plan, execution)
@@ -180,6 +194,7 @@ def _by_projection(kernel, plan: Plan, execution: Execution):
 
     If the squared distance from t G to X exceeds the least by at most d, then for every Y in the ball
     <G, Y> <= <G, X> + (\|Y\|² - \|X\|² + d) / 2t, and \|Y\|² is at most the number of singular values of a block.
+    (Where taps fold, of a Y in which taps that count together are equal; no other has a larger product with G.)
     """
     norm = circular_norm(kernel, plan, execution)
     times = _FAR / jnp.where(norm > 0, norm, 1)

@@ -30,7 +30,8 @@ def normalize(
 
     This is spectral normalisation with the norm of the layer itself, not that of the flattened kernel, and without
     power iterations or state. Each kernel is multiplied by min(1, max_norm / its certified norm), so the layer's norm
-    is at most ``max_norm`` in every call, also in the first; gradients go through the norm. Kernels inside the ball
+    is at most ``max_norm`` in every call (besides the rounding to a narrow dtype), also in the first; gradients go
+    through the norm. Kernels inside the ball
     are used as they are.
 
     The convolutions are found by :func:`find_convs`, once for each set of argument shapes. The parameters keep their

@@ -71,11 +71,39 @@ def test_the_step_is_certified_and_the_gap_is_true(seed):
         oj.project_operator_norm(scale * jnp.asarray(given[0]) / float(one.descent), geometry.conv, 1.0)
         for scale in (3.0, 50.0)
     ]
-    for rival in rivals:
+    conv = geometry.conv
+    sizes = zip(geometry.taps, conv.kernel_dilation, conv.input_shape, conv.input_dilation)
+    folded = conv.padding == "CIRCULAR" and any(d * (k - 1) >= n * e for k, d, n, e in sizes)
+    for rival in rivals[:1] if folded else rivals:  # of folded taps only the sum is used: see test_folded_taps
         rival = jnp.where(live.transpose(np.argsort(order)), rival, 0)
         # of zero padding the ball is that of the circulant embedding
         size = geometry.oracle(back(rival)).max() if geometry.exact else norm(rival, geometry.conv)
         assert size == 0 or abs((canonical[0] * back(rival)).sum()) / size <= limit
+
+
+@pytest.mark.parametrize("products", [False, True])
+def test_the_gap_counts_values_that_are_hidden_by_rounding(products):
+    """A dense layer with many tiny values: their sum is part of the dual norm, though their directions are noise."""
+    rng = np.random.default_rng(0)
+    left, right = (np.linalg.qr(rng.standard_normal((64, 64)))[0] for _ in range(2))
+    values = np.concatenate([[1.0], np.full(63, 2e-4)])
+    gradient = (left * values) @ right.T
+    execution = oj.Execution(factorization="products" if products else "auto")
+    found = oj.steepest_direction(jnp.asarray(gradient, jnp.float32), oj.Conv(()), execution=execution)
+    assert values.sum() <= (found.descent + found.gap) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_folded_taps(exact, x64):
+    """A kernel larger than the circle: what no output sees is neither moved nor counted."""
+    conv = oj.Conv((3, 2), padding="CIRCULAR")
+    gradient = jax.random.normal(jax.random.key(0), (4, 5, 2, 2))
+    found = oj.steepest_direction(gradient, conv, exact=exact)
+    matrix = oracle.dense_matrix(found.direction, conv.input_shape)
+    assert np.linalg.norm(matrix, 2) <= 1 + 1e-9
+    assert jnp.abs(found.direction).max() <= 1  # without the part of the gradient that no bound holds for
+    np.testing.assert_allclose(found.direction[0], found.direction[3], atol=1e-9)  # three pixels on
+    assert found.descent == pytest.approx(float(jnp.sum(gradient * found.direction)), rel=1e-9)
 
 
 @pytest.mark.parametrize("exact", [False, True])

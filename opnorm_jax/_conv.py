@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.core
@@ -18,7 +18,7 @@ Padding = Name | tuple[tuple[int, int] | Name, ...]
 SPATIAL_LETTERS = ("", "W", "HW", "DHW")
 """By dimension; a dense layer is a convolution of dimension 0."""
 
-_PADDING_NAMES = ("CAUSAL", "CIRCULAR", "SAME", "VALID")
+_PADDING_NAMES = get_args(Name)
 
 
 @dataclasses.dataclass(frozen=True, init=False)

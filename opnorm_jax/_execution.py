@@ -72,11 +72,13 @@ def check_execution(execution: Execution) -> None:
         )
 
 
-def check_decomposes(execution: Execution) -> None:
-    """Raises an error if ``execution`` asks for matrix products alone, which cannot compute all singular values."""
+_ALL_VALUES = (
+    "matrix products alone find the largest singular value, not all of them. Use operator_norm for the largest one."
+)
+
+
+def check_decomposes(execution: Execution, reason: str = _ALL_VALUES) -> None:
+    """Raises an error if ``execution`` asks for matrix products alone; the reason says why these are not enough."""
     check_execution(execution)
     if execution.factorization == "products":
-        raise ValueError(
-            "expected factorization 'auto' or 'decompose', got 'products': matrix products alone find the largest "
-            "singular value, not all of them. Use operator_norm for the largest one."
-        )
+        raise ValueError(f"expected factorization 'auto' or 'decompose', got 'products': {reason}")

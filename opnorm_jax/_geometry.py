@@ -326,15 +326,15 @@ def overshoot(span: int, grid: int) -> float:
 
 
 @functools.lru_cache(maxsize=512)
-def coarse_plan(plan: Plan) -> tuple[Plan, float]:
-    """Returns the same convolution on the smallest useful grid, and the factor by which its norm elsewhere is larger.
+def coarse_plan(plan: Plan, points: float = COARSE_POINTS) -> tuple[Plan, float]:
+    """Returns the same convolution on a small grid, and the factor by which its norm elsewhere can be larger.
 
-    For three taps the grid has five points an axis.
+    The grid has so many ``points`` for each unit of the taps' span: by default, for three taps, five an axis.
     """
     axes, factor = [], 1.0
     for axis, own in zip(plan.axes, plan.grid, strict=True):
         width = span(axis)
-        grid = max(1, math.ceil(COARSE_POINTS * width))
+        grid = max(1, math.ceil(points * width))
         if grid < own:
             axis, factor = axis._replace(period=axis.run * grid), factor * overshoot(width, grid)
         axes.append(axis)

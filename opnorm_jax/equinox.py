@@ -7,8 +7,7 @@ from typing import Any
 import equinox as eqx
 
 from opnorm_jax._execution import Execution
-from opnorm_jax._program.find_convs import find_convs
-from opnorm_jax._tree.normalize import rescaled
+from opnorm_jax._tree.normalize import normalize
 
 
 class OperatorNorm(eqx.Module):
@@ -67,6 +66,6 @@ class OperatorNorm(eqx.Module):
         """
         del key, inference
         params, static = eqx.partition(self.layer, eqx.is_inexact_array)
-        convs = find_convs(lambda params, x: eqx.combine(params, static)(x), params, x, dense=True)
-        layer = eqx.combine(rescaled(params, self.max_norm, convs, self.execution), static)
-        return layer(x) if state is None else (layer(x), state)
+        forward = lambda params, x: eqx.combine(params, static)(x)
+        out = normalize(forward, self.max_norm, dense=True, execution=self.execution)(params, x)
+        return out if state is None else (out, state)

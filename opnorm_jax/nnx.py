@@ -7,8 +7,7 @@ from typing import Any
 from flax import nnx
 
 from opnorm_jax._execution import Execution
-from opnorm_jax._program.find_convs import find_convs
-from opnorm_jax._tree.normalize import rescaled
+from opnorm_jax._tree.normalize import normalize
 
 
 class OperatorNorm(nnx.Module):
@@ -59,9 +58,11 @@ class OperatorNorm(nnx.Module):
         """Applies the layer with its kernel rescaled. ``update_stats`` is taken because ``SpectralNorm`` does."""
         del update_stats
         graph, params, rest = nnx.split(self.layer_instance, nnx.Param, ...)
-        forward = lambda params, x: nnx.merge(graph, params, rest, copy=True)(x)
-        convs = find_convs(forward, params, x, dense=True)
-        layer = nnx.merge(graph, rescaled(params, self.max_norm, convs, self.execution), rest, copy=True)
-        out = layer(x)
-        nnx.update(self.layer_instance, nnx.state(layer, nnx.Not(nnx.Param)))
+
+        def forward(params: Any, x: Any) -> tuple[Any, Any]:
+            layer = nnx.merge(graph, params, rest, copy=True)
+            return layer(x), nnx.state(layer, nnx.Not(nnx.Param))
+
+        out, after = normalize(forward, self.max_norm, dense=True, execution=self.execution)(params, x)
+        nnx.update(self.layer_instance, after)
         return out

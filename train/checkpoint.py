@@ -4,7 +4,6 @@
 "key" (key data) at the top, ``checkpoints/STEP/run`` a JSON document: where the metrics stand, and the state's SHA-256.
 """
 
-import contextlib
 import hashlib
 import shutil
 from collections.abc import Callable
@@ -77,19 +76,19 @@ class Checkpoints:
         ``check`` is called with what was saved with it, and raises an error if that belongs to another run.
         """
         template = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), plain_tree(like))
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(template), run=ocp.args.JsonRestore())
+        read = lambda step, **items: self._manager.restore(step, args=ocp.args.Composite(**items))
         failures: dict[int, str] = {}
-        others: dict[int, dict[str, Any]] = {}
         for step in self.steps():
-            with contextlib.suppress(Exception):  # whatever a damaged file leads to: see below
-                run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
-                others.setdefault(step, dict(run))
-            if step in others:
-                check(others[step])
             try:
-                found = self._manager.restore(step, args=args)
-                if (got := digest(found["state"])) != found["run"]["sha256"]:
-                    raise ValueError(f"expected a state with SHA-256 {found['run']['sha256']}, got {got}")
+                run = dict(read(step, run=ocp.args.JsonRestore())["run"])
+            except Exception as error:  # whatever a damaged file leads to
+                failures[step] = first_line(error)
+                continue
+            check(run)
+            try:
+                state = read(step, state=ocp.args.StandardRestore(template))["state"]
+                if (got := digest(state)) != run["sha256"]:
+                    raise ValueError(f"expected a state with SHA-256 {run['sha256']}, got {got}")
             except Exception as error:  # whatever a damaged file leads to
                 failures[step] = first_line(error)
                 continue
@@ -103,7 +102,7 @@ class Checkpoints:
                 say(f"falling back to the checkpoint of step {step}")
                 parallel.wait("damaged checkpoints put aside")
                 self._manager.reload()
-            return from_plain_tree(found["state"], like), dict(found["run"])
+            return from_plain_tree(state, like), run
         if failures:
             reasons = "; ".join(f"step {step}: {reason}" for step, reason in failures.items())
             raise ValueError(

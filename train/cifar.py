@@ -80,7 +80,7 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     parallel.start(config)
     check_folder(config)
     data = datasets.load(config.dataset, config.data_dir, config.download)
-    owner = {"config": options.identity(config), "data": datasets.digest(data)}
+    owner = {"config": options.identity(config), "data": checkpoint.digest(data)}
     run, state = prepare(config, data)
     first = run.seeds.split(state.params)
     console.print(
@@ -232,37 +232,38 @@ def train(
             record.add(n, loss, accuracy, time.perf_counter() - began, timed=not fresh)
             fresh, previous = False, loss
             progress.update(bar, completed=step)
-            finite = True
+            astray = False  # whether to keep nothing of the state
             if ended:
-                words, finite = end_epoch(run, state, step, record)
+                words, astray = end_epoch(run, state, step, record)
                 progress.update(bar, description=words)
             minutes = (time.monotonic() - saved_at) / 60
             stop, due = parallel.agree(bool(asked), minutes >= config.save_minutes)
             if stop or due or done or (ended and step // run.per_epoch % config.save_every == 0):
-                finite = finite and bool(np.isfinite(loss).all())
-                if finite or not config.halt_on_nan:
+                astray = astray or is_astray(config, loss)
+                if not astray:
                     save(step, state)
                 saved_at = time.monotonic()
-            if ended and not finite and config.halt_on_nan:
+            if ended and astray:
                 break
             if stop and not done:
-                saved = (
-                    f"saved at step {step:,}"
-                    if finite or not config.halt_on_nan
-                    else f"diverged, not saved at step {step:,}"
-                )
-                console.print(f"asked to stop: {saved} of {run.steps:,}; the same command continues")
+                saved = "diverged, not saved" if astray else "saved"
+                console.print(f"asked to stop: {saved} at step {step:,} of {run.steps:,}; the same command continues")
                 raise SystemExit(128 + (asked[0] if asked else signal.SIGTERM))
     return state, compile_seconds
 
 
 def end_epoch(run: Run, state: loop.TrainState, step: int, record: Record) -> tuple[str, bool]:
-    """Tests, writes the epoch's row, and puts it in a few words. Also tells whether the loss is finite."""
+    """Tests, writes the epoch's row, and puts it in a few words. Also tells whether the run is astray."""
     error = run.evaluate(state.params, state.batch_stats, *run.test_set)
     row = {"epoch": step // run.per_epoch, "step": step, "learning_rate": np.asarray(run.rate(step - 1)).tolist()}
     row = record.end_epoch(row, error, run.config.batch_size)
     words = f"loss {np.mean(row['train_loss']):.3f}, test error {100 * np.mean(row['test_error']):.2f} %"
-    return words, bool(np.isfinite(row["train_loss"]).all())
+    return words, is_astray(run.config, row["train_loss"])
+
+
+def is_astray(config: Config, loss: Any) -> bool:
+    """Tells whether the loss is NaN or infinite, and the run is to halt for it."""
+    return config.halt_on_nan and not bool(np.isfinite(loss).all())
 
 
 @contextlib.contextmanager

@@ -50,15 +50,6 @@ def load(name: str, data_dir: Path | None = None, download: bool = False) -> Dat
     raise ValueError(f"expected dataset to be 'digits' or 'cifar10', got {name!r}.")
 
 
-def digest(data: Dataset) -> str:
-    """SHA-256 of the arrays."""
-    total = hashlib.sha256()
-    for array in data:
-        total.update(f"{array.shape} {array.dtype}\n".encode())
-        total.update(np.ascontiguousarray(array).data)
-    return total.hexdigest()
-
-
 def digits() -> Dataset:
     """scikit-learn's 1,797 handwritten digits, 8 x 8; every fifth image of each class is for testing (355)."""
     from sklearn.datasets import load_digits

@@ -81,16 +81,17 @@ def excess(
     return jnp.where(outside[:, None, None], part, 0), jnp.where(outside, nuclear, 0), largest
 
 
-def polar(blocks: Complex[Array, "c m n"]) -> Complex[Array, "c m n"]:
-    """Computes each block's polar factor U, where F = U (FᴴF)^(1/2).
+def polar(blocks: Complex[Array, "c m n"]) -> tuple[Complex[Array, "c m n"], Float[Array, " c"]]:
+    """Computes each block's polar factor U, where F = U (FᴴF)^(1/2); and a rough upper bound on its norm.
 
-    Its singular values are 1; those that belong to values of F below sqrt(eps) of the largest come out smaller.
+    U's singular values are 1; those that belong to values of F below sqrt(eps) of that bound come out smaller.
     """
     if blocks.shape[-1] > blocks.shape[-2]:
-        return polar(blocks.swapaxes(-1, -2)).swapaxes(-1, -2)
+        factors, largest = polar(blocks.swapaxes(-1, -2))
+        return factors.swapaxes(-1, -2), largest
     largest = norms(blocks, ROUGH)
     least = float(jnp.finfo(largest.dtype).eps) ** 0.5
-    return _sign(blocks / jnp.where(largest > 0, largest, 1).astype(blocks.dtype)[:, None, None], least, gram)
+    return _sign(blocks / jnp.where(largest > 0, largest, 1).astype(blocks.dtype)[:, None, None], least, gram), largest
 
 
 def _sign(x, lowest, square):

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from opnorm_jax._blocks.inverse import inverse, log_abs_determinant, separable_from_singular
 from opnorm_jax._blocks.symbol import block_taps, scan_frequencies
 from opnorm_jax._conv import Conv, as_conv, canonical_shape, check_floating, compute_dtype
-from opnorm_jax._execution import Execution, check_execution
+from opnorm_jax._execution import Execution, check_decomposes
 from opnorm_jax._geometry import Axis, Geometry, Plan, couplings, half_grid, resolve
 from opnorm_jax._kernel.compiled import compiled
 from opnorm_jax._kernel.prepare import prepare
@@ -128,9 +128,7 @@ def solve(
 
 def _square_geometry(name: str, kernel: jax.Array, conv: Conv, execution: Execution) -> Geometry:
     """Resolves the layer, and raises an error unless it is circular and has as many outputs as inputs."""
-    check_execution(execution)
-    if execution.factorization == "products":
-        raise ValueError(f"expected factorization 'auto' or 'decompose', got 'products': {name} takes factorisations.")
+    check_decomposes(execution, f"{name} takes factorisations.")
     geometry = resolve(conv, canonical_shape(kernel, conv))
     if not geometry.exact:
         raise ValueError(
@@ -152,6 +150,12 @@ def _errors(taps: jax.Array, kernel: jax.Array) -> jax.Array:
     return rounding(kernel.shape, kernel.dtype) * jnp.sum(jnp.abs(lax.stop_gradient(taps)), axis=0)
 
 
+def _inverses(blocks: jax.Array, errors: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the inverses of blocks (c, g, m, m), and for each (c, g) whether the block is certainly not singular."""
+    inverses = inverse(blocks.reshape(-1, *blocks.shape[-2:])).reshape(blocks.shape)
+    return inverses, jax.vmap(separable_from_singular, (1, 0), 1)(lax.stop_gradient(inverses), errors)
+
+
 @compiled(1)
 def _log_abs_det(kernel, geometry: Geometry, execution):
     kernel, scale = prepare(kernel, geometry)
@@ -164,8 +168,7 @@ def _log_abs_det(kernel, geometry: Geometry, execution):
     @jax.checkpoint
     def step(carry, blocks, phase, weights, x):
         values = log_abs_determinant(blocks.reshape(-1, m, m)).reshape(-1, g)
-        inverses = inverse(lax.stop_gradient(blocks).reshape(-1, m, m)).reshape(-1, g, m, m)
-        certain = jax.vmap(separable_from_singular, (1, 0), 1)(inverses, errors)
+        _, certain = _inverses(lax.stop_gradient(blocks), errors)
         finite = jnp.isfinite(blocks).all((-1, -2))
         return carry, jnp.where(certain, values, jnp.where(finite, -jnp.inf, jnp.nan)).sum(1) * weights
 
@@ -251,15 +254,13 @@ def _solve_at_frequencies(kernel, rows, plan: Plan, execution: Execution):
     """
     half, rank = half_grid(plan.grid), len(plan.grid)
     taps = block_taps(kernel, plan)
-    g, m, _ = taps.shape[1:]
     errors = _errors(taps, kernel)
     flat = np.ravel_multi_index(tuple(half.frequencies.T), plan.grid) if rank else np.zeros(1, int)
     own = rows.reshape(-1, *rows.shape[rank:])[flat]
 
     @jax.checkpoint
     def step(carry, blocks, phase, weights, y):
-        inverses = inverse(blocks.reshape(-1, m, m)).reshape(-1, g, m, m)
-        certain = jax.vmap(separable_from_singular, (1, 0), 1)(lax.stop_gradient(inverses), errors)
+        inverses, certain = _inverses(blocks, errors)
         x = jnp.matmul(y, inverses, precision=_HIGHEST)
         return carry, jnp.where(certain[..., None, None], x, jnp.nan) * weights[:, None, None, None].astype(x.dtype)
 

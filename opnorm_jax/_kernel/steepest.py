@@ -23,7 +23,7 @@ from opnorm_jax._blocks.symbol import (
 )
 from opnorm_jax._conv import Conv, as_conv, canonical_shape
 from opnorm_jax._execution import Execution, check_execution
-from opnorm_jax._geometry import Geometry, Plan, resolve, span
+from opnorm_jax._geometry import Geometry, Plan, coarse_plan, resolve
 from opnorm_jax._kernel.clip import clip, weigh
 from opnorm_jax._kernel.compiled import compiled, place
 from opnorm_jax._kernel.nearest import nearest
@@ -128,7 +128,7 @@ def _steepest_direction(gradient, geometry: Geometry, exact, execution):
     elif exact:
         found, most = _by_projection(small, plan, execution)
     else:
-        found = _by_clips(small, _small_plan(plan), execution)
+        found = _by_clips(small, coarse_plan(plan, _POINTS)[0], execution)
         most = jnp.where(jnp.any(small), jnp.inf, jnp.zeros((), small.dtype))
     allowed = rounding(small.shape, small.dtype)
     upper = circular_norm(found, plan, execution) * (1 + allowed)
@@ -146,12 +146,6 @@ def _is_onto(plan: Plan, shape: tuple[int, ...]) -> bool:
     return taps.shape[0] == math.prod(plan.grid) and math.prod(taps.shape) == math.prod(shape)
 
 
-def _small_plan(plan: Plan) -> Plan:
-    points = [min(n, max(1, _POINTS * span(axis))) for axis, n in zip(plan.axes, plan.grid)]
-    axes = [axis._replace(period=axis.run * n) for axis, n in zip(plan.axes, points)]
-    return Plan(tuple(axes), plan.groups)
-
-
 def _sign(kernel, plan: Plan, execution: Execution):
     """Returns the taps of the polar factors of all blocks, and a bound on <kernel, Y> for all Y of norm at most 1.
 
@@ -162,8 +156,8 @@ def _sign(kernel, plan: Plan, execution: Execution):
     def step(carry, blocks, phase, weights, x):
         stack = blocks.reshape(-1, *blocks.shape[2:])
         if execution.factorization == "products":
-            signs = products.polar(stack)
-            error = min(stack.shape[-2:]) * eps(weights.dtype) ** 0.5 * products.norms(stack, products.ROUGH)
+            signs, largest = products.polar(stack)
+            error = min(stack.shape[-2:]) * eps(weights.dtype) ** 0.5 * largest
             nuclear = jnp.sum((signs.conj() * stack).real, axis=(-2, -1)) + error
         else:
             values, vectors = factor.eigh(factor.gram(stack))

@@ -89,10 +89,7 @@ def find_convs(
       >>> convs["bias"], convs["kernel"].strides, convs["kernel"].padding
       (None, (2, 2), ((0, 1), (0, 1)))
     """
-    if on_unknown not in ("error", "skip"):
-        raise ValueError(f"expected on_unknown to be 'error' or 'skip', got {on_unknown!r}.")
-    if not callable(fn):
-        raise TypeError(f"expected fn to be a function of the parameters, got {fn!r}. Pass model.apply, say.")
+    check_search(fn, on_unknown)
     traced = trace(fn, params, args, kwargs)
     count = len(traced.leaves)
     sites = Sites(traced.leaves, dense)
@@ -121,6 +118,14 @@ def find_convs(
             "pass dense=True."
         )
     return jax.tree.unflatten(traced.treedef, [found.get(n) for n in range(count)])
+
+
+def check_search(fn: Any, on_unknown: Any) -> None:
+    """Raises an error if these are no arguments of :func:`find_convs`."""
+    if on_unknown not in ("error", "skip"):
+        raise ValueError(f"expected on_unknown to be 'error' or 'skip', got {on_unknown!r}.")
+    if not callable(fn):
+        raise TypeError(f"expected fn to be a function of the parameters, got {fn!r}. Pass model.apply, say.")
 
 
 def _parameter(n: int, leaf: Any) -> Value:

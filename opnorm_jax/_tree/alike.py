@@ -12,7 +12,8 @@ import jax
 import jax.core
 import jax.numpy as jnp
 
-from opnorm_jax._tree.layers import Layer
+from opnorm_jax._kernel.compiled import place
+from opnorm_jax._tree.layers import Layer, find_layers, is_masked
 
 
 def map_alike(
@@ -49,6 +50,17 @@ def map_alike(
             own = lambda a, n=n, start=end - count, end=end: a[start:end].reshape(*layers[n].stack, *a.shape[1:])
             outs[n] = jax.tree.map(own, batch)
     return outs
+
+
+def map_kernels(function: Callable[..., Any], tree: Any, convs: Any) -> Any:
+    """Replaces each kernel that has a ``Conv`` by ``function(conv, kernel)``, placed on devices as the kernel was."""
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_masked)
+    found = [(n, layer) for n, layer in enumerate(find_layers(tree, convs)) if layer is not None]
+    kernels = [jnp.asarray(layer.kernel) for _, layer in found]
+    outs = map_alike(function, [layer for _, layer in found], [(kernel,) for kernel in kernels])
+    for (n, _), kernel, out in zip(found, kernels, outs, strict=True):
+        leaves[n] = place(out, kernel)
+    return treedef.unflatten(leaves)
 
 
 def replicate(array: jax.Array, like: Any) -> jax.Array:

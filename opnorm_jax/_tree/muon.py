@@ -11,10 +11,9 @@ import optax
 
 from opnorm_jax._conv import Conv
 from opnorm_jax._execution import Execution, check_execution
-from opnorm_jax._kernel.compiled import place
 from opnorm_jax._kernel.steepest import steepest_direction
-from opnorm_jax._tree.alike import map_alike
-from opnorm_jax._tree.layers import broadcast, check_convs, find_layers, is_masked
+from opnorm_jax._tree.alike import map_kernels
+from opnorm_jax._tree.layers import broadcast, check_convs, is_masked
 
 
 class ScaleByConvMuonState(NamedTuple):
@@ -96,13 +95,9 @@ def scale_by_conv_muon(
             momentum = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, ahead, own)
         else:
             momentum = mu  # the direction of a multiple is the same
-        leaves, treedef = jax.tree.flatten(momentum, is_leaf=is_masked)
-        found = [(n, layer) for n, layer in enumerate(find_layers(momentum, convs)) if layer is not None]
         one = lambda conv, kernel: steepest_direction(kernel, conv, exact=exact, execution=execution).direction
-        directions = map_alike(one, [layer for _, layer in found], [(leaves[n],) for n, _ in found])
-        for (n, _), direction in zip(found, directions, strict=True):
-            leaves[n] = place(direction, leaves[n])
-        out = jax.tree.map(lambda new, old: new.astype(old.dtype), treedef.unflatten(leaves), updates)
+        directions = map_kernels(one, momentum, convs)
+        out = jax.tree.map(lambda new, old: new.astype(old.dtype), directions, updates)
         return out, ScaleByConvMuonState(count, optax.tree.cast(mu, mu_dtype))
 
     return optax.GradientTransformation(init_fn, update_fn)

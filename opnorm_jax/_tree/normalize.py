@@ -7,15 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from opnorm_jax._conv import check_max_norm
 from opnorm_jax._execution import Execution, check_execution
-from opnorm_jax._kernel.compiled import place
 from opnorm_jax._kernel.constrain import rescale_operator_norm
-from opnorm_jax._program.find_convs import find_convs
-from opnorm_jax._tree.alike import map_alike
-from opnorm_jax._tree.layers import check_convs, find_layers, is_masked
+from opnorm_jax._program.find_convs import check_search, find_convs
+from opnorm_jax._tree.alike import map_kernels
+from opnorm_jax._tree.layers import check_convs
 
 
 def normalize(
@@ -70,12 +68,9 @@ def normalize(
       Miyato, Kataoka, Koyama and Yoshida, `Spectral Normalization for Generative Adversarial Networks
       <https://arxiv.org/abs/1802.05957>`_, 2018.
     """
-    if not callable(fn):
-        raise TypeError(f"expected fn to be a function of the parameters, got {fn!r}. Pass model.apply, say.")
+    check_search(fn, on_unknown)
     check_max_norm(max_norm)
     check_execution(execution)
-    if on_unknown not in ("error", "skip"):
-        raise ValueError(f"expected on_unknown to be 'error' or 'skip', got {on_unknown!r}.")
 
     @functools.lru_cache(maxsize=64)
     def described(treedef: Any, leaves: tuple[Any, ...]) -> Any:
@@ -96,11 +91,5 @@ def normalize(
 
 def rescaled(params: Any, max_norm: Any, convs: Any, execution: Execution) -> Any:
     """Rescales the kernels of a tree into the ball, differentiably."""
-    leaves, treedef = jax.tree.flatten(params, is_leaf=is_masked)
-    found = [(n, layer) for n, layer in enumerate(find_layers(params, check_convs(convs))) if layer is not None]
-    kernels = [jnp.asarray(layer.kernel) for _, layer in found]
     one = lambda conv, kernel: rescale_operator_norm(kernel, conv, max_norm, execution=execution)
-    outs = map_alike(one, [layer for _, layer in found], [(kernel,) for kernel in kernels])
-    for (n, _), kernel, out in zip(found, kernels, outs, strict=True):
-        leaves[n] = place(out, kernel)
-    return treedef.unflatten(leaves)
+    return map_kernels(one, params, check_convs(convs))

@@ -1,11 +1,11 @@
 """Mutation testing of the modules that certify: a seeded sample of cosmic-ray's mutants, and the page on the result.
 
-    pip install cosmic-ray && python benchmarks/mutation.py [COUNT [SEED [SESSION [MODULE ...]]]]
+    pip install cosmic-ray && python benchmarks/mutation.py [COUNT [SEED [FOLDER [MODULE ...]]]]
 
 At most COUNT mutants a module (of all in TESTS, if none is named), one of each place and kind. Each is written into
-its module, the quick tests that should fail are run, and the module is put back. SESSION, a file, keeps the results:
-started again, the command goes on where it was stopped. At the end docs/mutation.md is written anew from the results,
-with the verdicts on survivors that mutation_verdicts.json holds.
+its module, the quick tests that should fail are run, and the module is put back. FOLDER keeps the results, a pair of
+files for each module: started again, the command goes on where it was stopped. After every module docs/mutation.md is
+written anew from all results in FOLDER, with the verdicts on survivors that mutation_verdicts.json holds.
 """
 
 import ast
@@ -13,7 +13,6 @@ import collections
 import json
 import platform
 import random
-import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -41,12 +40,18 @@ TESTS = {  # module: files of tests; an expression for -k after a colon
     "_kernel/nearest": "kernel/test_project: not extreme",
     "_kernel/constrain": "kernel/test_project kernel/test_errors kernel/test_inside",
     "_kernel/prepare": "kernel/test_precision kernel/test_bounds",
+    "_kernel/dense": "kernel/test_dense",
+    "_kernel/inverse": "kernel/test_inverse",
+    "_kernel/two_sided": "kernel/test_two_sided",
+    "_kernel/steepest": "kernel/test_steepest",
     "_tree/landing": "tree/test_landing: taps_alone or casts or foreseen or nothing_else or 1e7 or 1000.0",
     "_tree/transform": "tree/test_landing tree/test_tree_errors tree/test_transform",
     "_program/movement": "program/test_movement program/test_find_convs",
     "_program/convolution": "program/test_find_convs",
-    "_program/rules": "program/test_lipschitz program/test_reported_programs",
+    "_program/rules": "program/test_lipschitz program/test_reported_programs program/test_random_programs",
     "_program/slopes": "program/test_slopes program/test_lipschitz",
+    "_program/sdp": "program/test_random_networks program/test_lipschitz",
+    "_program/stages": "program/test_random_networks program/test_lipschitz",
 }
 OPERATORS = """Add_Sub Sub_Add Mul_Div Div_Mul Pow_Mul FloorDiv_Div BitAnd_BitOr BitOr_BitAnd USub_UAdd Delete_USub
 Lt_LtE Lt_Gt LtE_Lt LtE_GtE Gt_GtE Gt_Lt GtE_Gt GtE_LtE Eq_NotEq NotEq_Eq Is_IsNot IsNot_Is Delete_Invert
@@ -81,18 +86,15 @@ def left_out(source):
 
 
 def sample(items, count, rng):
-    """Draws mutants: one of each place and kind, then ``count`` of those in each module (all, if there are fewer)."""
-    places = collections.defaultdict(lambda: collections.defaultdict(list))
-    out = {path: list(left_out(path.read_text())) for path in {item.mutations[0].module_path for item in items}}
+    """Draws a module's mutants: one of each place and kind, then ``count`` of those; counts the places too."""
+    out = list(left_out(items[0].mutations[0].module_path.read_text()))
+    places = collections.defaultdict(list)
     for spec, item in sorted(((item.mutations[0], item) for item in items), key=lambda pair: str(pair[0])):
-        inside = any(low <= spec.start_pos < high for low, high in out[spec.module_path])
+        inside = any(low <= spec.start_pos < high for low, high in out)
         if spec.operator_name.endswith(tuple(OPERATORS)) and not inside:
-            places[str(spec.module_path)][spec.start_pos, "Number" in spec.operator_name].append(item)
-    drawn = []
-    for module in sorted(places):
-        singles = [rng.choice(places[module][place]) for place in sorted(places[module])]
-        drawn += rng.sample(singles, min(count, len(singles)))
-    return drawn, sum(map(len, places.values()))
+            places[spec.start_pos, "Number" in spec.operator_name].append(item)
+    singles = [rng.choice(places[place]) for place in sorted(places)]
+    return rng.sample(singles, min(count, len(singles))), len(singles)
 
 
 def command(tests):
@@ -110,78 +112,83 @@ def change(diff):
     return " => ".join(line[1:].strip() for line in lines[:2])
 
 
-def page(results, places, count, seed):
+def page(states, seed):
     """Returns docs/mutation.md: the counts of each module, and every survivor with its verdict."""
     verdicts = json.loads(VERDICTS.read_text()) if VERDICTS.exists() else {}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     versions = ", ".join(f"{name} {version(name)}" for name in ("cosmic-ray", "jax", "numpy", "pytest"))
     lines = [
         "# Mutation testing",
         "",
-        "What the tests notice when the code that certifies is wrong. This page is written by one command, which runs",
-        "the quick tests of a module against small changes of it and lists every change that no test noticed:",
+        "What the tests notice when the code that certifies is wrong. This page is written by one command, which makes",
+        "small changes of each module, runs the module's quick tests, and lists every change that no test noticed:",
         "",
         "```bash",
         'pip install -e ".[test]" cosmic-ray',
-        f"python benchmarks/mutation.py {count} {seed}",
+        "python benchmarks/mutation.py",
         "```",
         "",
-        f"Commit {commit.strip()}, {versions}, Python {platform.python_version()}.",
-        f"{len(results)} mutants were drawn with seed {seed} from {places}, at most {count} a module: operators,",
-        "comparisons, numbers changed by 1, negated conditions, booleans, and exchanged names (`maximum` for",
-        "`minimum`, `any` for `all`, a missing `conj`), one of each place and kind. Headers, bodies of classes and",
-        f"errors are left out. A mutant whose tests take more than {LIMIT} s of CPU time, or hang, counts as noticed.",
+        f"{versions}, Python {platform.python_version()}, seed {seed}. The changes are of operators, comparisons,",
+        "numbers (by 1), conditions (negated), booleans, and exchanged names (`maximum` for `minimum`, `any` for",
+        "`all`, a missing `conj`): a sample of all places, one change of each place and kind. Headers, bodies of",
+        f"classes and errors are left out. Tests that take more than {LIMIT} s of CPU time count as timed out.",
         "",
-        "| module | mutants | killed | timed out | survived | of these equivalent or safe |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| module | places | changes | killed | timed out | survived | of these equivalent or safe |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    survivors, total = [], collections.Counter()
-    for module in TESTS:
-        own = [(place, diff, outcome) for place, diff, outcome in results if place[0] == module]
-        alive = [(place, change(diff)) for place, diff, outcome in own if outcome == "survived"]
-        survivors += alive
-        counts = collections.Counter(outcome for *_, outcome in own)
-        counts["judged"] = sum(f"{place[0]}: {text}" in verdicts for place, text in alive)
-        counts["all"] = len(own)
+    names, survivors, total = (
+        ("places", "changes", "killed", "timed out", "survived", "judged"),
+        [],
+        collections.Counter(),
+    )
+    for module, state in states.items():
+        alive = [(line, change(diff)) for line, diff, outcome in state["results"] if outcome == "survived"]
+        survivors += [(module, line, text) for line, text in alive]
+        counts = collections.Counter(outcome for *_, outcome in state["results"])
+        counts["places"], counts["changes"] = state["places"], len(state["results"])
+        counts["judged"] = sum(f"{module}: {text}" in verdicts for _, text in alive)
         total += counts
-        if own:
-            names = ("all", "killed", "timed out", "survived", "judged")
-            lines.append(f"| `{module}` | " + " | ".join(str(counts[name]) for name in names) + " |")
-    names = ("all", "killed", "timed out", "survived", "judged")
+        lines.append(f"| `{module}` | " + " | ".join(str(counts[name]) for name in names) + " |")
     lines += ["| all | " + " | ".join(str(total[name]) for name in names) + " |", ""]
     if survivors:
         lines += ["| survivor | change | verdict |", "| --- | --- | --- |"]
-    for (module, line), text in survivors:
+    for module, line, text in survivors:
         shown = text.replace("|", "\\|")
         lines.append(f"| `{module}` {line} | `{shown}` | {verdicts.get(f'{module}: {text}', 'not judged yet')} |")
     return "\n".join(lines) + "\n"
 
 
-def main(count="12", seed="0", session="mutation.sqlite", *chosen):
-    """Runs what is left of a session, and writes the page."""
-    plugins.OPERATOR_PROVIDERS["own"] = {"SwapName": SwapName}
-    modules = {Path(f"opnorm_jax/{name}.py"): name for name in chosen or TESTS}
-    commands = {path: command(TESTS[name]) for path, name in modules.items()}
-    notes = Path(session).with_suffix(".json")  # what was drawn from, and each outcome
-    with use_db(session) as db:
-        if not db.num_work_items:
-            init(commands, db, {})
-            picked, places = sample(db.work_items, int(count), random.Random(int(seed)))
+def attack(name, count, seed, folder):
+    """Runs what is left of a module's session."""
+    path, notes = Path(f"opnorm_jax/{name}.py"), folder / f"{name.replace('/', '.')}.json"
+    with use_db(str(notes.with_suffix(".sqlite"))) as db:
+        if not notes.exists():
+            init({path: ""}, db, {})
+            drawn, places = sample(list(db.work_items), count, random.Random(seed))
             db.clear()
-            db.add_work_items(picked)
+            db.add_work_items(drawn)
             notes.write_text(json.dumps({"places": places, "results": []}))
-        state = json.loads(notes.read_text())
-        for path in sorted({item.mutations[0].module_path for item in db.pending_work_items}):
-            assert mutate_and_test([], commands[path], None).test_outcome == "survived", commands[path]
-        for item in db.pending_work_items:
-            path, (line, _) = item.mutations[0].module_path, item.mutations[0].start_pos
-            result = mutate_and_test(item.mutations, commands[path], 10 * LIMIT)
-            db.set_result(item.job_id, result)
+        state, tests = json.loads(notes.read_text()), command(TESTS[name])
+        pending = list(db.pending_work_items)
+        assert not pending or mutate_and_test([], tests, None).test_outcome == "survived", tests
+        for item in pending:
+            result = mutate_and_test(item.mutations, tests, 10 * LIMIT)
             outcome = "timed out" if result.output == "timeout" else result.test_outcome.value
-            state["results"].append([[modules[path], line], result.diff, outcome])
+            state["results"].append([item.mutations[0].start_pos[0], result.diff, outcome])
             notes.write_text(json.dumps(state))
-            print(f"{outcome}: {path}:{line}\n{result.diff}", flush=True)
-    (ROOT / "docs" / "mutation.md").write_text(page(state["results"], state["places"], count, seed))
+            db.set_result(item.job_id, result)
+            print(f"{outcome}: {path}:{item.mutations[0].start_pos[0]}\n{result.diff}", flush=True)
+
+
+def main(count="12", seed="0", folder="mutation", *chosen):
+    """Runs what is left of each module's session, and writes the page."""
+    plugins.OPERATOR_PROVIDERS["own"] = {"SwapName": SwapName}
+    folder = Path(folder)
+    folder.mkdir(exist_ok=True)
+    for name in chosen or TESTS:
+        attack(name, int(count), int(seed), folder)
+        notes = {module: folder / f"{module.replace('/', '.')}.json" for module in TESTS}
+        states = {module: json.loads(path.read_text()) for module, path in notes.items() if path.exists()}
+        (ROOT / "docs" / "mutation.md").write_text(page(states, seed))
 
 
 if __name__ == "__main__":

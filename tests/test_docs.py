@@ -1,5 +1,6 @@
 """The site's code runs as printed. The networks that it trains are measured by the oracle, not by the library."""
 
+import importlib.util
 import os
 import re
 import shlex
@@ -31,8 +32,15 @@ FRAMEWORKS = dict(
 )
 
 
+def require(package):
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+
+
 @pytest.mark.parametrize("block", BLOCKS)
 def test_code_runs(block):
+    if "import keras" in block:
+        require("keras")
     exec(compile(block, "docs", "exec"), {})
 
 
@@ -65,7 +73,7 @@ def test_tutorial(name, tmp_path):
 @pytest.mark.parametrize("name", [pytest.param(f, marks=[] if f == "lax" else pytest.mark.slow) for f in FRAMEWORKS])
 def test_frameworks(name):
     """Same network, same convolutions; and after training every layer's dense matrix has norm <= 0.5."""
-    pytest.importorskip({"Linen": "flax", "NNX": "flax", "lax": "jax"}.get(name, name.lower()))
+    require({"Linen": "flax", "NNX": "flax", "lax": "jax"}.get(name, name.lower()))
     space: dict = {}
     exec(compile(FRAMEWORKS[name], f"docs/frameworks.md, {name}", "exec"), space)
     kernels, convs = (jax.tree.leaves(space[key], is_leaf=lambda node: node is None) for key in ("params", "convs"))
@@ -84,8 +92,8 @@ def test_frameworks(name):
         assert 0.4 < np.linalg.norm(matrix, 2) <= 0.5 * (1 + 1e-5)
 
 
-def test_five_frameworks_and_five_tutorials():
-    assert list(FRAMEWORKS) == ["Linen", "NNX", "Equinox", "Haiku", "lax"] and len(TUTORIALS) == 5
+def test_six_frameworks_and_five_tutorials():
+    assert list(FRAMEWORKS) == ["Linen", "NNX", "Equinox", "Haiku", "Keras", "lax"] and len(TUTORIALS) == 5
 
 
 def test_every_public_name_is_in_the_reference():

@@ -12,8 +12,9 @@ import jax
 import jax.core
 import jax.numpy as jnp
 
+from opnorm_jax._conv import canonical_shape
 from opnorm_jax._kernel.compiled import place
-from opnorm_jax._tree.layers import Layer, find_layers, is_masked
+from opnorm_jax._tree.layers import Layer, broadcast, find_layers, is_masked
 
 
 def map_alike(
@@ -52,15 +53,33 @@ def map_alike(
     return outs
 
 
-def map_kernels(function: Callable[..., Any], tree: Any, convs: Any) -> Any:
-    """Replaces each kernel that has a ``Conv`` by ``function(conv, kernel)``, placed on devices as the kernel was."""
+def map_kernels(function: Callable[..., Any], tree: Any, convs: Any, scales: Any = None) -> Any:
+    """Replaces each kernel that has a ``Conv`` by ``function(conv, kernel)``, placed on devices as the kernel was.
+
+    Where the tree ``scales`` holds an array, a factor for each output channel, it is the function's third argument.
+    """
     leaves, treedef = jax.tree.flatten(tree, is_leaf=is_masked)
+    factors = [factor for *_, factor in broadcast(scales, tree, "scales", lambda node: node is None)]
     found = [(n, layer) for n, layer in enumerate(find_layers(tree, convs)) if layer is not None]
-    kernels = [jnp.asarray(layer.kernel) for _, layer in found]
-    outs = map_alike(function, [layer for _, layer in found], [(kernel,) for kernel in kernels])
-    for (n, _), kernel, out in zip(found, kernels, outs, strict=True):
+    arrays = [(jnp.asarray(layer.kernel), *_factor(factors[n], layer)) for n, layer in found]
+    outs = map_alike(function, [layer for _, layer in found], arrays)
+    for (n, _), (kernel, *_), out in zip(found, arrays, outs, strict=True):
         leaves[n] = place(out, kernel)
     return treedef.unflatten(leaves)
+
+
+def _factor(factor: Any, layer: Layer) -> tuple[jax.Array, ...]:
+    """Returns the factors of a layer's output channels, checked, if it has any."""
+    if factor is None:
+        return ()
+    shape = (*layer.stack, canonical_shape(layer.member, layer.conv)[-1])
+    got = getattr(factor, "shape", factor)
+    if got != shape or not jnp.issubdtype(factor.dtype, jnp.floating):
+        raise ValueError(
+            f"{layer.path} {layer.kernel.shape}: expected its scale to be a real floating array of shape {shape}, one "
+            f"factor for each output channel, got {factor if got is factor else f'{factor.dtype} of shape {got}'}."
+        )
+    return (factor,)
 
 
 def replicate(array: jax.Array, like: Any) -> jax.Array:

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from opnorm_jax._conv import check_max_norm
+from opnorm_jax._conv import Conv, check_max_norm, compute_dtype
 from opnorm_jax._execution import Execution, check_execution
+from opnorm_jax._kernel.bounds import operator_norm_bounds
 from opnorm_jax._kernel.constrain import rescale_operator_norm
 from opnorm_jax._program.find_convs import check_search, find_convs
 from opnorm_jax._tree.alike import map_kernels
@@ -22,6 +24,7 @@ def normalize(
     *,
     dense: bool = False,
     on_unknown: str = "error",
+    scales: Callable[..., Any] | None = None,
     execution: Execution = Execution(),
 ) -> Callable[..., Any]:
     """Makes a function of the same arguments in which every kernel is first rescaled into the operator-norm ball.
@@ -29,8 +32,7 @@ def normalize(
     This is spectral normalisation with the norm of the layer itself, not that of the flattened kernel, and without
     power iterations or state. Each kernel is multiplied by min(1, max_norm / its certified norm), so the layer's norm
     is at most ``max_norm`` in every call (besides the rounding to a narrow dtype), also in the first; gradients go
-    through the norm. Kernels inside the ball
-    are used as they are.
+    through the norm. Kernels inside the ball are used as they are.
 
     The convolutions are found by :func:`find_convs`, once for each set of argument shapes. The parameters keep their
     values and their tree; only ``fn`` sees other kernels. To export a network, call :func:`constrain` on the
@@ -41,13 +43,17 @@ def normalize(
       max_norm: positive; may be traced. The same for all layers.
       dense: normalise dense layers too.
       on_unknown: as in :func:`find_convs`. ``"skip"`` leaves kernels that no ``Conv`` describes as they are.
+      scales: folds what follows a layer into its norm, such as batch normalisation on running statistics. A function
+        of the arguments of ``fn``, which returns a tree like the parameters, or a prefix of it: the factor of each
+        output channel at a kernel, shape ``(out_channels,)`` after any stacked axes, and None elsewhere. Then the norm
+        of the kernel times these factors is at most ``max_norm``; the kernel alone is multiplied.
       execution: how to compute; see :class:`Execution`.
 
     Returns:
       A function, to be used under ``jit``, ``grad``, ``vmap``, ``scan`` and ``checkpoint`` as ``fn`` is.
 
     Raises:
-      ValueError, TypeError: here for the arguments; in a call as :func:`find_convs`.
+      ValueError, TypeError: here for the arguments; in a call as :func:`find_convs`, or where a scale does not fit.
 
     Cost: the norm of each kernel in each call, and its derivative where one is taken: see
     :func:`rescale_operator_norm`. Layers of equal shape and geometry share one call. The walk over the program takes
@@ -71,6 +77,8 @@ def normalize(
     check_search(fn, on_unknown)
     check_max_norm(max_norm)
     check_execution(execution)
+    if scales is not None and not callable(scales):
+        raise TypeError(f"expected scales to be a function of fn's arguments, or None, got {type(scales).__name__}.")
 
     @functools.lru_cache(maxsize=64)
     def described(treedef: Any, leaves: tuple[Any, ...]) -> Any:
@@ -84,12 +92,23 @@ def normalize(
             convs = described(treedef, shapes)
         except TypeError:  # an argument that cannot be hashed; or what was wrong is said again
             convs = described.__wrapped__(treedef, shapes)
-        return fn(rescaled(params, max_norm, convs, execution), *args, **kwargs)
+        factors = scales(params, *args, **kwargs) if scales else None
+        return fn(rescaled(params, max_norm, convs, execution, factors), *args, **kwargs)
 
     return functools.update_wrapper(normalized, fn, updated=())
 
 
-def rescaled(params: Any, max_norm: Any, convs: Any, execution: Execution) -> Any:
+def rescaled(params: Any, max_norm: Any, convs: Any, execution: Execution, scales: Any = None) -> Any:
     """Rescales the kernels of a tree into the ball, differentiably."""
-    one = lambda conv, kernel: rescale_operator_norm(kernel, conv, max_norm, execution=execution)
-    return map_kernels(one, params, check_convs(convs))
+
+    def one(conv: Conv, kernel: jax.Array, scale: jax.Array | None = None) -> jax.Array:
+        if scale is None:
+            return rescale_operator_norm(kernel, conv, max_norm, execution=execution)
+        wide = kernel.astype(jnp.promote_types(compute_dtype(kernel.dtype), scale.dtype))
+        channels = [-1 if letter == "O" else 1 for letter in conv.kernel_layout]
+        scaled = wide * scale.astype(wide.dtype).reshape(channels)
+        bound = jnp.asarray(max_norm, wide.dtype)
+        upper = operator_norm_bounds(scaled, conv, execution=execution).upper
+        return (wide * (bound / jnp.maximum(bound, upper))).astype(kernel.dtype)
+
+    return map_kernels(one, params, check_convs(convs), scales)

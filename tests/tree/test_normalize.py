@@ -207,6 +207,52 @@ def _by_hand(apply, params, x):
     return jax.tree.map(rescale, convs, params, is_leaf=lambda node: node is None)
 
 
+def test_batch_norm_is_folded_on_request():
+    """The composed layer's own Jacobian, convolution and batch norm; without ``scales`` it is above the bound."""
+    params, shape = {"Conv_0": {}, "BatchNorm_0": {}}, (6, 6, 2)
+    keys = jax.random.split(jax.random.key(0), 4)
+    params["Conv_0"]["kernel"] = jax.random.normal(keys[0], (3, 3, 2, 4))
+    params["BatchNorm_0"]["scale"] = 3 * jax.random.normal(keys[1], (4,))
+    variance = jnp.exp(jax.random.normal(keys[2], (4,)))
+    scale = lambda params: params["BatchNorm_0"]["scale"] * jax.lax.rsqrt(variance + 1e-5)
+
+    def net(params, x):
+        x = nn.Conv(4, (3, 3), use_bias=False, padding="CIRCULAR").apply({"params": params["Conv_0"]}, x[None])
+        return x[0] * scale(params).reshape(1, 1, 4)
+
+    def scales(params, x):
+        return {"Conv_0": {"kernel": scale(params)}, "BatchNorm_0": None}
+
+    x = jnp.ones(shape)
+    norm = lambda net: norm_of(functools.partial(net, params), shape)
+    folded = oj.normalize(net, 0.7, scales=scales)
+    assert norm(oj.normalize(net, 0.7)) > 0.8
+    assert norm(folded) == pytest.approx(0.7, rel=1e-5)
+    assert norm(jax.jit(folded)) == pytest.approx(0.7, rel=1e-5)
+    np.testing.assert_array_equal(oj.normalize(net, 1e3, scales=scales)(params, x), net(params, x))  # inside: as it is
+    loss = lambda net: lambda params: jnp.sum(jnp.tanh(net(params, x)))
+    jax.test_util.check_grads(loss(folded), (params,), order=1, modes=["rev"], rtol=2e-2, atol=2e-2)
+    params["BatchNorm_0"]["scale"] = jnp.zeros(4)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.grad(loss(folded))(params)))
+
+
+def test_scales_of_stacked_kernels():
+    def net(params, x):
+        step = lambda x, kernel: (jax.lax.conv(x, kernel, (1, 1), "SAME"), None)
+        return jax.lax.scan(step, x, params)[0]
+
+    kernels, scale = jnp.ones((3, 2, 2, 3, 3), jnp.bfloat16), jnp.arange(1.0, 7).reshape(3, 2)
+    seen = []
+    oj.normalize(lambda params, x: seen.append(params) or net(params, x), scales=lambda *_: scale)(
+        kernels, jnp.ones((1, 2, 5, 5), jnp.bfloat16)
+    )
+    assert seen[-1].dtype == jnp.bfloat16
+    conv = oj.Conv((5, 5), kernel_layout="OIHW")
+    for kernel, factors in zip(seen[-1], scale):
+        folded = kernel.astype(jnp.float32) * factors[:, None, None, None]
+        assert 0.99 < oj.operator_norm_bounds(folded, conv).upper < 1 + 2**-7
+
+
 @jax.numpy_dtype_promotion("standard")  # optax's own
 def test_it_trains():
     """The normalised network learns, and its bound holds throughout."""
@@ -268,6 +314,14 @@ def test_wrong_calls():
     masked = lambda params, x: jax.lax.conv(x, params * jnp.tril(jnp.ones((1, 1, 3, 3))), (1, 1), "SAME")
     with pytest.raises(ValueError, match="cannot describe"):
         oj.normalize(masked)(jnp.ones((2, 2, 3, 3)), jnp.ones((1, 2, 5, 5)))
+    with pytest.raises(TypeError, match="expected scales to be a function"):
+        oj.normalize(apply, scales={"Conv_0": 1.0})
+    for scale, got in ((jnp.ones(3), r"float32 of shape \(3,\)"), (jnp.ones(4, int), "int"), (2.0, "got 2.0")):
+        with pytest.raises(ValueError, match=rf"'kernel'\] \(3, 3, 2, 4\): expected its scale to be .* {got}"):
+            scales = {**dict.fromkeys(params), "Conv_0": {"kernel": scale, "bias": None}}
+            oj.normalize(apply, scales=lambda *_, scales=scales: scales)(params, x)
+    with pytest.raises(ValueError, match="expected scales to have the structure of the parameters"):
+        oj.normalize(apply, scales=lambda *_: {"Conv_7": None})(params, x)
     with pytest.raises(ValueError, match="expected the layer to have a parameter 'kernel'"):
         oj.equinox.OperatorNorm(eqx.nn.Linear(3, 3, key=jax.random.key(0)), "kernel")
     with pytest.raises(AttributeError, match="no attribute 'torch'"):

@@ -1,11 +1,11 @@
 """Every figure in the documentation, measured on this machine.
 
-    python -m benchmarks [NAME ...] [--quick] [--repeats 7] [--out benchmarks/results]
+    python -m benchmarks [NAME ...] [--quick] [--repeats 7] [--out benchmarks/results] [--data-dir CIFAR10]
 
 NAME: spectrum (the paper's section 4.1), claims (one kernel), projection (in units of a clip), lipschitz (bounds on
 whole networks), training (shares of a step), spectral_norm (what Flax's SpectralNorm leaves of a norm), optimizers
-(Muon for convolutions and others, on digits), scaling (map, channels, layers, devices, memory), gpu (all that is
-claimed of accelerators, in one run of under 9 minutes); without one, all that suit this machine. Each writes
+(Muon for convolutions and others, on digits and CIFAR-10), scaling (map, channels, layers, devices, memory), gpu (all
+that is claimed of accelerators, in one run of under 9 minutes); without one, all that suit this machine. Each writes
 NAME.jsonl, with versions and hardware on every line.
 ``--table`` prints the tables of docs/speed.md from the files that are there, draws the pictures beside them, and
 measures nothing.
@@ -28,6 +28,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs; writes nothing")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--data-dir", type=Path, help="where CIFAR-10 is, for optimizers")
     parser.add_argument("--table", action="store_true", help="tables and pictures from the results there are")
     options = parser.parse_args()
     if options.table:

@@ -12,7 +12,7 @@ def draw(folder):
     import matplotlib.pyplot as plt
 
     drawn = []
-    for name, maker in {"spectrum": spectrum, "scaling": scaling}.items():
+    for name, maker in {"spectrum": spectrum, "scaling": scaling, "optimizers": optimizers}.items():
         if rows := read(folder, name):
             drawn.append(folder / f"{name}.png")
             figure = maker(rows, plt)
@@ -47,6 +47,20 @@ def scaling(rows, plt):
         lines(axis, here, key, here[0]["seconds"])
         axis.set(xlabel=label)
         axis.legend(fontsize="small")
+    return figure
+
+
+def optimizers(rows, plt):
+    """The training loss of each epoch, one panel per data set."""
+    rows = [row for row in rows if "curve" in row]
+    panels = list(dict.fromkeys(row["data"] for row in rows))
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), layout="constrained", squeeze=False)
+    for axis, data in zip(axes[0], panels):
+        for row in (row for row in rows if row["data"] == data):
+            axis.semilogy(range(1, 1 + row["epochs"]), row["curve"], marker="o", label=row["optimizer"])
+        axis.set(title=data, xlabel="epoch", ylabel="training loss, mean of three seeds")
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize="small")
     return figure
 
 

@@ -9,6 +9,7 @@ import pytest
 from conftest import THOROUGH
 
 import opnorm_jax as oj
+from opnorm_jax import _rounding
 
 DIGITS = 40
 
@@ -89,3 +90,20 @@ def test_allowance_covers_the_computed_norm(dtype, x64):
             computed = mpmath.mpf(float(oj.operator_norm(jnp.asarray(kernel), (4, 4))))
             worst = max(worst, abs(float(computed / true - 1)) / np.finfo(dtype).eps)
     assert worst <= 8  # of 16 + 3 + 4 sqrt(2)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_the_allowance_for_rounding_grows_with_the_matrices(dtype):
+    """Sums of more terms round more, and so do factorisations of larger matrices."""
+    eps = float(jnp.finfo(dtype).eps)
+    for side, channels in ((3, 4), (5, 64), (3, 1024)):
+        for allowance in (
+            _rounding.rounding((side, side, channels, channels), dtype),
+            _rounding.dense_rounding(channels, side**2, dtype),
+        ):
+            assert (
+                eps * (16 + side + 4 * channels**0.5) <= allowance * (1 + 1e-12) <= 2 * eps * (16 + 4 * channels**0.5)
+            )
+        assert _rounding.semidefinite_rounding(channels, dtype) >= eps * (16 + 3.9 * channels**0.5)
+    assert _rounding.inside_tolerance(dtype) == _rounding.tie_tolerance(dtype) == 32 * eps
+    assert _rounding.possible_limit(jnp.float32(3)) >= 9 and _rounding.possible_limit(jnp.float32(0)) > 0

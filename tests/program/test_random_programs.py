@@ -412,3 +412,40 @@ def test_copies_on_several_devices_count():
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", SHARDED], env=environment, capture_output=True, text=True)
     assert not done.returncode, done.stderr
+
+
+# Places that are parameters, traced: nothing is known of them. The bound holds for any of them, and is reached by one.
+PLACES = {
+    "gather": (lambda p, x: x[p], (5,), [[0, 0, 0, 0], [4, 1, 2, 0]], 2.0),
+    "scatter": (lambda p, x: jnp.ones((5,)).at[p[:1]].set(3 * x[:1]), (5,), [[0], [4]], 3.0),
+    "scatter over x": (lambda p, x: x.at[p].set(2 * x[::-1][:1]), (5,), [[0], [2]], 5**0.5),
+    "scatter-add": (lambda p, x: jnp.zeros((6,)).at[p].add(x), (4,), [[0, 0, 0, 0], [5, 1, 2, 0]], 2.0),
+    "dynamic_slice": (lambda p, x: 3 * jax.lax.dynamic_slice(x, (p[0],), (2,)), (5,), [[0], [3]], 3.0),
+    "dynamic_update_slice": (
+        lambda p, x: jax.lax.dynamic_update_slice(x, 2 * x[:2], (p[0],)),
+        (5,),
+        [[0], [2]],
+        5**0.5,
+    ),
+    "moved before": (lambda p, x: jnp.flip(x[p].reshape(2, 2).T).ravel()[1:], (5,), [[0, 0, 0, 0], [1, 2, 3, 4]], 2.0),
+    "sort": (lambda p, x: jax.lax.sort((p, 2 * x), num_keys=1)[1], (3,), [[2, 0, 1], [0, 1, 2]], 2.0),
+    "repeated after": (lambda p, x: jnp.broadcast_to(x[p], (3, 3)), (5,), [[1, 1, 1], [0, 2, 4]], 3.0),
+}
+
+
+@pytest.mark.parametrize("method", ["product", "sdp"])
+@pytest.mark.parametrize("name", PLACES)
+def test_places_that_are_not_known(name, method):
+    fn, shape, places, wanted = PLACES[name]
+    x = jnp.arange(1.0, 1 + shape[0])
+    bound = jax.jit(lambda p: oj.lipschitz_bound(fn, p, x, method=method))
+    jacobian = jax.jacobian(fn, argnums=1)
+    for place in map(jnp.asarray, places):
+        truth = np.linalg.norm(np.asarray(jacobian(place, x)).reshape(-1, x.size), 2)
+        assert truth * (1 - 1e-6) <= bound(place) <= wanted * (1 + 1e-5), place
+
+
+def test_windows_that_start_from_the_input_are_refused():
+    fn = lambda p, x: jax.lax.reduce_window(x, x[0], jax.lax.add, (3,), (1,), "VALID")
+    with pytest.raises(ValueError, match="starts from something that depends on the input|add, max nor min"):
+        oj.lipschitz_bound(fn, None, jnp.ones(6))

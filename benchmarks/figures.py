@@ -57,8 +57,11 @@ def optimizers(rows, plt):
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), layout="constrained", squeeze=False)
     for axis, data in zip(axes[0], panels):
         for row in (row for row in rows if row["data"] == data):
-            axis.semilogy(range(1, 1 + row["epochs"]), row["curve"], marker="o", label=row["optimizer"])
-        axis.set(title=data, xlabel="epoch", ylabel="training loss, mean of three seeds")
+            axis.plot(range(1, 1 + row["epochs"]), row["curve"], marker="o", label=row["optimizer"])
+        low, high = axis.dataLim.intervaly
+        axis.set(title=data, xlabel="epoch", ylabel="training loss, mean of the seeds")
+        axis.set_yscale("log" if high > 10 * low else "linear")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize="small")
     return figure

@@ -147,3 +147,25 @@ def test_extremes():
         jax.grad(lambda g: oj.steepest_direction(g, conv).direction.sum())(gradient)
     with pytest.raises(TypeError, match="exact to be True or False"):
         oj.steepest_direction(gradient, conv, exact=1)
+
+
+K = jnp.ones((3, 3, 2, 2))
+WRONG = {
+    "exact": (lambda: oj.steepest_direction(K, (8, 8), exact=1), "expected exact to be True or False, got 1"),
+    "a list": (lambda: oj.steepest_direction([1.0], (8, 8)), r"an array of 4 axes \(HWIO\), got list"),
+    "rank": (lambda: oj.steepest_direction(jnp.ones((3, 2, 2)), (8, 8)), r"4 axes .*got kernel.shape=\(3, 2, 2\)"),
+    "integers": (lambda: oj.steepest_direction(jnp.ones((3, 3, 2, 2), int), (8, 8)), "real floating dtype, got int"),
+    "complex": (lambda: oj.steepest_direction(K + 0j, (8, 8)), "real floating dtype, got complex"),
+    "groups": (lambda: oj.steepest_direction(K, oj.Conv((8, 8), feature_group_count=3)), "multiple of .*=3, got 2"),
+    "no conv": (lambda: oj.steepest_direction(K, None), "expected an opnorm_jax.Conv or a tuple of ints .* got None"),
+    "execution": (lambda: oj.steepest_direction(K, (8, 8), execution="products"), "an opnorm_jax.Execution, got 'prod"),
+    "empty": (lambda: oj.steepest_direction(jnp.ones((0, 3, 2, 2)), (8, 8)), r"at least 1, got kernel.shape=\(0, 3"),
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_calls(name):
+    call, message = WRONG[name]
+    with pytest.raises((ValueError, TypeError), match=message):
+        call()

@@ -132,3 +132,7 @@ def test_wrong_calls():
     with pytest.raises(ValueError, match="'kernel'.*expected a kernel of 4 axes"):
         tx = oj.scale_by_conv_muon({"kernel": oj.Conv((8, 8))})
         tx.update({"kernel": jnp.ones((3, 4, 4))}, tx.init({"kernel": jnp.ones((3, 4, 4))}))
+    with pytest.raises(TypeError, match="an opnorm_jax.Execution, got 'eigh'"):
+        oj.scale_by_conv_muon({"kernel": oj.Conv((8, 8))}, execution="eigh")
+    with pytest.raises(ValueError, match=r"keys \['other'\] and convs has a dict with the keys \['kernel'\]"):
+        oj.conv_muon(0.1, {"kernel": oj.Conv((8, 8))}).init({"other": jnp.ones((3, 3, 4, 4))})

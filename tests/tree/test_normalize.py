@@ -307,6 +307,12 @@ def test_wrong_calls():
         oj.normalize(params)
     with pytest.raises(ValueError, match="expected max_norm to be positive"):
         oj.normalize(apply, 0.0)
+    with pytest.raises(TypeError, match=r"max_norm to be a positive number, got '1' \(str\)"):
+        oj.normalize(apply, "1")
+    with pytest.raises(ValueError, match=r"max_norm to be a scalar, got shape \(2,\)"):
+        oj.normalize(apply, jnp.ones(2))
+    with pytest.raises(TypeError, match="an opnorm_jax.Execution, got None"):
+        oj.normalize(apply, execution=None)
     with pytest.raises(ValueError, match="on_unknown"):
         oj.normalize(apply, on_unknown="warn")
     with pytest.raises(ValueError, match="a program in which none does"):

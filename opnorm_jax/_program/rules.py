@@ -251,12 +251,11 @@ def _pool(eqn, ins):
 
 def _windows(eqn: Any) -> list[np.ndarray]:
     """For each axis, which elements (columns) each window (row) holds."""
-    params, rank = eqn.params, len(eqn.invars[0].aval.shape)
-    given = lambda name: params.get(name) or (1,) * rank
-    matrices = []
+    params, matrices = eqn.params, []
     for n, (length, outputs) in enumerate(zip(eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape)):
-        size, step = params["window_dimensions"][n], given("window_strides")[n]
-        (low, _), spread, dilation = params["padding"][n], given("base_dilation")[n], given("window_dilation")[n]
+        size, step = params["window_dimensions"][n], params["window_strides"][n]
+        (low, _), dilation = params["padding"][n], params["window_dilation"][n]
+        spread = params["base_dilation"][n]
         at = step * np.arange(outputs)[:, None] + dilation * np.arange(size) - low
         matrix = np.zeros((outputs, length), np.int64)
         rows, _ = np.nonzero(held := (at % spread == 0) & (at >= 0) & (at < length * spread))
@@ -302,9 +301,9 @@ def _fourier(eqn, ins):
     The real transform is a part of the complex one. Its inverse counts most frequencies twice: at most a root of 2.
     """
     n = math.prod(eqn.params["fft_lengths"])
-    kind = str(eqn.params["fft_type"]).rsplit(".", 1)[-1]
-    norms = {"FFT": n**0.5, "RFFT": n**0.5, "IFFT": n**-0.5, "IRFFT": (2 / n) ** 0.5}
-    return times(ins[0].bound, norms[kind] * (1 + 1e-14)) if kind in norms else None
+    kinds = jax.lax.FftType
+    norms = {kinds.FFT: n**0.5, kinds.RFFT: n**0.5, kinds.IFFT: n**-0.5, kinds.IRFFT: (2 / n) ** 0.5}
+    return times(ins[0].bound, norms[eqn.params["fft_type"]] * (1 + 1e-14))
 
 
 # Movement to or from places that are not known.

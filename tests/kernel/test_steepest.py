@@ -155,7 +155,7 @@ WRONG = {
     "a list": (lambda: oj.steepest_direction([1.0], (8, 8)), r"an array of 4 axes \(HWIO\), got list"),
     "rank": (lambda: oj.steepest_direction(jnp.ones((3, 2, 2)), (8, 8)), r"4 axes .*got kernel.shape=\(3, 2, 2\)"),
     "integers": (lambda: oj.steepest_direction(jnp.ones((3, 3, 2, 2), int), (8, 8)), "real floating dtype, got int"),
-    "complex": (lambda: oj.steepest_direction(K + 0j, (8, 8)), "real floating dtype, got complex"),
+    "complex": (lambda: oj.steepest_direction(K.astype(complex), (8, 8)), "real floating dtype, got complex"),
     "groups": (lambda: oj.steepest_direction(K, oj.Conv((8, 8), feature_group_count=3)), "multiple of .*=3, got 2"),
     "no conv": (lambda: oj.steepest_direction(K, None), "expected an opnorm_jax.Conv or a tuple of ints .* got None"),
     "execution": (lambda: oj.steepest_direction(K, (8, 8), execution="products"), "an opnorm_jax.Execution, got 'prod"),

@@ -445,6 +445,27 @@ def test_places_that_are_not_known(name, method):
         assert truth * (1 - 1e-6) <= bound(place) <= wanted * (1 + 1e-5), place
 
 
+@pytest.mark.parametrize(
+    ("transform", "shape", "constant"),
+    [
+        (jnp.fft.fft, (9,), 3.0),
+        (jnp.fft.ifft, (9,), 1 / 3),
+        (jnp.fft.rfft, (9,), 3.0),
+        (jnp.fft.irfft, (5,), 0.5),
+        (jnp.fft.fft2, (3, 4), 12**0.5),
+        (jnp.fft.irfftn, (3, 3), (2 / 12) ** 0.5),
+        (lambda x: jnp.fft.irfft(2 * jnp.fft.rfft(x, axis=0), axis=0), (8, 3), 2 * 2**0.5),
+    ],
+)
+def test_fourier_transforms(transform, shape, constant):
+    """Each is bounded by its constant and reaches it, but for the last, whose parts are bounded one by one."""
+    bound = oj.lipschitz_bound(lambda _, x: transform(x), None, jnp.ones(shape))
+    assert constant * (1 - 1e-6) <= bound <= constant * (1 + 1e-5)
+    columns = jax.vmap(transform)(jnp.eye(np.prod(shape)).reshape(-1, *shape)).reshape(np.prod(shape), -1)
+    truth = np.linalg.norm(np.concatenate([columns.real, columns.imag], axis=1), 2)
+    assert 0.7 * constant <= truth <= constant * (1 + 1e-6)
+
+
 def test_windows_that_start_from_the_input_are_refused():
     fn = lambda p, x: jax.lax.reduce_window(x, x[0], jax.lax.add, (3,), (1,), "VALID")
     with pytest.raises(ValueError, match="starts from something that depends on the input|add, max nor min"):

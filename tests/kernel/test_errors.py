@@ -1,6 +1,7 @@
 """Bad input: each wrong call raises, and its message says what was expected, what came, what to do."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -148,6 +149,12 @@ OPTIONS = {
     "float chunk": (lambda: oj.Execution(chunk_bytes=1e6), TypeError, "chunk_bytes to be an int"),
     "positional Execution": (lambda: oj.Execution("products"), TypeError, "positional"),
     "zero slack": (lambda: oj.operator_norm_upper_bound(K, slack=0.0), ValueError, "slack to be positive, got 0.0"),
+    "endless slack": (lambda: oj.operator_norm_upper_bound(K, slack=math.inf), ValueError, "be positive, got inf"),
+    "no output along one axis": (
+        lambda: oj.operator_norm(K, oj.Conv((2, 8), padding="VALID")),
+        ValueError,
+        "at least one output pixel",
+    ),
     "string slack": (lambda: oj.operator_norm_upper_bound(K, slack="1%"), TypeError, "slack to be a number"),
     "upper bound of a vector": (lambda: oj.operator_norm_upper_bound(jnp.ones(3)), ValueError, "2 to 5 axes"),
     "stacked below 0": (lambda: oj.Conv((8, 8), stacked=-1), ValueError, "stacked to be 0 or more, got -1"),

@@ -65,6 +65,31 @@ def test_linear_circular_networks_are_exact(monkeypatch):
     assert not found[False] and found[True] > 5, found
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_concatenated_layers(stride):
+    """Two circular layers side by side, then one of both: without activations exact, with them no less."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = ((3, 3, 2, 3), (3, 3, 2, 2), (1, 1, 5, 2))
+    params = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes)]
+
+    def net(params, x, act=lambda x: x):
+        conv = lambda x, kernel, strides: jax.lax.conv_general_dilated(
+            x, kernel, (strides, strides), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        wrapped = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="wrap")
+        both = jnp.concatenate([conv(wrapped, params[0], 1), conv(wrapped, params[1], 1)], -1)
+        return conv(act(both), params[2], stride)
+
+    x = jnp.ones((1, 6, 6, 2))
+    matrix = np.asarray(jax.jacobian(net, argnums=1)(params, x), np.float64).reshape(-1, x.size)
+    norm = np.linalg.norm(matrix, 2)
+    linear = oj.lipschitz_bound(net, params, x)
+    assert norm * (1 - 1e-6) <= linear <= norm * (1 + 1e-4)
+    bent = oj.lipschitz_bound(lambda params, x: net(params, x, jax.nn.relu), params, x)
+    product = oj.lipschitz_bound(lambda params, x: net(params, x, jax.nn.relu), params, x, method="product")
+    assert norm * (1 - 1e-6) <= bent <= product
+
+
 def chain(kernels, shape, slopes=None):
     """The certificate of a chain of zero-padded layers and ReLUs by its recursion, in dense float64 NumPy.
 

@@ -26,7 +26,7 @@ from cosmic_ray.work_db import use_db
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 300  # seconds of CPU time a mutant
 TESTS = {  # module: files of tests; an expression for -k after a colon
-    "_geometry": "kernel/test_geometry",
+    "_geometry": "kernel/test_geometry kernel/test_errors kernel/test_bounds",
     "_rounding": "kernel/test_bounds kernel/test_inside kernel/test_project: certif or bound or inside or tolerance",
     "_blocks/symbol": "kernel/test_spectrum: dense or paper or circular or geometry",
     "_blocks/factor": "blocks/test_factor",
@@ -35,12 +35,12 @@ TESTS = {  # module: files of tests; an expression for -k after a colon
     "_blocks/clip": "kernel/test_project blocks/test_products: papers or clip",
     "_kernel/bounds": "kernel/test_bounds tree/test_report",
     "_kernel/norm": "kernel/test_bounds kernel/test_second_derivatives kernel/test_spectrum",
-    "_kernel/inside": "kernel/test_inside",
+    "_kernel/inside": "kernel/test_inside kernel/test_second_derivatives",
     "_kernel/clip": "kernel/test_project kernel/test_inside: papers or clip",
     "_kernel/nearest": "kernel/test_project: not extreme",
-    "_kernel/constrain": "kernel/test_project kernel/test_errors kernel/test_inside",
+    "_kernel/constrain": "kernel/test_project kernel/test_errors kernel/test_inside tree/test_transform",
     "_kernel/prepare": "kernel/test_precision kernel/test_bounds",
-    "_kernel/dense": "kernel/test_dense",
+    "_kernel/dense": "kernel/test_tight",
     "_kernel/inverse": "kernel/test_inverse",
     "_kernel/two_sided": "kernel/test_two_sided",
     "_kernel/steepest": "kernel/test_steepest",

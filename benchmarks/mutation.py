@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 300  # seconds of CPU time a mutant
 TESTS = {  # module: files of tests; an expression for -k after a colon
     "_geometry": "kernel/test_geometry kernel/test_errors kernel/test_bounds",
-    "_rounding": "kernel/test_bounds kernel/test_inside kernel/test_project: certif or bound or inside or tolerance",
+    "_rounding": "kernel/test_precision kernel/test_bounds kernel/test_inside: allowance or bound or inside",
     "_blocks/symbol": "kernel/test_spectrum: dense or paper or circular or geometry",
     "_blocks/factor": "blocks/test_factor",
     "_blocks/largest": "blocks/test_largest",

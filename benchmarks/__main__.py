@@ -4,8 +4,9 @@
 
 NAME: spectrum (the paper's section 4.1), claims (one kernel), projection (in units of a clip), lipschitz (bounds on
 whole networks), training (shares of a step), spectral_norm (what Flax's SpectralNorm leaves of a norm), optimizers
-(Muon for convolutions and others, on digits and CIFAR-10), scaling (map, channels, layers, devices, memory), gpu (all
-that is claimed of accelerators, in one run of under 9 minutes); without one, all that suit this machine. Each writes
+(Muon for convolutions and others, on digits and CIFAR-10), scaling (map, channels, layers, devices, memory), throughput
+(of the trainer), gpu (all that is claimed of accelerators, throughput included, in one run of under 9 minutes); without
+one, all that suit this machine. Each writes
 NAME.jsonl, with versions and hardware on every line.
 ``--table`` prints the tables of docs/speed.md from the files that are there, draws the pictures beside them, and
 measures nothing.
@@ -19,7 +20,8 @@ from benchmarks.measure import CORES, RESULTS, write
 
 import jax  # isort: skip  (after benchmarks.measure, which sets what is read when the libraries load)
 
-NAMES = ("spectrum", "claims", "projection", "lipschitz", "training", "spectral_norm", "optimizers", "scaling", "gpu")
+CPU = ("spectrum", "claims", "projection", "lipschitz", "training", "spectral_norm", "optimizers", "scaling")
+NAMES = (*CPU, "throughput", "gpu")
 
 
 def main():
@@ -29,6 +31,8 @@ def main():
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--data-dir", type=Path, help="where CIFAR-10 is, for optimizers")
+    parser.add_argument("--seconds", type=float, help="stop gpu before so long")
+    parser.add_argument("--parts", nargs="+", help="of gpu: throughput, factorizations, kernels, training")
     parser.add_argument("--table", action="store_true", help="tables and pictures from the results there are")
     options = parser.parse_args()
     if options.table:
@@ -39,7 +43,7 @@ def main():
         return
     jax.config.update("jax_num_cpu_devices", CORES)
     accelerated = jax.default_backend() != "cpu"
-    for name in options.names or [name for name in NAMES if (name == "gpu") == accelerated]:
+    for name in options.names or (["gpu"] if accelerated else CPU):
         print(f"== {name}", flush=True)
         rows = importlib.import_module(f"benchmarks.{name}").run(options)
         if not options.quick:

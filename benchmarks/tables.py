@@ -66,11 +66,37 @@ def scaling(rows):
 
 
 def gpu(rows):
-    """Times faster than the plain two-liner, and shares of a step."""
+    """Throughput, times faster than the plain two-liner, factorisations and their errors, and shares of a step."""
+    of = lambda claim: [row for row in rows if row["claim"] == claim]
+    parts = []
     lines = [
-        [row["claim"], f"{row['channels']}@{row['map']}", name, f"{times:.3g}"]
-        for row in rows
-        if "times faster" in row
+        [row["networks"], row["computed in"], row["constraint"], f"{1e3 * row['seconds']['step']:.3g}"]
+        + [f"{row['images per second']:,.0f}", f"{row['minutes for 250 epochs']:.3g}"]
+        + [f"{row['compile_seconds']['step']:.0f}", f"{row['profile']['kernels a step']:.0f}"]
+        for row in of("throughput")
+    ]
+    header = [
+        "networks",
+        "in",
+        "constraint",
+        "step, ms",
+        "images/s",
+        "250 epochs, minutes",
+        "compilation, s",
+        "kernels a step",
+    ]
+    parts.append(markdown(header, lines))
+    lines = [
+        [f"{row['channels']}@{row['map']}", name, f"{1e3 * row['seconds'][name]:.3g}", f"{times:.3g}"]
+        for row in of("kernels")
         for name, times in row["times faster"].items()
     ]
-    return markdown(["claim", "channels@map", "by", "times faster"], lines) + "\n\n" + training(rows)
+    parts.append(markdown(["channels@map", "function", "ms", "times faster"], lines))
+    calls = ("eigh", "cholesky", "product")
+    lines = [
+        [row["side"], row["matrices"], *(f"{1e3 * row['seconds'][call]:.3g}" for call in calls)]
+        + [f"{row['errors in eps']['eigenvalues']:.2g}"]
+        for row in of("factorizations")
+    ]
+    parts.append(markdown(["side", "matrices", *(f"{call}, ms" for call in calls), "eigenvalues' error, eps"], lines))
+    return "\n\n".join([*parts, training(rows)] if of("training") else parts)

@@ -11,10 +11,12 @@ from conftest import THOROUGH
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("name", ["claims", *(["gpu", "spectrum", "training", "scaling"] if THOROUGH else [])])
+@pytest.mark.parametrize(
+    "name", ["claims", *(["gpu", "spectrum", "training", "scaling", "throughput"] if THOROUGH else [])]
+)
 def test_benchmark_runs(name):
     command = [sys.executable, "-m", "benchmarks", name, "--quick", "--repeats", "1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=dict(os.environ))
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=dict(os.environ))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "ms:" in done.stdout
 

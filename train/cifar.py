@@ -103,11 +103,15 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
 
 
 def prepare(
-    config: Config, data: datasets.Dataset, hyper: dict[str, np.ndarray] | None = None
+    config: Config,
+    data: datasets.Dataset,
+    hyper: dict[str, np.ndarray] | None = None,
+    numbers: tuple[int, ...] | None = None,
 ) -> tuple[Run, loop.TrainState]:
     """The run, and its state before the first step.
 
-    ``hyper``, from a sweep, holds each network's own learning_rate and max_norm, in place of the configuration's.
+    ``hyper`` and ``numbers``, from a sweep, hold each network's own learning_rate and max_norm, and its seed, in place
+    of the configuration's.
     """
     per_epoch = len(data.train_images) // config.batch_size
     if per_epoch < 1:
@@ -137,7 +141,7 @@ def prepare(
         return loop.TrainState(params, variables.get("batch_stats", {}), opt_state, jnp.zeros((), jnp.int32), key)
 
     layout = parallel.layout(config.batch_size, config.devices)
-    seeds = parallel.Seeds(config.seed, config.seeds, hyper)
+    seeds = parallel.Seeds(numbers or tuple(config.seed + n for n in range(config.seeds)), hyper)
     state, axes = seeds.create(create)
     digits = config.dataset == "digits"
     pad, flip = (1, False) if digits else (4, True)
@@ -149,6 +153,26 @@ def prepare(
     test_set = layout.place((data.test_images, data.test_labels))
     run = Run(config, seeds, layout, convs, rate, per_epoch, steps, train_set, test_set, call, evaluate)
     return run, layout.place(state)
+
+
+def train_members(
+    config: Config, hyper: dict[str, np.ndarray], numbers: tuple[int, ...], console: Console
+) -> tuple[Run, loop.TrainState, Record]:
+    """Trains networks that differ in seed, learning rate and bound alone, from the folder's checkpoint if there is one.
+
+    ``hyper`` and ``numbers`` are as in :func:`prepare`. Returns the run, its last state and its record.
+    """
+    data = datasets.load(config.dataset, config.data_dir, config.download)
+    run, state = prepare(config, data, hyper, numbers)
+    owner = {"config": options.identity(config), "data": checkpoint.digest(data)}
+    folder = config.out_dir
+    with locked(folder), contextlib.closing(checkpoint.Checkpoints(folder / "checkpoints", config.keep)) as checkpoints:
+        found = checkpoints.restore(state, console.print, functools.partial(check_owner, config, owner))
+        state, position = found or (state, None)
+        with contextlib.closing(Record(folder, position)) as record:
+            save = lambda step, state: checkpoints.save(step, state, {**record.position(step), "owner": owner})
+            state, _ = train(run, state, record, save, console)
+    return run, state, record
 
 
 def check_owner(config: Config, owner: dict[str, Any], position: dict[str, Any]) -> None:
@@ -354,13 +378,13 @@ def evaluate_only(config: Config, console: Console) -> dict[str, Any]:
     return report.mean_and_error(errors)
 
 
-def median_seconds(function: Any, argument: Any, repeats: int = 5) -> float:
+def median_seconds(function: Any, *args: Any, repeats: int = 5) -> float:
     """Median wall-clock time of a compiled function."""
-    jax.block_until_ready(function(argument))
+    jax.block_until_ready(function(*args))
     times = []
     for _ in range(repeats):
         began = time.perf_counter()
-        jax.block_until_ready(function(argument))
+        jax.block_until_ready(function(*args))
         times.append(time.perf_counter() - began)
     return float(np.median(times))
 

@@ -84,38 +84,52 @@ def make_run_steps(
     train several seeds.
     """
     batch_size, per_epoch, pad, flip = batches
+    # Over the seeds, where there are several. The gradient is that of their losses' sum: were each seed's gradient
+    # taken under vmap, XLA would not see that a kernel's gradient is one, and call none of cuDNN's routines for it.
+    over_seeds = lambda function, in_axes, out_axes=0: (
+        function if axes is None else jax.vmap(function, in_axes=in_axes, out_axes=out_axes)
+    )
 
-    def loss_fn(params, batch_stats, images, labels):
+    def shuffle(key, epoch, images):
+        return jax.random.permutation(jax.random.fold_in(jax.random.fold_in(key, 0), epoch), len(images))
+
+    def draw(key, order, step, images, labels):
+        rows = jax.lax.dynamic_slice(order, ((step % per_epoch) * batch_size,), (batch_size,))
+        rows = rows if layout is None else jax.lax.with_sharding_constraint(rows, layout.split)
+        key = jax.random.fold_in(jax.random.fold_in(key, 1), step)
+        return standardise(augment(key, images[rows], pad, flip)), labels[rows]
+
+    def loss_of(params, batch_stats, images, labels):
         logits, changed = forward(params, batch_stats, images, train=True, mutable=["batch_stats"])
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
         return loss, (changed.get("batch_stats", {}), (logits.argmax(-1) == labels).mean())
 
-    def many(state: TrainState, images: jax.Array, labels: jax.Array, steps: int):
+    def total_loss(*args):
+        losses, rest = over_seeds(loss_of, 0)(*args)
+        return losses.sum(), (losses, *rest)
+
+    def move(params, opt_state, grads):
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    def run(state: TrainState, images: jax.Array, labels: jax.Array, steps: int):
         epoch = state.step // per_epoch  # a call never straddles two epochs
-        order = jax.random.permutation(jax.random.fold_in(jax.random.fold_in(state.key, 0), epoch), len(images))
+        order = over_seeds(shuffle, (0, None, None))(state.key, epoch, images)
+        opt_axes = None if axes is None else axes.opt_state
 
         def one(state, _):
-            rows = jax.lax.dynamic_slice(order, ((state.step % per_epoch) * batch_size,), (batch_size,))
-            rows = rows if layout is None else jax.lax.with_sharding_constraint(rows, layout.split)
-            key = jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step)
-            x = standardise(augment(key, images[rows], pad, flip))
-            gradient = jax.value_and_grad(loss_fn, has_aux=True)
-            (loss, (batch_stats, accuracy)), grads = gradient(state.params, state.batch_stats, x, labels[rows])
-            updates, opt_state = tx.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
+            batch = over_seeds(draw, (0, 0, None, None, None))(state.key, order, state.step, images, labels)
+            gradient = jax.grad(total_loss, has_aux=True)
+            grads, (loss, batch_stats, accuracy) = gradient(state.params, state.batch_stats, *batch)
+            moved = over_seeds(move, (0, opt_axes, 0), (0, opt_axes))
+            params, opt_state = moved(state.params, state.opt_state, grads)
             return TrainState(params, batch_stats, opt_state, state.step + 1, state.key), (loss, accuracy)
 
         if steps == 1:
             state, (loss, accuracy) = one(state, None)
             return state, loss, accuracy
         state, (losses, accuracies) = jax.lax.scan(one, state, None, length=steps)
-        return state, losses.mean(), accuracies.mean()
-
-    def run(state: TrainState, images: jax.Array, labels: jax.Array, steps: int):
-        if axes is None:
-            return many(state, images, labels, steps)
-        over_seeds = jax.vmap(lambda s: many(s, images, labels, steps), in_axes=(axes,), out_axes=(axes, 0, 0))
-        return over_seeds(state)
+        return state, losses.mean(0), accuracies.mean(0)
 
     placed = {} if layout is None else {"out_shardings": layout.everywhere}
     return jax.jit(run, static_argnames="steps", donate_argnums=0, **placed)

@@ -95,19 +95,18 @@ def stack_axes(state: Any) -> Any:
 
 
 class Seeds(NamedTuple):
-    """How many networks are trained at once. One is not stacked; several are, on a leading axis.
+    """The networks that are trained at once, by their seeds. One is not stacked; several are, on a leading axis.
 
-    They differ in their seeds, or, where ``hyper`` holds an array of one value each by name, in those and not in them.
+    ``hyper`` may hold, by name, an array of one value each.
     """
 
-    first: int
-    count: int
+    numbers: tuple[int, ...]
     hyper: dict[str, np.ndarray] | None = None
 
     @property
-    def numbers(self) -> list[int]:
-        """The seeds."""
-        return [self.first + (n if self.hyper is None else 0) for n in range(self.count)]
+    def count(self) -> int:
+        """How many they are."""
+        return len(self.numbers)
 
     def create(self, make: Callable[[jax.Array, Any], Any]) -> tuple[Any, Any]:
         """``make(key, hyper)`` for each, compiled; and the axes to map over, None for a single one."""

@@ -11,7 +11,6 @@ The same command given again goes on where it was stopped or killed; finished ru
 group leaves OUT_DIR/results/NAME.jsonl, one line a run: several machines' results are merged by copying those files.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -25,14 +24,11 @@ from typing import Any, Literal
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as in cifar.py
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import checkpoint
 import cifar
-import datasets
 import numpy as np
 import options
 import report
 import tyro
-from record import Record
 from rich.console import Console
 from rich.table import Table
 
@@ -196,13 +192,8 @@ def run_group(sweep: Sweep, members: list[Member], console: Console) -> None:
         "learning_rate": np.array([member["learning_rate"] for member in members]),
         "max_norm": np.array([member["max_norm"] or 1.0 for member in members]),
     }
-    run, state = cifar.prepare(config, datasets.load(config.dataset, config.data_dir, config.download), hyper)
     folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.closing(checkpoint.Checkpoints(folder / "checkpoints", keep=1)) as checkpoints:
-        state, position = checkpoints.restore(state, console.print) or (state, None)
-        with contextlib.closing(Record(folder, position)) as record:
-            save = lambda step, state: checkpoints.save(step, state, record.position(step))
-            cifar.train(run, state, record, save, console)
+    cifar.train_members(config, hyper, (sweep.seed,) * len(members), console)
     epochs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     names = ("test_error", "train_error", "train_loss")
     last = {name: np.atleast_1d(epochs[-1][name]).tolist() for name in names}

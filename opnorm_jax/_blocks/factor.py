@@ -205,8 +205,17 @@ def _values_by_svd(stack):
 
 
 def _values_by_eigh(stack):
-    values, _ = _eigh(gram(stack))
-    return jnp.sqrt(jnp.maximum(values, 0))[..., ::-1]
+    # An eigenvalue's root is off by up to sqrt(eps) of the largest; the length to which its vector is mapped, by less.
+    _, _, lengths = _mapped_by_vectors(stack)
+    return -jnp.sort(-lengths, axis=-1)
+
+
+def _mapped_by_vectors(stack):
+    """Computes the Gram matrices' eigenvectors, in descending order, what they are mapped to, and its lengths."""
+    m, n = stack.shape[-2:]
+    vectors = lax.linalg.eigh(gram(stack), symmetrize_input=False)[0][..., ::-1]
+    mapped = jnp.matmul(stack if n <= m else stack.conj().swapaxes(-1, -2), vectors, precision=_HIGHEST)
+    return vectors, mapped, _norm(mapped.swapaxes(-1, -2))[..., 0]
 
 
 JACOBI_SIDE = 4
@@ -260,12 +269,10 @@ def _svd(stack):
 
     def through_gram(a):
         m, n = a.shape[-2:]
-        vectors = lax.linalg.eigh(gram(a), symmetrize_input=False)[0][..., ::-1]
-        mapped = jnp.matmul(a if n <= m else a.conj().swapaxes(-1, -2), vectors, precision=_HIGHEST)
-        values = _norm(mapped.swapaxes(-1, -2))
-        inverse = jnp.where(values > 0, 1 / jnp.where(values > 0, values, 1), 0).swapaxes(-1, -2)
+        vectors, mapped, values = _mapped_by_vectors(a)
+        inverse = jnp.where(values > 0, 1 / jnp.where(values > 0, values, 1), 0)[..., None, :]
         mapped = mapped * inverse.astype(mapped.dtype)
-        return (mapped, values[..., 0], vectors) if n <= m else (vectors, values[..., 0], mapped)
+        return (mapped, values, vectors) if n <= m else (vectors, values, mapped)
 
     return lax.platform_dependent(stack, cpu=lapack, default=through_gram)
 

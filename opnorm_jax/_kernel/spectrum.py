@@ -49,7 +49,7 @@ def singular_values(
 
     Accuracy: absolute error within a few eps of the *largest* value; on a CPU up to 50 eps (6e-6) for values 1e-6 to
     1e-3 apart, which is LAPACK's own (the norm functions, which certify, use another routine). On GPU and TPU the
-    values come from a Gram matrix: those below sqrt(eps) of the largest are noise.
+    vectors come from a Gram matrix: values below sqrt(eps) of the largest are noise.
 
     Differentiable: twice, in any order of modes. At ties the first derivative is one element of the generalised
     gradient, and the second is NaN. Zero values have zero tangents.

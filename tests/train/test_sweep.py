@@ -152,8 +152,9 @@ def test_headline(tmp_path, monkeypatch):
         greatest = max(upper for _, upper in summary["norms_after"].values())
         assert row["largest_norm_of_a_layer"]["greatest"][1] == pytest.approx(greatest, rel=0.02)
     before = (plan.out_dir / "headline.jsonl").read_text()
-    monkeypatch.setattr(headline, "train_stack", None)  # the second time nothing is trained
-    headline.main(plan, QUIET)
+    with monkeypatch.context() as patch:
+        patch.setattr(headline, "train_stack", None)  # the second time nothing is trained
+        headline.main(plan, QUIET)
     assert (plan.out_dir / "headline.jsonl").read_text() == before
     curves.main(curves.Curves((plan.out_dir / "none", plan.out_dir / "clip1.0"), out=tmp_path / "curves.png"))
     assert (tmp_path / "curves.png").stat().st_size > 5000

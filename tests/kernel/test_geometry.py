@@ -6,7 +6,7 @@ from geometries import generate
 
 import opnorm_jax as oj
 from opnorm_jax import _cache
-from opnorm_jax._geometry import coarse_plan, half_grid, resolve
+from opnorm_jax._geometry import Axis, coarse_plan, half_grid, resolve, span
 
 pytestmark = pytest.mark.quick
 
@@ -135,3 +135,17 @@ def test_a_result_beyond_the_limit_is_kept_alone():
     assert cached(_cache.LIMIT + 1) is large
     cached(10)
     assert [key for key in cached.kept] == [((10,), ())]
+
+
+@pytest.mark.parametrize(
+    ("axis", "expected"),
+    [
+        (Axis(8, 3, 1, 1, 1, 0), 2),
+        (Axis(12, 3, 1, 1, 4, 0), 8),
+        (Axis(12, 4, 3, 1, 1, 0), 1),  # taps 0 to 3 of every third pixel
+        (Axis(24, 5, 1, 2, 1, 0), 2),
+        (Axis(6, 1, 1, 1, 1, 0), 0),
+    ],
+)
+def test_span_is_that_of_the_taps_on_a_line(axis, expected):
+    assert span(axis) == expected

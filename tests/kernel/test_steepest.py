@@ -11,6 +11,7 @@ from conftest import THOROUGH
 from geometries import generate
 
 import opnorm_jax as oj
+from opnorm_jax._rounding import rounding
 
 
 def norm(kernel, conv):
@@ -169,3 +170,21 @@ def test_wrong_calls(name):
     call, message = WRONG[name]
     with pytest.raises((ValueError, TypeError), match=message):
         call()
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("padding", ["SAME", "CIRCULAR"])
+def test_step_and_gap_allow_for_rounding(exact, padding):
+    """The step's norm is below 1 by the allowance; where the dual norm is known the gap is at least as large."""
+    rng = np.random.default_rng(0)
+    for shape in ((1, 1, 6, 6), (3, 3, 6, 6)):
+        gradient = jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        conv, allowed = oj.Conv((8, 8), padding=padding), rounding(shape, np.float32)
+        found = oj.steepest_direction(gradient, conv, exact=exact)
+        grid = (
+            (1, 1) if shape[0] == 1 else (8, 8) if padding == "CIRCULAR" else (9, 9)
+        )  # the layer's, or its embedding's
+        size = oracle.paper_singular_values(np.asarray(found.direction, np.float64), grid).max()
+        assert size <= 1 - allowed / 2
+        if shape[0] == 1:
+            assert found.gap >= 1.5 * allowed * found.descent

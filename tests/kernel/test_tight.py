@@ -8,6 +8,7 @@ import pytest
 from geometries import generate
 
 import opnorm_jax as oj
+from opnorm_jax._rounding import dense_rounding
 
 CASES = {  # kernel, Conv
     "SAME on 8x8": ((3, 3, 8, 8), oj.Conv((8, 8))),
@@ -75,3 +76,20 @@ def test_errors():
         oj.operator_norm_bounds(jnp.ones((3, 3, 64, 64)), oj.Conv((32, 32)), tight=True)
     with pytest.raises(TypeError, match="tight to be True or False"):
         oj.operator_norm_bounds(jnp.ones((3, 3, 1, 1)), oj.Conv((4, 4)), tight="yes")
+
+
+@pytest.mark.parametrize("scale", [2.0**-20, 2.0**20])
+def test_a_tight_bound_scales_with_the_kernel(scale):
+    shape, conv = CASES["SAME on 8x8"]
+    kernel = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    one, other = (oj.operator_norm_bounds(k, conv, tight=True) for k in (kernel, np.float32(scale) * kernel))
+    assert other == (scale * one.lower, scale * one.upper)
+
+
+def test_a_tight_bound_allows_for_rounding_twice():
+    """Once where the search starts, once for the factorisation: seen where the norm, 2, is computed almost exactly."""
+    kernel = np.zeros((3, 4, 4), np.float32)
+    kernel[:] = np.eye(4)
+    upper = oj.operator_norm_bounds(kernel, oj.Conv((2,)), tight=True).upper
+    allowance = dense_rounding(8, 3 * 16, np.float32)
+    assert 2 * (1 + 1.9 * allowance) < upper < 2 * (1 + 2.5 * allowance)

@@ -1,5 +1,7 @@
 """Programs that users have reported or would write, with the values that are right for them."""
 
+import functools
+
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -410,3 +412,12 @@ def test_a_scatter_under_jit():
     fn = lambda p, x: p * lax.scatter_add(jnp.zeros(4), indices, x, numbers)
     found = jax.jit(lambda p: oj.lipschitz_bound(fn, p, jnp.zeros(3)))(jnp.float32(1))
     assert np.isclose(found, np.sqrt(2), rtol=1e-5)
+
+
+def test_numbers_that_meet_are_added():
+    """A scatter that adds two of its updates moves neither to a place of its own. The third update is dropped."""
+    at = jnp.array([0, 0, 9, 3])
+    fn = lambda p, x: p * jnp.zeros(5).at[at].add(x)
+    truth = np.linalg.norm(jax.jacobian(functools.partial(fn, 1.0))(jnp.ones(4)), 2)
+    assert truth == pytest.approx(2**0.5)
+    assert oj.lipschitz_bound(fn, 1.0, jnp.ones(4)) >= truth * (1 - 1e-6)

@@ -12,7 +12,8 @@ import pytest
 
 import opnorm_jax as oj
 from opnorm_jax._kernel import constrain, inside
-from opnorm_jax._tree import landing
+from opnorm_jax._rounding import rounding
+from opnorm_jax._tree import landing, transform
 
 CONV = oj.Conv((6, 6), padding="SAME")
 CIRCLE = (7, 7)  # a circular convolution at this size bounds the layer: its circulant embedding
@@ -377,3 +378,19 @@ def test_differentiable_to_first_order_outside_the_ball(x64):
     np.testing.assert_allclose(
         pulled, jax.vjp(lambda k: oj.rescale_operator_norm(k, CONV, 1.0), kernel)[1](direction)[0], atol=1e-9
     )
+
+
+def test_landing_leaves_room_for_the_rounding_of_a_norm(monkeypatch):
+    """Where a target is to land is below the bound by twice what a computed norm may be off."""
+    original, limits = transform.find_scale, []
+
+    def record(target, reach, conv, bound, limit):
+        jax.debug.callback(lambda limit: limits.append(float(limit)), limit)
+        return original(target, reach, conv, bound, limit)
+
+    monkeypatch.setattr(transform, "find_scale", record)
+    kernel = jnp.full((3, 2, 4, 5), 7.0)  # of a shape that nothing else has, so that it is traced here
+    jax.block_until_ready(oj.constrain({"k": kernel}, 1.0, {"k": CONV}))
+    jax.effects_barrier()
+    (limit,) = limits
+    assert limit <= (1 + 2 * np.finfo(np.float32).eps) * (1 - 1.9 * rounding(kernel.shape, np.float32))

@@ -107,3 +107,13 @@ def test_the_allowance_for_rounding_grows_with_the_matrices(dtype):
         assert _rounding.semidefinite_rounding(channels, dtype) >= eps * (16 + 3.9 * channels**0.5)
     assert _rounding.inside_tolerance(dtype) == _rounding.tie_tolerance(dtype) == 32 * eps
     assert _rounding.possible_limit(jnp.float32(3)) >= 9 and _rounding.possible_limit(jnp.float32(0)) > 0
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_extreme_kernels_whose_entries_differ_in_size(scale):
+    """The power of two that a kernel is divided by goes by its largest entry: squares neither overflow nor vanish."""
+    kernel = np.random.default_rng(0).standard_normal((3, 3, 2, 2))
+    kernel[0, 0] = 0.0, 1e-3
+    bounds = oj.operator_norm_bounds(jnp.asarray(scale * kernel, jnp.float32), oj.Conv((4, 3), padding="CIRCULAR"))
+    true = oracle.paper_singular_values(kernel, (4, 3)).max()
+    assert bounds.lower / scale <= true * (1 + 1e-6) and true * (1 - 1e-6) <= bounds.upper / scale <= true * (1 + 1e-5)

@@ -292,6 +292,16 @@ def test_small_chunks_and_groups_change_nothing():
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 
+def test_chunks_by_products_change_nothing():
+    """The dual is cut into chunks of 3 of the 34 frequencies, so that the last is filled up."""
+    kernel = jax.random.normal(jax.random.key(0), (3, 3, 2, 2))
+    conv = oj.Conv((8, 8), padding="CIRCULAR")
+    project = lambda **options: oj.project_operator_norm(
+        kernel, conv, 3.0, execution=oj.Execution(factorization="products", **options)
+    )
+    np.testing.assert_allclose(project(chunk_bytes=3 * 2 * 4 * 4), project(), atol=1e-5)
+
+
 def test_gap_is_a_true_certificate():
     """distance - gap never exceeds the distance of the (independently found) nearest kernel."""
     for seed in range(5):

@@ -149,6 +149,25 @@ def test_seeds_together_are_seeds_alone(cache, one_device, tmp_path):
     assert summary["test_error_standard_error"] == pytest.approx(abs(errors[0] - errors[1]) / 2)
 
 
+def test_gradients_of_a_stack_are_the_same_on_every_platform():
+    """Both ways to take them, and one network at a time."""
+    rng = np.random.default_rng(0)
+    kernels, images = (
+        jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((3, 3, 3, 2, 4), (3, 5, 8, 8, 2))
+    )
+
+    def loss_of(kernel, images):
+        out = jax.lax.conv_general_dilated(images, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return (out**2).mean(), out.sum()
+
+    alone = [loop.gradient_of_each(loss_of, False, "gpu")(k, x) for k, x in zip(kernels, images)]
+    for platform in ("cpu", "gpu"):
+        grads, sums = loop.gradient_of_each(loss_of, True, platform)(kernels, images)
+        for n, (grad, total) in enumerate(alone):
+            np.testing.assert_allclose(grads[n], grad, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(sums[n], total, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("constraint", [pytest.param("rescale", marks=pytest.mark.slow), "reshape"])
 def test_seeds_keep_the_steps_in_between_free(constraint, tmp_path):
     """Under ``vmap`` the constraint stays behind a branch on one shared counter."""

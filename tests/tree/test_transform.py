@@ -399,3 +399,18 @@ def test_kernels_sharded_on_any_axis_of_eight_devices(axes):
     }
     out = subprocess.run([sys.executable, "-c", MESHES, axes], env=env, capture_output=True, text=True, timeout=500)
     assert "all the same" in out.stdout, out.stderr[-3000:]
+
+
+@pytest.mark.parametrize("constraint", ["project", "clip", "rescale"])
+@pytest.mark.parametrize("size", [0.5, 2.0])
+def test_logged_norms_are_those_before_the_constraint(constraint, size):
+    """Of a kernel inside too, which needs no norm to be left as it is."""
+    kernel = jax.random.normal(jax.random.key(0), (3, 3, 2, 3))
+    conv = oj.Conv((6, 6))
+    kernel = kernel * (size / oj.operator_norm_upper_bound(kernel))
+    tx = oj.constrain_operator_norm(1.0, {"k": conv}, constraint=constraint, log_norms=True)
+    zero = {"k": jnp.zeros_like(kernel)}
+    _, state = tx.update(zero, tx.init({"k": kernel}), {"k": kernel})
+    (logged,) = jax.tree.leaves(state.norms)
+    bounds = oj.operator_norm_bounds(kernel, conv)
+    assert bounds.lower <= logged * (1 + 1e-5) and logged <= bounds.upper * (1 + 1e-5)

@@ -131,7 +131,7 @@ def page(states, seed):
         "numbers (by 1), conditions (negated), booleans, and exchanged names (`maximum` for `minimum`, `any` for",
         "`all`, a missing `conj`): a sample of all places, one change of each place and kind. Headers, bodies of",
         f"classes and errors are left out. Tests that take more than {LIMIT} s of CPU time count as timed out.",
-        "\"Killed since\" names the file of a test that notices the change and was added after the run.",
+        '"Killed since" names the file of a test that notices the change and was added after the run.',
         "",
         "| module | places | changes | killed | timed out | survived | of these judged |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -36,6 +36,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import arms
+import certify
 import checkpoint
 import datasets
 import jax
@@ -66,6 +67,7 @@ class Run(NamedTuple):
     steps: int
     train_set: Any  # on the devices
     test_set: Any
+    forward: Any  # arms.make_forward's
     call: Any  # loop.make_run_steps's
     evaluate: Any  # loop.make_evaluate's
 
@@ -151,7 +153,7 @@ def prepare(
     evaluate = loop.make_evaluate(forward, eval_batch_size, layout, config.seeds > 1)
     train_set = layout.place((data.train_images, data.train_labels))
     test_set = layout.place((data.test_images, data.test_labels))
-    run = Run(config, seeds, layout, convs, rate, per_epoch, steps, train_set, test_set, call, evaluate)
+    run = Run(config, seeds, layout, convs, rate, per_epoch, steps, train_set, test_set, forward, call, evaluate)
     return run, layout.place(state)
 
 
@@ -338,6 +340,9 @@ def finish(
         "constraint_share": share,
         "diverged": None if report.is_finite((params, state.batch_stats)) else diverged(config),
     }
+    if config.certify and summary["diverged"] is None:
+        images, labels = (np.asarray(part)[: config.certify_images] for part in run.test_set)
+        summary["certificate"] = certify.certify(run.forward, networks[0], statistics[0], images, labels)
     if parallel.is_first():
         report.plot_spectra(first[0], networks[0], run.convs, config.out_dir / "spectra.png")
         for seed, network, stats in zip(run.seeds.numbers, networks, statistics):
@@ -375,7 +380,14 @@ def evaluate_only(config: Config, console: Console) -> dict[str, Any]:
     errors = np.atleast_1d(evaluate(weights["params"], weights["batch_stats"], *test))
     for seed, error in enumerate(errors, saved.seed):
         console.print(f"test error{f' of seed {seed}' if stacked else ''}: {100 * error:.2f} %")
-    return report.mean_and_error(errors)
+    summary = report.mean_and_error(errors)
+    if config.certify:
+        first = (lambda tree: jax.tree.map(lambda leaf: leaf[0], tree)) if stacked else (lambda tree: tree)
+        images, labels = (part[: config.certify_images] for part in (data.test_images, data.test_labels))
+        networks = first(weights["params"]), first(weights["batch_stats"])
+        summary["certificate"] = certify.certify(forward, *networks, images, labels)
+        report.print_certificate(console, summary["certificate"])
+    return summary
 
 
 def median_seconds(function: Any, *args: Any, repeats: int = 5) -> float:

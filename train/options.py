@@ -81,6 +81,11 @@ class Config:
     """Stop after so many steps (rounded up to whole calls of the device) on the unchanged schedule, and report."""
     evaluate_only: Path | None = None
     """Test a checkpoint (OUT_DIR/checkpoints/STEP), a run's folder or its params.safetensors, and do not train."""
+    certify: bool = False
+    """At the end bound the network's Lipschitz constant, and report how many test images have a certified class and how
+    many withstand an attack."""
+    certify_images: int = 1000
+    """Of at most so many test images."""
     halt_on_nan: bool = True
     """Stop at the end of an epoch whose loss is NaN or infinite. What came after the last finite checkpoint is not
     saved."""
@@ -101,8 +106,8 @@ class Config:
 
 # These may differ when a run is resumed: they decide where it runs and what is kept, not what it computes.
 FREE = frozenset(
-    "data_dir download out_dir eval_batch_size resume save_every save_minutes keep max_steps evaluate_only halt_on_nan "
-    "tensorboard devices deterministic coordinator num_processes process_id".split()
+    "data_dir download out_dir eval_batch_size resume save_every save_minutes keep max_steps evaluate_only certify "
+    "certify_images halt_on_nan tensorboard devices deterministic coordinator num_processes process_id".split()
 )
 
 
@@ -115,7 +120,17 @@ def resolve(config: Config) -> Config:
         chosen["learning_rate"] = 0.05 if config.optimizer == "conv-muon" else 0.1 * config.batch_size / 128
     config = dataclasses.replace(config, **chosen)
     resnet.blocks(config.depth, config.width)  # type: ignore[arg-type]
-    for name in ("width", "epochs", "batch_size", "eval_batch_size", "every", "seeds", "save_every", "keep"):
+    for name in (
+        "width",
+        "epochs",
+        "batch_size",
+        "eval_batch_size",
+        "every",
+        "seeds",
+        "save_every",
+        "keep",
+        "certify_images",
+    ):
         if getattr(config, name) < 1:
             raise ValueError(f"expected {name} to be at least 1, got {getattr(config, name)}.")
     for name in ("max_steps", "devices", "epochs_per_decay"):

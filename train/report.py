@@ -100,6 +100,8 @@ def print_table(console: Console, summary: Mapping[str, Any]) -> None:
         share = f"{100 * summary['constraint_share']:.2f} %"
         figures.add_row("constraining, share of a step (timed alone, over every)", share)
     console.print(figures)
+    if "certificate" in summary:
+        print_certificate(console, summary["certificate"])
 
 
 def plot_spectra(before: Any, after: Any, convs: Any, path: Path) -> None:
@@ -127,6 +129,24 @@ def plot_spectra(before: Any, after: Any, convs: Any, path: Path) -> None:
     figure.suptitle("Spectra of the 3x3 layers, strides included (zero-padded layers: their circulant embeddings)")
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def print_certificate(console: Console, certificate: Mapping[str, Any]) -> None:
+    """The table of certified accuracy, and what the attack says of it."""
+    constants = certificate["lipschitz"]
+    title = (
+        f"{certificate['images']} test images, {100 * certificate['right']:.1f} % right; Lipschitz constant at most "
+        f"{constants['sdp']:.4g} (product of norms {constants['product']:.4g})"
+    )
+    table = Table(title=title)
+    for column in ("radius, pixels from 0 to 1", "certified", "by the product", "right when attacked"):
+        table.add_column(column, justify="right")
+    for row in certificate["radii"]:
+        shares = (row[name] for name in ("certified", "certified_by_product", "under_attack"))
+        table.add_row(f"{255 * row['radius']:.0f}/255", *(f"{100 * share:.1f} %" for share in shares))
+    console.print(table)
+    attacks = certificate["attacks_inside"]
+    console.print(f"attacks inside a certified radius: {attacks['tried']}, of which succeeded: {attacks['succeeded']}")
 
 
 def valid_json(content: Any) -> Any:

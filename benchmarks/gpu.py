@@ -120,7 +120,7 @@ def kernels(channels, n, repeats):
 def factorizations(side, count, repeats):
     """The library's calls on a stack of matrices of this side: times, and errors against float64 on the host.
 
-    Errors are in units of eps times the largest eigenvalue or value; the certificates allow for ``side`` of them.
+    Errors are of the first 16, in units of eps times the largest eigenvalue or singular value.
     """
     rng = np.random.default_rng(side)
     stack = (rng.standard_normal((count, side, side)) + 1j * rng.standard_normal((count, side, side))).astype("c8")

@@ -137,10 +137,12 @@ def train_stack(headline: Headline, constraint: str, arms: list[options.Config],
     console.print(f"{', '.join(arm.out_dir.name for arm in arms)}: {networks} networks at once")
     run, state, record = cifar.train_members(config, hyper, tuple(range(seeds)) * len(arms), console)
     steps, seconds = record.timed
-    finish = jax.jit(jax.vmap(lambda params, bound: oj.constrain(params, bound, run.convs, constraint=constraint)))
-    params = finish(state.params, jnp.float32(bounds))
-    share = cifar.median_seconds(finish, state.params, jnp.float32(bounds)) / config.every / (seconds / steps)
-    test = lambda params: np.asarray(run.evaluate(params, state.batch_stats, *run.test_set))
+    constrain = lambda params, bound: oj.constrain(params, bound, run.convs, constraint=constraint)
+    finish = jax.jit(jax.vmap(constrain) if networks > 1 else constrain)
+    limits = jnp.float32(bounds if networks > 1 else bounds[0])
+    params = finish(state.params, limits)
+    share = cifar.median_seconds(finish, state.params, limits) / config.every / (seconds / steps)
+    test = lambda params: np.atleast_1d(run.evaluate(params, state.batch_stats, *run.test_set))
     errors, errors_constrained = test(state.params), test(params)
     weights, statistics = run.seeds.split(params), run.seeds.split(state.batch_stats)
     epochs = [json.loads(line) for line in (config.out_dir / "metrics.jsonl").read_text().splitlines()]

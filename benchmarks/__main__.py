@@ -32,7 +32,11 @@ def main():
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--data-dir", type=Path, help="where CIFAR-10 is, for optimizers")
     parser.add_argument("--seconds", type=float, help="stop gpu before so long")
-    parser.add_argument("--parts", nargs="+", help="of gpu only throughput, factorizations, kernels or training; gpu.jsonl then holds them alone")
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        help="of gpu only throughput, factorizations, kernels or training; gpu.jsonl then holds them alone",
+    )
     parser.add_argument("--table", action="store_true", help="tables and pictures from the results there are")
     options = parser.parse_args()
     if options.table:

@@ -120,7 +120,7 @@ def test_ray(tiny):
 
 @pytest.mark.slow
 def test_headline(tmp_path, monkeypatch):
-    """Arms in one program, killed at the end of it, against an arm alone; the table's figures from first principles."""
+    """Arms in one program, stopped after it and begun again; the table's figures from first principles."""
     arms = {"none": np.inf, "clip1.0": 1.0}
     monkeypatch.setattr(headline, "STACKS", {"clip": arms})
     monkeypatch.setattr(report, "norms", lambda networks, convs: {"a": (len(networks), 3.0), "b": (0.5, 0.7)})
@@ -139,13 +139,8 @@ def test_headline(tmp_path, monkeypatch):
         assert row["standard_error"] == pytest.approx(abs(a - b) / 2)
         assert row["interval_95"][1] - row["mean"] == pytest.approx(12.7062 * abs(a - b) / 2, rel=1e-4)
         assert row["largest_norm_of_a_layer"] == {"least": [0.5, 0.7], "greatest": [2, 3.0]}
-    alone = headline.configure(plan, "clip1.0", "clip", 1.0)
-    summary = cifar.main(dataclasses.replace(alone, out_dir=tmp_path / "alone"), QUIET)
-    one, other = (json.loads((folder / "metrics.jsonl").read_text()) for folder in (tmp_path / "alone", alone.out_dir))
-    np.testing.assert_allclose(one["train_loss"], other["train_loss"], rtol=2e-3)
-    np.testing.assert_allclose(one["test_error"], other["test_error"], atol=0.02)
-    assert rows[1]["test_errors"] == other["test_error"]
-    np.testing.assert_allclose(rows[1]["test_errors_constrained"], summary["test_errors"], atol=0.02)
+    last = json.loads((plan.out_dir / "clip1.0" / "metrics.jsonl").read_text())
+    assert rows[1]["test_errors"] == last["test_error"]
     before = (plan.out_dir / "headline.jsonl").read_text()
     with monkeypatch.context() as patch:
         patch.setattr(headline, "train_stack", None)  # the third time there is nothing to do

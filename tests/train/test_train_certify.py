@@ -69,18 +69,17 @@ def test_certificate_of_a_linear_network():
 
 
 @pytest.mark.slow
-def test_certify_after_training_and_alone(tmp_path, monkeypatch):
-    """Both ways to ask for it give the same; no certificate is beaten; more is certified than by the product."""
+def test_certify_a_trained_network(tmp_path, monkeypatch):
+    """No certificate is beaten; more is certified than by the product; what is returned is on the screen."""
     monkeypatch.setattr(report, "norms", lambda *args: {})
     monkeypatch.setattr(report, "plot_spectra", lambda *args: None)
-    config = options.Config(out_dir=tmp_path, epochs=3, max_norm=0.5, certify=True, certify_images=100)
-    found = cifar.main(config, Console(quiet=True))["certificate"]
+    config = options.Config(out_dir=tmp_path, epochs=3, max_norm=0.5)
+    cifar.main(config, Console(quiet=True))
+    screen = io.StringIO()
+    alone = dataclasses.replace(config, evaluate_only=tmp_path, certify=True, certify_images=100)
+    found = cifar.main(alone, Console(file=screen, width=200))["certificate"]
     assert found["images"] == 100 and found["attacks_inside"]["succeeded"] == 0 < found["attacks_inside"]["tried"]
     assert found["lipschitz"]["sdp"] <= found["lipschitz"]["product"]
     for row in found["radii"]:
         assert row["certified_by_product"] <= row["certified"] <= row["under_attack"] <= found["right"]
-    screen = io.StringIO()
-    alone = dataclasses.replace(config, evaluate_only=tmp_path / "params.safetensors")
-    again = cifar.main(alone, Console(file=screen, width=200))["certificate"]
-    assert again["lipschitz"]["sdp"] == pytest.approx(found["lipschitz"]["sdp"], rel=1e-4)
     assert "of which succeeded: 0" in screen.getvalue() and "108/255" in screen.getvalue()

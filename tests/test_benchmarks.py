@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
-    "name", ["claims", *(["gpu", "spectrum", "training", "scaling", "throughput"] if THOROUGH else [])]
+    "name", ["spectrum", *(["claims", "gpu", "training", "scaling", "throughput"] if THOROUGH else [])]
 )
 def test_benchmark_runs(name):
     command = [sys.executable, "-m", "benchmarks", name, "--quick", "--repeats", "1"]

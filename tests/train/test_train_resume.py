@@ -110,7 +110,7 @@ def being_saved(folder):
 @pytest.mark.parametrize("moment", ["any", "saving"])
 def test_killed(moment, cache, undisturbed, tmp_path):
     """SIGKILL at random moments after the start, or a few milliseconds into a save, which then stays half written."""
-    rng, wanted, killed, landed = random.Random(moment), 20 if THOROUGH else 3, 0, 0
+    rng, wanted, killed, landed = random.Random(moment), 20 if THOROUGH else 2, 0, 0
     while killed < wanted or (moment == "saving" and not landed and killed < 20):
         process = start(cache, "--out-dir", tmp_path, *LONG)
         assert process.stdout is not None

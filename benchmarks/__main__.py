@@ -6,8 +6,7 @@ NAME: spectrum (the paper's section 4.1), claims (one kernel), projection (in un
 whole networks), training (shares of a step), spectral_norm (what Flax's SpectralNorm leaves of a norm), optimizers
 (Muon for convolutions and others, on digits and CIFAR-10), scaling (map, channels, layers, devices, memory), throughput
 (of the trainer), gpu (all that is claimed of accelerators, throughput included, in one run of under 9 minutes); without
-one, all that suit this machine. Each writes
-NAME.jsonl, with versions and hardware on every line.
+one, all that suit this machine. Each writes NAME.jsonl, with versions and hardware on every line.
 ``--table`` prints the tables of docs/speed.md from the files that are there, draws the pictures beside them, and
 measures nothing.
 """

@@ -2,13 +2,13 @@
 
     python -m benchmarks gpu [--quick]
 
-First the trainer's throughput (throughput.py). Then spectrum, norm, clip, inside (a clip of a kernel with half the
-norm) against the plain two-liner in jitted jax.numpy on the same device, 3x3 kernels; norm and clip by batched ``eigh``
-and by matrix products alone, which decides what ``factorization="auto"`` should take there; every answer compared with
-NumPy's in float64 first. factorizations: the library's own calls on stacks of matrices, with their errors. product: one
-batched complex product of the blocks, the unit in which a roofline counts (the norm by products takes 25, a clip some
-90). training: what ``every=1`` and ``every=100`` add to a step of ResNet-18 and ResNet-32. Rows are printed and written
-as they come; what no time is left for is named.
+First the trainer's throughput (throughput.py). factorizations: the library's calls on stacks of matrices, with their
+errors; one batched product is the unit in which a roofline counts (the norm by products takes 25, a clip some 90). Then
+spectrum, norm, clip, inside (a clip of a kernel with half the norm) against the plain two-liner in jitted jax.numpy on
+the same device, 3x3 kernels; norm and clip by batched ``eigh`` and by matrix products alone, which decides what
+``factorization="auto"`` should take; every answer compared with NumPy's in float64. training: what ``every=1`` and
+``every=100`` add to a step of ResNet-18 and ResNet-32. Rows are printed and written as they come; what no time is left
+for is named.
 On a CPU it runs too, which shows that it works and nothing else.
 """
 
@@ -30,29 +30,19 @@ NETWORKS = [("ResNet-32", 128, ("clip", "rescale", "project")), ("ResNet-18", 12
 LIMIT_SECONDS = 500
 
 
-class Clock:
-    """Seconds left of the limit."""
-
-    def __init__(self, limit):
-        self._end = time.perf_counter() + limit
-
-    def left(self):
-        return self._end - time.perf_counter()
-
-
 def timed(functions, repeats, limit):
     """Median seconds of each of several functions of nothing, in turns, and what each first call took besides.
 
     A function whose first calls used up the limit is measured by its second call alone.
     """
-    first, times, clock = {}, {name: [] for name in functions}, Clock(limit)
+    first, times, end = {}, {name: [] for name in functions}, time.perf_counter() + limit
     for name, function in functions.items():
         began = time.perf_counter()
         jax.block_until_ready(function())
         first[name] = time.perf_counter() - began
     for turn in range(repeats):
         for name, function in functions.items():
-            if turn and clock.left() < 0:
+            if turn and time.perf_counter() > end:
                 continue
             began = time.perf_counter()
             jax.block_until_ready(function())
@@ -62,7 +52,7 @@ def timed(functions, repeats, limit):
 
 
 def kernels(channels, n, repeats):
-    """Rows of one size."""
+    """The row of one size."""
     kernel = np.random.default_rng(0).standard_normal((3, 3, channels, channels)).astype(np.float32)
     size, k = (n, n), jax.device_put(kernel)
     truth = np.sort(rivals.paper_spectrum(kernel.astype(np.float64), size).ravel())
@@ -107,14 +97,7 @@ def kernels(channels, n, repeats):
     row = {"claim": "kernels", "channels": channels, "map": n, "times faster": times, "errors": errors}
     row |= {"seconds": seconds, "compile_seconds": compiling}
     show({key: value for key, value in row.items() if key != "errors"})
-    yield row
-    blocks = jax.lax.complex(*jax.random.normal(jax.random.key(0), (2, n * (n // 2 + 1), channels, channels)))
-    product = jax.jit(functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST))
-    seconds, _ = timed({"product": lambda: product(blocks, blocks)}, repeats, limit=5)
-    rate = 8 * blocks.shape[0] * channels**3 / seconds["product"]
-    row = {"claim": "product", "channels": channels, "map": n, "flops per second": rate, "seconds": seconds}
-    show(row)
-    yield row
+    return row
 
 
 def factorizations(side, count, repeats):
@@ -158,25 +141,23 @@ def factorizations(side, count, repeats):
 def parts(options):
     """(seconds it may need, name, function that yields rows) of everything, the most important first."""
     quick, repeats = options.quick, min(options.repeats, 5)
-    data = throughput.random_images(1280 if quick else 50_000)
-    depth, steps = (8, 4) if quick else (32, throughput.STEPS)
     for case in throughput.QUICK if quick else throughput.CASES:
-        yield 60, f"throughput of {case}", lambda case=case: [throughput.measure(*case, depth, data, steps)]
+        yield 60, f"throughput of {case}", lambda case=case: [throughput.measure(*case, quick)]
     for side, count in [(8, 16)] if quick else SIDES:
         yield 15, f"factorizations of {side}", lambda s=side, c=count: [factorizations(s, c, repeats)]
     for channels, n in [(8, 8)] if quick else SIZES:
-        yield 40, f"kernels {channels}@{n}", lambda c=channels, n=n: kernels(c, n, repeats)
+        yield 40, f"kernels {channels}@{n}", lambda c=channels, n=n: [kernels(c, n, repeats)]
     for case in training.QUICK if quick else NETWORKS:
         yield 90, f"training of {case[0]}", lambda case=case: [training.measure(*case, repeats)]
 
 
 def run(options):
     """All rows that there is time for; a part that fails is named, and the others go on."""
-    clock, rows = Clock(options.seconds or LIMIT_SECONDS), []
+    rows, end = [], time.perf_counter() + (options.seconds or LIMIT_SECONDS)
     for need, name, make in parts(options):
         if options.parts and name.split()[0] not in options.parts:
             continue
-        if clock.left() < need:
+        if end - time.perf_counter() < need:
             print(f"no time left for {name}", flush=True)
             continue
         began = time.perf_counter()

@@ -9,6 +9,7 @@ networks without a bound, the others clipped every 100 steps.
 """
 
 import collections
+import functools
 import re
 import sys
 import tempfile
@@ -37,6 +38,7 @@ QUICK = [(1, False, "none"), (3, True, "clip")]
 STEPS = 390
 
 
+@functools.cache
 def random_images(count):
     """Random images and labels in the shape of CIFAR-10."""
     rng = np.random.default_rng(0)
@@ -45,8 +47,9 @@ def random_images(count):
     return datasets.Dataset(images(count), labels(count), images(count // 5), labels(count // 5))
 
 
-def measure(networks, bf16, constraint, depth, data, steps):
+def measure(networks, bf16, constraint, quick):
     """One row."""
+    data, depth, steps = (random_images(1280), 8, 4) if quick else (random_images(50_000), 32, STEPS)
     config = options.Config(dataset="cifar10", depth=depth, seeds=networks, bf16=bf16, constraint=constraint)
     config = options.resolve(config)
     hyper = None
@@ -119,6 +122,4 @@ def profile(function, steps):
 
 def run(options):
     """All rows."""
-    data = random_images(1280 if options.quick else 50_000)
-    cases, depth, steps = (QUICK, 8, 4) if options.quick else (CASES, 32, STEPS)
-    return [measure(*case, depth, data, steps) for case in cases]
+    return [measure(*case, options.quick) for case in (QUICK if options.quick else CASES)]

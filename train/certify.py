@@ -45,7 +45,8 @@ def certify(
             name: np.asarray(pixel_radius(oj.certified_radius(logits, labels, constant), pixels / 255))
             for name, constant in constants.items()
         }
-        survives = lambda radius: np.asarray(resists(logits_of, params, pixels, labels, jnp.float32(radius)))
+        resists = make_attack(logits_of, params, pixels, labels)
+        survives = lambda radius: np.asarray(resists(jnp.float32(radius)))
         rows = [
             {
                 "radius": radius,
@@ -80,28 +81,31 @@ def pixel_radius(radius: Any, pixels: Any) -> Any:
     return jnp.maximum(radius * deviation / (1 + radius * floor), radius * floor)
 
 
-def resists(logits_of: Callable[..., Any], params: Any, pixels: Any, labels: Any, radius: Any) -> Any:
-    """Whether each image keeps its label under projected gradient steps in a ball of its own radius (N,).
+def make_attack(logits_of: Callable[..., Any], params: Any, pixels: Any, labels: Any) -> Callable[[Any], Any]:
+    """Makes ``resists(radius)``: whether each image keeps its label under projected gradient steps in a ball around it.
 
-    ``pixels`` are between 0 and 255, as ``logits_of`` takes them. The ball is not cut at black and white, which
-    can only help the attack.
+    ``radius`` (N,) holds each ball's own. ``pixels`` are between 0 and 255, as ``logits_of`` takes them. The balls are
+    not cut at black and white, which can only help the attack.
     """
-    wide = radius.reshape(-1, *(1,) * (pixels.ndim - 1))
     lengths = lambda x: jnp.sqrt(jnp.sum(x**2, axis=tuple(range(1, x.ndim)), keepdims=True))
     project = jax.vmap(optax.projections.projection_l2_ball)
+    widen = lambda radius: radius.reshape(-1, *(1,) * (pixels.ndim - 1))
 
     def loss(change):
         logits = logits_of(params, pixels + 255 * change)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).sum(), logits.argmax(-1) == labels
 
     @jax.jit
-    def step(change, held):
+    def step(change, held, radius):
         gradient, right = jax.grad(loss, has_aux=True)(change)
         gradient = gradient / jnp.maximum(lengths(gradient), jnp.finfo(jnp.float32).tiny)
-        return project(change + 2.5 / STEPS * wide * gradient, radius), held & right
+        return project(change + 2.5 / STEPS * widen(radius) * gradient, radius), held & right
 
-    change = jax.random.normal(jax.random.key(0), pixels.shape)
-    change, held = change * wide / lengths(change), jnp.ones(len(labels), bool)
-    for _ in range(STEPS):
-        change, held = step(change, held)
-    return held & loss(change)[1]
+    def resists(radius):
+        change = jax.random.normal(jax.random.key(0), pixels.shape)
+        change, held = change * widen(radius) / lengths(change), jnp.ones(len(labels), bool)
+        for _ in range(STEPS):
+            change, held = step(change, held, radius)
+        return held & loss(change)[1]
+
+    return resists

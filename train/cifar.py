@@ -82,7 +82,6 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     parallel.start(config)
     check_folder(config)
     data = datasets.load(config.dataset, config.data_dir, config.download)
-    owner = {"config": options.identity(config), "data": checkpoint.digest(data)}
     run, state = prepare(config, data)
     first = run.seeds.split(state.params)
     console.print(
@@ -91,14 +90,7 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
         + ("" if config.constraint == "none" else f", max_norm {config.max_norm:g}")
     )
     with locked(config.out_dir), contextlib.closing(open_folder(config)) as checkpoints:
-        found = checkpoints.restore(state, console.print, functools.partial(check_owner, config, owner))
-        state, position = found or (state, None)
-        if position is not None:
-            console.print(f"continuing from the checkpoint of step {position['step']:,} in {config.out_dir}")
-        record = Record(config.out_dir, position, config.tensorboard)
-        with contextlib.closing(record):
-            save = lambda step, state: checkpoints.save(step, state, {**record.position(step), "owner": owner})
-            state, compile_seconds = train(run, state, record, save, console)
+        state, record, compile_seconds = train_on(run, state, data, checkpoints, console)
         summary = finish(run, state, first, record, console, {"compile_seconds": compile_seconds, "began": began})
         parallel.wait("finished")
     return summary
@@ -166,15 +158,29 @@ def train_members(
     """
     data = datasets.load(config.dataset, config.data_dir, config.download)
     run, state = prepare(config, data, hyper, numbers)
-    owner = {"config": options.identity(config), "data": checkpoint.digest(data)}
     folder = config.out_dir
     with locked(folder), contextlib.closing(checkpoint.Checkpoints(folder / "checkpoints", config.keep)) as checkpoints:
-        found = checkpoints.restore(state, console.print, functools.partial(check_owner, config, owner))
-        state, position = found or (state, None)
-        with contextlib.closing(Record(folder, position)) as record:
-            save = lambda step, state: checkpoints.save(step, state, {**record.position(step), "owner": owner})
-            state, _ = train(run, state, record, save, console)
+        state, record, _ = train_on(run, state, data, checkpoints, console)
     return run, state, record
+
+
+def train_on(
+    run: Run, state: loop.TrainState, data: datasets.Dataset, checkpoints: checkpoint.Checkpoints, console: Console
+) -> tuple[loop.TrainState, Record, float]:
+    """Trains from the newest checkpoint of this run, or else from ``state``.
+
+    Returns the last state, the record, and the seconds of compilation.
+    """
+    config = run.config
+    owner = {"config": options.identity(config), "data": checkpoint.digest(data)}
+    found = checkpoints.restore(state, console.print, functools.partial(check_owner, config, owner))
+    state, position = found or (state, None)
+    if position is not None:
+        console.print(f"continuing from the checkpoint of step {position['step']:,} in {config.out_dir}")
+    with contextlib.closing(Record(config.out_dir, position, config.tensorboard)) as record:
+        save = lambda step, state: checkpoints.save(step, state, {**record.position(step), "owner": owner})
+        state, compile_seconds = train(run, state, record, save, console)
+    return state, record, compile_seconds
 
 
 def check_owner(config: Config, owner: dict[str, Any], position: dict[str, Any]) -> None:

@@ -213,7 +213,7 @@ def _values_by_eigh(stack):
 def _mapped_by_vectors(stack):
     """Computes the Gram matrices' eigenvectors, in descending order, what they are mapped to, and its lengths."""
     m, n = stack.shape[-2:]
-    vectors = lax.linalg.eigh(gram(stack), symmetrize_input=False)[0][..., ::-1]
+    vectors = batched_eigh(gram(stack))[1][..., ::-1]
     mapped = jnp.matmul(stack if n <= m else stack.conj().swapaxes(-1, -2), vectors, precision=_HIGHEST)
     return vectors, mapped, _norm(mapped.swapaxes(-1, -2))[..., 0]
 

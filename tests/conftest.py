@@ -48,16 +48,14 @@ def pytest_sessionstart(session):
 
 
 def pytest_collection_modifyitems(items):
-    """Leaves three cases of every parametrised test to the fast tier, and all cases of tests marked ``quick``."""
-    cases = collections.defaultdict(list)
+    """Leaves the first case of every parametrised test to the fast tier, and all cases of tests marked ``quick``."""
+    seen = set()
     for item in items:
         if hasattr(item, "callspec") and not any(item.iter_markers("quick")) and not any(item.iter_markers("slow")):
-            cases[item.nodeid.split("[")[0]].append(item)
-    for family in cases.values():
-        kept = {0, len(family) // 2, len(family) - 1}
-        for index, item in enumerate(family):
-            if index not in kept:
+            family = item.nodeid.split("[")[0]
+            if family in seen:
                 item.add_marker("slow")
+            seen.add(family)
 
 
 def pytest_sessionfinish():

@@ -11,6 +11,7 @@ from conftest import THOROUGH
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["spectrum", *(["claims", "gpu", "training", "scaling", "throughput"] if THOROUGH else [])]
 )

@@ -1,5 +1,6 @@
-"""The promise table names tests that exist."""
+"""The promise table names tests that exist, and the fast tests check something of every promise."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -15,3 +16,22 @@ def test_every_test_named_exists():
     defined = set(re.findall(r"^def (test_\w+)", "\n".join(source.values()), re.M))
     for name, star in functions:
         assert any(other.startswith(name) if star else other == name for other in defined), name
+
+
+def fast_tests(source):
+    """The tests of a file of which ``-m "not slow"`` runs at least one case."""
+    functions = (node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef))
+    slow = lambda node: any(ast.unparse(mark).startswith("pytest.mark.slow") for mark in node.decorator_list)
+    return {node.name for node in functions if node.name.startswith("test_") and not slow(node)}
+
+
+def test_every_promise_has_a_fast_case():
+    table = (HERE.parent / "docs" / "guarantees.md").read_text()
+    fast = {path.name: fast_tests(path.read_text()) for path in HERE.rglob("test_*.py")}
+    rows = re.findall(r"^\| ([^|]*) \| ([^|]*`test_[^|]*) \|[^|]*\|$", table, re.M)
+    assert len(rows) > 60
+    for promise, tests in rows:
+        named = [name.replace("*", r"\w*") for name in re.findall(r"\b(test_\w+\*?)[`,]", tests)]
+        of_files = [fast[name] for name in re.findall(r"test_\w+\.py", tests)] or fast.values()
+        candidates = set().union(*of_files)
+        assert any(re.fullmatch("|".join(named) or ".*", name) for name in candidates), promise

@@ -21,6 +21,7 @@ def accelerator_route(monkeypatch):
     jax.clear_caches()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel_shape", [(3, 3, 5, 7), (3, 3, 7, 5), (3, 3, 2, 4)], ids=str)
 def test_accelerator_route_agrees(accelerator_route, kernel_shape):
     kernel = np.random.default_rng(0).standard_normal(kernel_shape).astype(np.float32)

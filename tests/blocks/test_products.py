@@ -77,6 +77,7 @@ def test_not_finite_gives_nan(bad):
     assert np.isnan(oj.operator_norm(KERNEL * np.float32(bad), (6, 6), execution=PRODUCTS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["clip", "rescale", "project"])
 def test_constraints_are_the_other_methods(name):
     function = getattr(oj, f"{name}_operator_norm")

@@ -256,6 +256,7 @@ def test_masks_of_four_axes_are_no_kernels(tmp_path, capsys):
     assert facts["skipped"] == ["attention.bias"]
 
 
+@pytest.mark.slow
 def test_one_thread_of_openblas(npz):
     """Set before the library that reads it is loaded: no threads but XLA's are started for a factorisation."""
     script = (

@@ -145,6 +145,7 @@ def constrained(conv, kernel, bound):
     return once, twice, oj.rescale_operator_norm(once["project"], conv, bound)
 
 
+@pytest.mark.slow
 @given(case=st.integers(0, len(POOL) - 1), kind=kinds, seed=seeds, scale=scales, ratio=st.floats(0.01, 3))
 def test_inside_after_each_method(case, kind, seed, scale, ratio):
     """Certified methods end inside, as a dense matrix; a kernel inside comes back bit for bit; again changes nothing."""
@@ -185,6 +186,7 @@ def everything(conv, kernel):
     return bounds_and_norm(conv, kernel), constrained(conv, kernel, jnp.float32(1))[0]
 
 
+@pytest.mark.slow
 @given(
     case=st.integers(0, len(POOL) - 1),
     seed=seeds,
@@ -205,6 +207,7 @@ def test_not_finite(case, seed, kind, values):
 DTYPES = [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64]
 
 
+@pytest.mark.slow
 @given(
     pair=st.tuples(st.sampled_from(DTYPES), st.sampled_from([*DTYPES, float])),
     kind=kinds,

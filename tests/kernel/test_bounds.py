@@ -83,6 +83,7 @@ def test_flattened_kernel_norm_is_no_bound():
     assert flattened < 0.8 * oracle.dense_singular_values(kernel, (8, 8), padding="SAME")[0]
 
 
+@pytest.mark.slow
 def test_upper_bound_is_within_its_slack_and_independent_of_dilation():
     for taps, channels in (((3, 3), (3, 3)), ((5, 5), (2, 4)), ((2, 4), (3, 1)), ((7,), (2, 2)), ((3, 3, 3), (2, 2))):
         kernel = np.random.default_rng(1).standard_normal((*taps, *channels)).astype(np.float32)
@@ -156,6 +157,7 @@ def test_layers_of_disjoint_patches_are_exact(shape, conv, exact, x64):
     assert (upper <= lower * (1 + 1e-13)) or not exact
 
 
+@pytest.mark.slow
 def test_upper_bound_holds_for_growing_images():
     kernel = np.random.default_rng(0).standard_normal((3, 3, 2, 2)).astype(np.float32)
     for strides in (1, 2):

@@ -95,6 +95,7 @@ def run(code, *arguments, **environment):
     return process.stdout
 
 
+@pytest.mark.slow
 def test_eight_devices():
     assert "equal" in run(EIGHT_DEVICES)
 
@@ -152,6 +153,7 @@ MESHES = """
 """
 
 
+@pytest.mark.slow
 def test_meshes_of_either_axis_type_and_kernels_divided_along_any_axis():
     assert int(run(MESHES).split()[-1]) > 50
 

@@ -126,6 +126,7 @@ def test_the_gradient_is_the_inverse_transposed(x64):
         unit[index] = 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_bytes", [2**10, 2**28])
 def test_chunks_and_transformations_change_nothing(chunk_bytes):
     conv = oj.Conv((7, 6), padding="CIRCULAR")

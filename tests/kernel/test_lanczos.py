@@ -76,6 +76,7 @@ def test_large_layers(name, kind):
     assert 0.9 * bound * true / upper <= after <= bound * (1 + 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["64 to 64, SAME", "32 to 64, stride 2"] if THOROUGH else ["depthwise"])
 def test_projection_of_a_large_layer(name):
     shape, size, geometry = LARGE[name]

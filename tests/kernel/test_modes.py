@@ -74,6 +74,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_optimised_mode():
     """Nothing rests on an assert: errors and bounds are the same under ``python -O``."""
     done = subprocess.run([sys.executable, "-O", "-c", OPTIMISED], capture_output=True, text=True, timeout=300)

@@ -60,6 +60,7 @@ def test_clip_is_the_papers_in_float64(x64):
     np.testing.assert_allclose(got, oracle.paper_clip(kernel, (8, 8), 2.0), atol=1e-13)
 
 
+@pytest.mark.slow
 def test_clip_overshoots_and_the_others_do_not():
     kernel = random_kernel((3, 3, 16, 16), norm=2.01, image=(8, 8))
     norms = {name: oracle.dense_singular_values(f(kernel, (8, 8), 1.0), (8, 8))[0] for name, f in FUNCTIONS.items()}
@@ -131,6 +132,7 @@ def test_nearest_agrees_with_dykstra(shape, image, norm):
     assert np.linalg.norm(got - want) <= 1e-2 * distance
 
 
+@pytest.mark.slow
 def test_nearest_agrees_with_dykstra_closely_in_float64(x64):
     kernel = random_kernel((3, 3, 2, 3), norm=2.0, image=(6, 6)).astype(np.float64)
     want = dykstra(kernel, (6, 6), 1.0, 20000)
@@ -139,6 +141,7 @@ def test_nearest_agrees_with_dykstra_closely_in_float64(x64):
     assert info.gap <= 1e-9 * info.distance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [(2, 3), (3, 2)], ids=str)
 def test_nearest_where_taps_fold(channels, x64):
     """Four taps on two pixels an axis: nearest is to move each of a pixel's four by a quarter of what a clip moves it."""
@@ -152,6 +155,7 @@ def test_nearest_where_taps_fold(channels, x64):
     assert np.linalg.norm(got - want) <= 1.5e-3 * distance  # sqrt(2e-6): what is that near is no further from it
 
 
+@pytest.mark.slow
 def test_nearer_than_every_other_route_with_a_certificate():
     """16 to 16 channels, 3x3 on 16x16, from norm 2.01 to 1: scaling, clipping once or 30 times, Dykstra's 100 steps."""
     kernel = np.random.default_rng(0).standard_normal((3, 3, 16, 16)).astype(np.float32)
@@ -180,6 +184,7 @@ def test_bound_holds_when_the_iterations_run_out():
     assert info.iterations == 1 and info.gap > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drift", [3e-3, 1e-2])
 def test_few_iterations_after_a_small_change_of_a_projected_kernel(drift):
     """The way a training step moves it: the distance is then not far above rounding, which may end the iterations."""
@@ -195,6 +200,7 @@ def test_few_iterations_after_a_small_change_of_a_projected_kernel(drift):
     assert info.distance < 0.5 * jnp.linalg.norm(oj.rescale_operator_norm(moved, conv, 1.0) - moved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drift", [3e-4, 3e-3])
 def test_gap_is_true_near_the_ball(drift, x64):
     """Where the lower bound is within rounding, in float32: against the optimum in float64."""
@@ -211,6 +217,7 @@ def test_gap_is_true_near_the_ball(drift, x64):
     assert info.gap <= max(1e-3 * info.distance, info.floor)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(3, 3, 8, 8), (1, 1, 8, 8), (3, 3, 2, 8)], ids=str)
 def test_all_values_equal(shape):
     """Twice an isometry: every singular value is tied and above the bound, and the nearest is half of it."""
@@ -222,6 +229,7 @@ def test_all_values_equal(shape):
     assert info.gap <= 1e-3 * info.distance and info.iterations <= 10
 
 
+@pytest.mark.slow
 def test_values_that_tie_at_the_nearest_kernel(x64):
     """A 1x1 kernel: the nearest kernel is known, and has all values above the bound brought to it."""
     kernel = np.random.default_rng(0).standard_normal((1, 1, 7, 5))
@@ -244,6 +252,7 @@ GEOMETRIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(GEOMETRIES)[:: 1 if THOROUGH else 2])
 def test_both_methods_agree_in_every_geometry(name, x64):
     """Newton's and the accelerated gradient's, which share no code but the blocks'."""
@@ -285,6 +294,7 @@ def test_derivative_of_the_excess(shape, above, x64):
     np.testing.assert_allclose(moved[0, 0, len(values) - above :][::-1], rates[:above], atol=1e-12)
 
 
+@pytest.mark.slow
 def test_small_chunks_and_groups_change_nothing():
     shape, conv = GEOMETRIES["groups"]
     kernel = random_kernel(shape)
@@ -293,6 +303,7 @@ def test_small_chunks_and_groups_change_nothing():
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_chunks_by_products_change_nothing():
     """The dual is cut into chunks of 3 of the 34 frequencies, so that the last is filled up."""
     kernel = jax.random.normal(jax.random.key(0), (3, 3, 2, 2))
@@ -303,6 +314,7 @@ def test_chunks_by_products_change_nothing():
     np.testing.assert_allclose(project(chunk_bytes=3 * 2 * 4 * 4), project(), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gap_is_a_true_certificate():
     """distance - gap never exceeds the distance of the (independently found) nearest kernel."""
     for seed in range(5):
@@ -313,6 +325,7 @@ def test_gap_is_a_true_certificate():
             assert info.distance - info.gap <= optimum * (1 + 1e-4) and info.distance >= optimum * (1 - 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", FUNCTIONS)
 def test_vmap_is_a_loop(method):
     kernels = jax.random.normal(jax.random.key(0), (3, 3, 3, 2, 3)) * jnp.array([0.01, 1, 2])[:, None, None, None, None]

@@ -107,6 +107,7 @@ def test_every_circular_geometry(seed, x64):
         check(f(kernel.astype(np.float32)), geometry.oracle(k.astype(np.float32)), 1e-5)
 
 
+@pytest.mark.slow
 @given(
     st.tuples(st.integers(1, 5), st.integers(1, 5)),
     st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3)),
@@ -146,6 +147,7 @@ def test_layouts(layout):
     np.testing.assert_allclose(got, oj.singular_values(kernel, (5, 6)), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_chunks_do_not_matter():
     kernel = np.random.default_rng(0).standard_normal((3, 3, 4, 5)).astype(np.float32)
     whole = oj.singular_values(kernel, (6, 7))
@@ -155,6 +157,7 @@ def test_chunks_do_not_matter():
         np.testing.assert_allclose(oj.operator_norm(kernel, (6, 7), execution=execution), whole.max(), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_vmap_is_a_loop_and_jit_changes_nothing():
     kernels = jax.random.normal(jax.random.key(0), (3, 3, 3, 2, 4))
     for f in (oj.singular_values, oj.operator_norm):
@@ -191,6 +194,7 @@ def test_not_finite_gives_nan(value):
     assert np.isnan(jax.jit(lambda k: oj.operator_norm(k, (4, 4)))(kernel))
 
 
+@pytest.mark.slow
 def test_gradients(x64):
     kernel = np.random.default_rng(0).standard_normal((3, 3, 2, 3))
     for conv in (
@@ -207,6 +211,7 @@ def test_gradients(x64):
     check_first(lambda k: oj.operator_norm(k, groups), (np.random.default_rng(0).standard_normal((3, 3, 2, 4)),))
 
 
+@pytest.mark.slow
 def test_gradient_at_ties_and_at_zero():
     identity = jnp.zeros((3, 3, 4, 4)).at[1, 1].set(jnp.eye(4))
     gradient = jax.grad(lambda k: oj.operator_norm(k, (5, 5)))(identity)

@@ -33,6 +33,7 @@ def flattened(gradient):
     return jnp.asarray((left @ right).reshape(gradient.shape), jnp.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", ["SAME", "CIRCULAR"])
 @pytest.mark.parametrize("kind", [0, 1])
 def test_descent_beats_what_muon_does_to_the_flattened_kernel(kind, padding):
@@ -94,6 +95,7 @@ def test_the_gap_counts_values_that_are_hidden_by_rounding(products):
     assert values.sum() <= (found.descent + found.gap) * (1 + 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exact", [False, True])
 def test_folded_taps(exact, x64):
     """A kernel larger than the circle: what no output sees is neither moved nor counted."""
@@ -129,6 +131,7 @@ def test_where_the_support_is_full_it_is_the_matrix_sign(name, exact, x64):
     assert found.gap <= 1e-7 * found.descent
 
 
+@pytest.mark.slow
 def test_extremes():
     conv = oj.Conv((6, 6))
     gradient = gradients(0)[0]

@@ -111,6 +111,7 @@ def run(code, **env):
     assert done.stdout.startswith("done") and done.stdout.strip().endswith("True"), done.stdout + done.stderr[-2000:]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads the memory in use from Linux's /proc")
 def test_soak():
     """The same memory after thousands of steps."""

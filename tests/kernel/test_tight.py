@@ -46,6 +46,7 @@ def test_tight_bounds_of_random_layers(seed):
         assert lower <= truth * (1 + 1e-6) and truth <= upper <= truth * 1.0002, (lower / truth, upper / truth)
 
 
+@pytest.mark.slow
 def test_by_products_and_under_vmap():
     kernels = np.random.default_rng(1).standard_normal((2, 3, 3, 2, 2)).astype(np.float32)
     conv = oj.Conv((5, 4))

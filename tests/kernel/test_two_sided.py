@@ -41,6 +41,7 @@ def test_what_was_reached_is_told(name, x64):
         assert values.max() < before.max()
 
 
+@pytest.mark.slow
 def test_more_iterations_come_nearer():
     """Alternating projections: measured here, [0.057, 2.9], [0.18, 2.2], [0.47, 2.01], [0.4997, 2.0001]."""
     conv = oj.Conv((8, 8), padding="CIRCULAR")
@@ -53,6 +54,7 @@ def test_more_iterations_come_nearer():
     assert outside[-1] < 1e-2
 
 
+@pytest.mark.slow
 def test_a_kernel_inside_is_left_alone():
     conv = oj.Conv((8, 8), padding="CIRCULAR")
     kernel = jnp.zeros((3, 3, 4, 4)).at[1, 1].set(jnp.eye(4)) + 0.01 * jax.random.normal(
@@ -75,6 +77,7 @@ def test_zero_values_are_raised(x64):
         np.testing.assert_allclose(reached[0], 0.5, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_transformations_and_dtypes():
     conv = oj.Conv((6, 6), padding="CIRCULAR")
     kernels = jax.random.normal(jax.random.key(0), (3, 3, 3, 2, 2))

@@ -558,6 +558,7 @@ def test_nothing_is_computed():
     assert oj.find_convs(fn, jnp.ones(K.shape), jnp.ones(X.shape)) == SAME
 
 
+@pytest.mark.slow
 def test_stacks_and_unknowns_go_through_the_transformation():
     params = {"stack": jax.random.normal(jax.random.key(0), (5, 3, 3, 4, 4)), "masked": jnp.full((3, 3, 4, 4), 9.0)}
     fn = lambda p, x: conv(scanned(p, x), p["masked"] * MASK)

@@ -192,6 +192,7 @@ class Net(nn.Module):
         return nn.Dense(3)(x.reshape(1, -1))
 
 
+@pytest.mark.slow
 def test_flax_with_running_statistics_and_a_constraint():
     model = Net()
     variables = model.init(jax.random.key(0), X)

@@ -65,6 +65,7 @@ def test_linear_circular_networks_are_exact(monkeypatch):
     assert not found[False] and found[True] > 5, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stride", [1, 2])
 def test_concatenated_layers(stride):
     """Two circular layers side by side, then one of both: without activations exact, with them no less."""
@@ -157,6 +158,7 @@ def test_one_hidden_layer_is_lipsdp(seed):
     assert least * (1 - 1e-5) <= found <= 1.003 * least
 
 
+@pytest.mark.slow
 def test_traced_bounds_hold_too(x64):
     """Under jit the certificate is computed in the network's precision, here double; its derivative is right."""
     net = random_networks.Network((5, 2))

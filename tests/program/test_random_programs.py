@@ -330,6 +330,7 @@ def test_parameters_out_of_their_domain_are_never_bounded_falsely(domain):
     assert not value < 100
 
 
+@pytest.mark.slow
 def test_networks_of_narrow_floats_are_bounded_in_wide_ones(monkeypatch):
     """The bound is that of the function in exact arithmetic, whatever it computes in."""
     monkeypatch.setattr(signals, "_upper", exact)

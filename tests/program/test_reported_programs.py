@@ -139,6 +139,7 @@ class Small(nn.Module):
         return nn.Conv(2, (3, 3), (2, 2), feature_group_count=2)(x)
 
 
+@pytest.mark.slow
 def test_ensembles_under_vmap():
     x, model = jnp.ones((1, 8, 8, 3)), Small()
     one = oj.find_convs(model.apply, model.init(jax.random.key(0), x), x)

@@ -42,6 +42,7 @@ def test_pixel_radius_is_safe_and_can_be_reached():
     assert (seen > 0.95 * allowed).sum() > 10
 
 
+@pytest.mark.slow
 def test_certificate_of_a_linear_network():
     """Two classes, opposite logits: the radius is exact, the attack succeeds just beyond it and never inside."""
     rng = np.random.default_rng(0)

@@ -74,6 +74,7 @@ def test_eight_devices_train_like_one(cache, one_device, tmp_path):
     assert "on 2 device(s)" in output and "continuing from the checkpoint of step 44" in output
 
 
+@pytest.mark.slow
 def test_the_batch_is_split(tmp_path):
     """Each device works on its share of the images: seen in the compiled program."""
     code = (

@@ -86,6 +86,7 @@ def until(process, folder, condition):
     return False
 
 
+@pytest.mark.slow
 def test_stopped_and_continued_to_the_same_bits(tmp_path, monkeypatch):
     """In this process: 8 steps, then the same command again, against one that was never stopped."""
     monkeypatch.setattr(report, "norms", lambda *args: {})

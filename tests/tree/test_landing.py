@@ -330,6 +330,7 @@ def test_what_is_foreseen_is_what_apply_updates_does(dtype, x64):
     np.testing.assert_array_equal(np.asarray(foreseen)[near], rounded[near])
 
 
+@pytest.mark.slow
 def test_frozen_dict_with_a_dict_of_convs():
     params = flax.core.FrozenDict(
         {"b": {"k": scaled(3.0, "float32")}, "a": {"k": jnp.ones((3, 3, 1, 1)), "bias": None}}

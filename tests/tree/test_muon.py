@@ -71,6 +71,7 @@ def test_dense_layers_are_those_of_optax():
         np.testing.assert_allclose(updates["w"], left @ right, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_optax_conventions():
     """State and dtypes are stable under jit and scan; masks, partitions, MultiSteps, injected hyperparameters."""
     kernels = {"kernel": jnp.ones((3, 3, 4, 4))}

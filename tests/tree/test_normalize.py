@@ -119,6 +119,7 @@ def test_the_layers_own_norm_after_every_step(framework, name):
         assert norm_of(functools.partial(stock, stock_params), IMAGE) > 1.05
 
 
+@pytest.mark.slow
 @jax.numpy_dtype_promotion("standard")  # Flax's own
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_gradients_are_differences(framework, x64):
@@ -168,6 +169,7 @@ def network():
     return apply, params, x
 
 
+@pytest.mark.slow
 def test_the_function_is_that_of_constrained_parameters():
     apply, params, x = network()
     convs = oj.find_convs(apply, params, x, dense=True)
@@ -180,6 +182,7 @@ def test_the_function_is_that_of_constrained_parameters():
         assert oj.operator_norm_bounds(kernel, conv).upper <= 0.5 * (1 + 1e-5)
 
 
+@pytest.mark.slow
 def test_under_every_transformation():
     apply, params, x = network()
     normal = oj.normalize(apply, 0.5, dense=True)
@@ -207,6 +210,7 @@ def _by_hand(apply, params, x):
     return jax.tree.map(rescale, convs, params, is_leaf=lambda node: node is None)
 
 
+@pytest.mark.slow
 def test_batch_norm_is_folded_on_request():
     """The composed layer's own Jacobian, convolution and batch norm; without ``scales`` it is above the bound."""
     params, shape = {"Conv_0": {}, "BatchNorm_0": {}}, (6, 6, 2)
@@ -236,6 +240,7 @@ def test_batch_norm_is_folded_on_request():
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.grad(loss(folded))(params)))
 
 
+@pytest.mark.slow
 def test_scales_of_stacked_kernels():
     def net(params, x):
         step = lambda x, kernel: (jax.lax.conv(x, kernel, (1, 1), "SAME"), None)
@@ -253,6 +258,7 @@ def test_scales_of_stacked_kernels():
         assert 0.99 < oj.operator_norm_bounds(folded, conv).upper < 1 + 2**-7
 
 
+@pytest.mark.slow
 @jax.numpy_dtype_promotion("standard")  # optax's own
 def test_it_trains():
     """The normalised network learns, and its bound holds throughout."""

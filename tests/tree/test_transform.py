@@ -126,6 +126,7 @@ def test_steps_in_between_factorise_nothing():
     assert "eigh" in busy and "eigh" not in idle and "dot_general" not in idle
 
 
+@pytest.mark.slow
 def test_schedule_and_prefix_trees_of_bounds():
     params = make_params()
     schedule = optax.linear_schedule(2.0, 1.0, 3)
@@ -211,6 +212,7 @@ def test_init_with_abstract_input_and_under_jit():
     chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(tx.init, params), tx.init(params))
 
 
+@pytest.mark.slow
 def test_inject_hyperparams():
     params = make_params()
     with jax.numpy_dtype_promotion("standard"):

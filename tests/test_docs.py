@@ -44,7 +44,8 @@ def test_code_runs(block):
     exec(compile(block, "docs", "exec"), {})
 
 
-@pytest.mark.parametrize("name", [pytest.param(t, marks=[] if t == "certify" else pytest.mark.slow) for t in TUTORIALS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TUTORIALS)
 def test_tutorial(name, tmp_path):
     """A page is one program: its Python from top to bottom, its commands where they stand, its output as printed."""
     page = (DOCS / "tutorials" / f"{name}.md").read_text()

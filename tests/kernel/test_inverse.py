@@ -101,6 +101,7 @@ def test_dense_layers(x64):
     np.testing.assert_allclose(oj.singular_values(matrix, oj.Conv(())), np.linalg.svd(matrix)[1], rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["3x3", "stride", "transposed"])
 def test_derivatives_of_both_orders(name, x64):
     conv, kernel, _, output = make(name)

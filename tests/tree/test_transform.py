@@ -403,6 +403,7 @@ def test_kernels_sharded_on_any_axis_of_eight_devices(axes):
     assert "all the same" in out.stdout, out.stderr[-3000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("constraint", ["project", "clip", "rescale"])
 @pytest.mark.parametrize("size", [0.5, 2.0])
 def test_logged_norms_are_those_before_the_constraint(constraint, size):

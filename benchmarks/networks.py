@@ -36,6 +36,7 @@ NETWORKS = {
     "ResNet-32": lambda: ResNet(32),
     "ResNet-18": ResNet18,
     "ResNet-14, 8 times as wide": lambda: ResNet(14, width=128),
+    "ResNet-20": lambda: ResNet(20),
     "ResNet-8": lambda: ResNet(8),
 }
 

@@ -16,11 +16,12 @@ from benchmarks.measure import compile_seconds, interleaved, show
 from benchmarks.networks import Training, chained
 
 CASES = [  # network, batch, constraints
+    ("ResNet-20", 128, ("clip", "rescale", "project")),
     ("ResNet-32", 128, ("clip", "rescale")),
     ("ResNet-18", 32, ("clip", "rescale")),
     ("ResNet-14, 8 times as wide", 32, ("clip", "rescale")),
 ]
-QUICK = [("ResNet-8", 8, ("clip", "rescale"))]
+QUICK = [("ResNet-8", 8, ("rescale", "project"))]
 
 
 def measure(name, batch, constraints, repeats):

@@ -15,7 +15,7 @@ FACTORIZATIONS = ("auto", "decompose", "products")
 class Execution:
     """Says how to compute. It never changes what is computed, except for rounding.
 
-    The object is frozen, hashable and static under ``jit``. Every function that computes takes one as ``execution=``.
+    The object is frozen, hashable and static under ``jit``. Most functions take one as ``execution=``.
 
     Args:
       factorization: ``"decompose"`` uses ``eigh``, ``svd`` and Cholesky factorisations of small matrices.
@@ -25,8 +25,8 @@ class Execution:
       mesh: the frequencies are divided among all devices of this ``jax.sharding.Mesh``, and the kernel is replicated.
         This pays for large layers. On a CPU it needs ``jax.config.update("jax_num_cpu_devices", cores)``: nothing
         else in this library uses several cores.
-      chunk_bytes: the matrices of as many frequencies as fit into this number of bytes are computed at a time. The
-        peak of memory is a few times this.
+      chunk_bytes: the matrices of as many frequencies as fit into this number of bytes, with the copies that the
+        computation makes of them, are computed at a time. A clip's or a norm's peak of memory is about this.
 
     Raises:
       TypeError: an argument of the wrong type.

@@ -35,8 +35,8 @@ import numpy as np
 from opnorm_jax._cache import cached_arrays
 from opnorm_jax._conv import Conv
 
-COARSE_POINTS = 2.5
-"""Points of the coarse grid for each unit of the taps' span: the factor is then at most 1.24 for each axis."""
+COARSE_POINTS = 2.5, 4.5, 9.0
+"""Points of the coarse grids for each unit of the taps' span: their factors are at most 1.24, 1.07, 1.016 an axis."""
 
 
 class Axis(NamedTuple):
@@ -326,7 +326,7 @@ def overshoot(span: int, grid: int) -> float:
 
 
 @functools.lru_cache(maxsize=512)
-def coarse_plan(plan: Plan, points: float = COARSE_POINTS) -> tuple[Plan, float]:
+def coarse_plan(plan: Plan, points: float = COARSE_POINTS[0]) -> tuple[Plan, float]:
     """Returns the same convolution on a small grid, and the factor by which its norm elsewhere can be larger.
 
     The grid has so many ``points`` for each unit of the taps' span: by default, for three taps, five an axis.
@@ -339,6 +339,17 @@ def coarse_plan(plan: Plan, points: float = COARSE_POINTS) -> tuple[Plan, float]
             axis, factor = axis._replace(period=axis.run * grid), factor * overshoot(width, grid)
         axes.append(axis)
     return Plan(tuple(axes), plan.groups), factor
+
+
+@functools.lru_cache(maxsize=512)
+def finer_and_finer(plan: Plan) -> tuple[tuple[Plan, float], ...]:
+    """Returns coarse plans, each with its factor, and the plan itself: each with at least half as many points again."""
+    levels = [(plan, 1.0)]
+    for points in reversed(COARSE_POINTS):
+        coarse, factor = coarse_plan(plan, points)
+        if 1.5 * len(half_grid(coarse.grid).weights) < len(half_grid(levels[0][0].grid).weights):
+            levels.insert(0, (coarse, factor))
+    return tuple(levels)
 
 
 def plans_for_every_size(conv: Conv, taps: tuple[int, ...], slack: float) -> list[tuple[Plan, float]]:

@@ -43,17 +43,18 @@ from opnorm_jax._kernel.clip import weigh
 from opnorm_jax._rounding import eps, inside_tolerance, rounding
 
 _HIGHEST = lax.Precision.HIGHEST
-_FIRST_PENALTY = 100.0
+_FIRST_PENALTY = 200.0
 _GROWTH = 10.0
-"""Of the penalty at most, at an update of the multipliers."""
-_INNER = 0.1
-"""An update of the multipliers may add this share of the gap to it."""
+"""An update of the multipliers makes the penalty larger by this factor at most."""
+_INNER = 0.3
+"""The multipliers are updated once what is left of the gradient adds at most this share of the gap to it."""
 _SHORTEST = 1e-3
-"""A step this short is taken whatever it does."""
+"""A step is shortened down to this share of it; then it is taken whatever it does."""
 _LARGEST_MARGIN = 0.1
-_STEPS = 20
-"""Conjugate gradients at most, for one step of the model's Newton method."""
-_MODEL_STEPS = 4
+_STEPS = 10
+"""One step of the model's Newton method takes so many conjugate gradients at most."""
+_MODEL_STEPS = 2
+"""The model's minimum is sought by so many steps of Newton's method at most."""
 
 
 class ProjectionInfo(NamedTuple):

@@ -205,3 +205,13 @@ def test_two_processes():
     finally:
         for process in processes:
             process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("function", [oj.clip_operator_norm, oj.rescale_operator_norm])
+def test_memory_is_about_chunk_bytes(function):
+    """As the compiler plans it. All blocks would take eight times as much."""
+    execution = oj.Execution(chunk_bytes=2**23)
+    kernel = jax.ShapeDtypeStruct((3, 3, 128, 128), jnp.float32)
+    compiled = jax.jit(lambda kernel: function(kernel, (32, 32), 1.0, execution=execution)).lower(kernel).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * execution.chunk_bytes

@@ -66,6 +66,7 @@ def check_certificate(kernels, conv):
     norms, certified = jax.jit(lambda kernels: jax.lax.map(one, kernels))(kernels)
     assert not certified[:, :-1][:, RATIOS < 1].any(), (conv, np.asarray(certified))
     assert certified[:, -1].all()
+    assert certified[:, :-1][norms > 0][:, RATIOS > 1.1].all()  # at the latest on the plan's own grid
     return np.asarray(norms)
 
 

@@ -48,7 +48,7 @@ def random_images(count):
 
 
 def measure(networks, bf16, constraint, quick):
-    """One row."""
+    """Trains for some steps and returns one row of the table."""
     data, depth, steps = (random_images(1280), 8, 4) if quick else (random_images(50_000), 32, STEPS)
     config = options.Config(dataset="cifar10", depth=depth, seeds=networks, bf16=bf16, constraint=constraint)
     config = options.resolve(config)

@@ -83,9 +83,8 @@ class Live(NamedTuple):
 
     start: int  # the first tap that is kept
     stop: int  # one past the last tap that is kept
-    meets: tuple[
-        bool, ...
-    ]  # whether each of those meets a pixel: with strides or input dilation some in between do not
+    # whether each of those meets a pixel: with strides or input dilation some in between do not
+    meets: tuple[bool, ...]
     pads: tuple[int, int]  # the padding of what is left; a negative one crops pixels that no tap meets
     outputs: int  # the number of outputs that meet a pixel, and those between them
 

@@ -84,8 +84,8 @@ def pixel_radius(radius: Any, pixels: Any) -> Any:
 def make_attack(logits_of: Callable[..., Any], params: Any, pixels: Any, labels: Any) -> Callable[[Any], Any]:
     """Makes ``resists(radius)``: whether each image keeps its label under projected gradient steps in a ball around it.
 
-    ``radius`` (N,) holds each ball's own. ``pixels`` are between 0 and 255, as ``logits_of`` takes them. The balls are
-    not cut at black and white, which can only help the attack.
+    ``radius`` (N,) holds one radius for each image. ``pixels`` are between 0 and 255, as ``logits_of`` takes
+    them. The balls are not cut at black and white, which can only help the attack.
     """
     lengths = lambda x: jnp.sqrt(jnp.sum(x**2, axis=tuple(range(1, x.ndim)), keepdims=True))
     project = jax.vmap(optax.projections.projection_l2_ball)

@@ -4,7 +4,7 @@
     python train/cifar.py --dataset cifar10 --data-dir DIR            the paper's ResNet-32, 250 epochs
     python train/cifar.py --dataset cifar10 --data-dir DIR --constraint clip --max-norm 0.5 --every 100
 
-The first takes about half a minute on two CPU cores. The paper (Sedghi, Gupta and Long, ICLR 2019) reports that
+The first takes about a minute on two CPU cores. The paper (Sedghi, Gupta and Long, ICLR 2019) reports that
 clipping every 100 steps takes ResNet-32's test error on CIFAR-10 from 6.2 % to 5.3 %; this trainer follows its recipe,
 and that claim has not been reproduced here yet.
 
@@ -184,7 +184,7 @@ def train_on(
 
 
 def check_owner(config: Config, owner: dict[str, Any], position: dict[str, Any]) -> None:
-    """An error if a checkpoint was saved by a run of another configuration, or on other data."""
+    """Raises an error if a checkpoint was saved by a run of another configuration, or on other data."""
     if (saved := position.get("owner")) is None:
         raise ValueError(f"{config.out_dir}: its checkpoint does not say of which run it is. Choose another --out-dir.")
     options.check_same(config, saved["config"])

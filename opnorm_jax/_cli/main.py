@@ -208,7 +208,7 @@ def _print_notes(found: Kernels) -> None:
     for note in found.notes:
         _tell(note)
     if found.skipped:
-        _tell(f"{len(found.skipped)} other arrays passed over: {_some(found.skipped)}")
+        _tell(f"{len(found.skipped)} other array{'s' * (len(found.skipped) > 1)} passed over: {_some(found.skipped)}")
 
 
 def _some(names: Iterable[str]) -> str:

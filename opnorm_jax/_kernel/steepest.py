@@ -36,9 +36,9 @@ _FAR = 100.0
 _TOLERANCE = 3e-4
 _NEAR = 10.0
 _CLIPS = 3
-"""The cheap one: so many clips of the gradient, scaled to this norm."""
+"""The cheap direction takes so many clips of the gradient, scaled to this norm."""
 _POINTS = 4
-"""Of the small grid, for each unit of the taps' span: 8 for three taps."""
+"""The small grid has so many points for each unit of the taps' span: 8 for three taps."""
 
 _once = forbid_derivative("steepest_direction has no derivative. It is a step of an optimizer.")
 
@@ -48,10 +48,9 @@ class Steepest(NamedTuple):
 
     direction: jax.Array  # shaped like the gradient; its certified norm is at most 1
     descent: jax.Array  # shape=(): <gradient, direction>
-    gap: (
-        jax.Array
-    )  # shape=(): no kernel in the ball has a descent larger by more; infinite if nothing is known. What the
-    # layer does not see, as taps that meet no pixel, does not count
+    # shape=(): no kernel in the ball has a descent larger by more; infinite if nothing is known. What the layer does
+    # not see, as taps that meet no pixel, does not count
+    gap: jax.Array
 
 
 def steepest_direction(

@@ -35,7 +35,7 @@ _LARGEST_TABLE = 2**26
 class Source:
     """An array whose elements are followed; two sources are never the same array.
 
-    An array that was joined from several others, each element of each at most once, is a source of its own.
+    Joining arrays gives a new source, if no element of them is used twice. Sources are compared by identity.
     """
 
     shape: tuple[int, ...]

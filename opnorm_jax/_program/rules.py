@@ -68,22 +68,22 @@ def _spread(eqn: Any, ins: Sequence[Any]) -> list[Number]:
 
 # Functions of each element by itself.
 
-_SLOPES = {
-    "abs": 1.0,
-    "asinh": 1.0,
-    "atan": 1.0,
-    "conj": 1.0,
-    "cos": 1.0,
-    "erf": 2 / math.sqrt(math.pi) * (1 + 1e-15),
-    "erfc": 2 / math.sqrt(math.pi) * (1 + 1e-15),
-    "imag": 1.0,
-    "logistic": 0.25,
-    "neg": 1.0,
-    "real": 1.0,
-    "sin": 1.0,
-    "tanh": 1.0,
+ELEMENTWISE = {
+    "abs": (-1.0, 1.0),
+    "asinh": (0.0, 1.0),
+    "atan": (0.0, 1.0),
+    "cos": (-1.0, 1.0),
+    "erf": (0.0, 1.1283792),
+    "erfc": (-1.1283792, 0.0),
+    "logistic": (0.0, 0.25),
+    "sin": (-1.0, 1.0),
+    "tanh": (0.0, 1.0),
 }
-"""The largest slope, over all real numbers."""
+"""The lowest and the highest slope of operations on one array, rounded outwards."""
+
+_LINEAR = dict.fromkeys(("conj", "imag", "neg", "real"), 1.0)
+_SLOPES = _LINEAR | {name: max(-lowest, highest) for name, (lowest, highest) in ELEMENTWISE.items()}
+"""The largest modulus of the slope, over all real numbers."""
 
 
 @rule(*_SLOPES)
@@ -144,12 +144,6 @@ def _selection(eqn, ins):
     return hypot([value.bound for value in ins[1:] if is_signal(value)])
 
 
-@rule("complex")
-def _complex(eqn, ins):
-    """The squared modulus of a complex number is the sum of the squares of its two parts."""
-    return hypot([value.bound for value in ins if is_signal(value)])
-
-
 # Sums and extremes over axes.
 
 
@@ -161,7 +155,8 @@ def _reduced_sum(eqn, ins):
 
 @rule("reduce_max", "reduce_min")
 def _reduced_extreme(eqn, ins):
-    """The largest of some numbers changes by at most the largest of their changes; extremes share no element."""
+    """The largest of some numbers changes by at most the largest of their changes. Each input belongs
+    to one extreme only, so the bounds do not add up."""
     return ins[0].bound
 
 
@@ -309,9 +304,9 @@ def _fourier(eqn, ins):
 # Movement to or from places that are not known.
 
 
-@rule("concatenate", "stack")
+@rule("complex", "concatenate", "stack")
 def _joined(eqn, ins):
-    """The squares of the parts' changes add up."""
+    """The squares of the parts' changes add up. So do those of a real and an imaginary part."""
     return hypot([value.bound for value in ins if is_signal(value)])
 
 

@@ -190,8 +190,8 @@ _CHUNK_BYTES = 2**27
 def search(stage: Stage, arrays: Sequence[Any], multipliers: Any, roots: Any, dtype: Any, *, last: bool = False) -> Any:
     """Improves multipliers by coordinate descent on the largest singular value, over a sample of the frequencies.
 
-    It is sought more finely in the last stage of a network, whose largest value is the bound. In others it is not quite
-    what counts: a little more of it may leave roots that suit the next stage better.
+    The last stage of a network is searched more finely, because its largest value is the bound. In earlier stages a
+    slightly larger value may leave roots that help the next stage, so a coarse search is enough.
     """
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((arrays, multipliers, roots))):
         return _search_traced(stage, np.dtype(dtype), last, arrays, multipliers, roots)

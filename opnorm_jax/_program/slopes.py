@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opnorm_jax._program.jaxpr import Literal, called_program, is_identity, open_jaxpr
-from opnorm_jax._program.rules import is_signal
+from opnorm_jax._program.rules import ELEMENTWISE, is_signal
 
 Expression = tuple
 """``("x",)``, ``("parameter", n)``, ``("number", value)``, or ``(operation, what is static of it, operands)``."""
@@ -99,21 +99,8 @@ ACTIVATIONS = [
 ]
 """Slopes rounded outwards; a test compares each with a fine grid in float64."""
 
-INTERVALS = {
-    "abs": (-1.0, 1.0),
-    "asinh": (0.0, 1.0),
-    "atan": (0.0, 1.0),
-    "clamp": (0.0, 1.0),
-    "cos": (-1.0, 1.0),
-    "erf": (0.0, 1.1283792),
-    "erfc": (-1.1283792, 0.0),
-    "logistic": (0.0, 0.25),
-    "max": (0.0, 1.0),
-    "min": (0.0, 1.0),
-    "sin": (-1.0, 1.0),
-    "tanh": (0.0, 1.0),
-}
-"""The slopes of operations on one signal and constants."""
+INTERVALS = ELEMENTWISE | dict.fromkeys(("clamp", "max", "min"), (0.0, 1.0))
+"""The lowest and the highest slope of operations on one signal and constants."""
 
 
 def interval(signal: Any) -> tuple[Any, Any, Any] | None:
@@ -182,7 +169,7 @@ def _expression(program: Any, inputs: list[Expression]) -> list[Expression]:
 
 
 def static(eqn: Any) -> tuple:
-    """Returns what tells one use of an elementwise operation from another, operands apart."""
+    """Returns the parameters that change what an elementwise operation means: the exponent ``y`` alone."""
     return (eqn.params.get("y"),)
 
 

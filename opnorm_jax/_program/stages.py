@@ -25,10 +25,10 @@ from opnorm_jax._program.sdp import Stage, Step, certify, search
 from opnorm_jax._program.signals import Signal
 
 _LARGEST_SIDE = 2048
-"""Rows of the largest matrix that is factorised; a larger stage is left to the product."""
+"""A matrix that is factorised has so many rows at most; a larger stage is left to the product."""
 
 _LARGEST_BYTES = 2**30
-"""Of the roots that are carried from stage to stage."""
+"""The roots that are carried from stage to stage take so many bytes at most."""
 
 
 class NotAStage(Exception):

@@ -122,10 +122,11 @@ def conv_muon(
     """Makes an optimizer: :func:`scale_by_conv_muon` for the kernels, AdamW for all other parameters.
 
     Args:
-      learning_rate: of the kernels, a number or an optax schedule: the most that a step moves a layer in operator norm.
+      learning_rate: of the kernels, a number or an optax schedule. Without weight decay it is the most that a step
+        moves a layer in operator norm.
       convs: a tree shaped like the parameters: a :class:`Conv` at each kernel, ``None`` at what Adam updates.
       beta, nesterov, exact, mu_dtype, execution: as in :func:`scale_by_conv_muon`.
-      weight_decay: of the kernels, decoupled.
+      weight_decay: of the kernels, decoupled. It moves a layer by learning_rate * weight_decay * norm at most.
       adam_learning_rate: of the other parameters; ``None`` for ``learning_rate``.
       adam_b1, adam_b2, adam_eps, adam_weight_decay: as in ``optax.adamw``.
 

@@ -25,8 +25,8 @@ class Execution:
       mesh: the frequencies are divided among all devices of this ``jax.sharding.Mesh``, and the kernel is replicated.
         This pays for large layers. On a CPU it needs ``jax.config.update("jax_num_cpu_devices", cores)``: nothing
         else in this library uses several cores.
-      chunk_bytes: the matrices of as many frequencies as fit into this number of bytes, with the copies that the
-        computation makes of them, are computed at a time. A clip's or a norm's peak of memory is about this.
+      chunk_bytes: the matrices of as many frequencies as fit into this number of bytes are computed at a time. A clip's
+        peak of memory is about this, that of other functions a few times this.
 
     Raises:
       TypeError: an argument of the wrong type.
@@ -61,6 +61,10 @@ class Execution:
         assert self.mesh is not None
         automatic = (jax.sharding.AxisType.Auto,) * len(self.mesh.axis_names)
         return jax.sharding.Mesh(self.mesh.devices, self.mesh.axis_names, axis_types=automatic)
+
+    def holding(self, arrays: int) -> Execution:
+        """Returns the same with smaller chunks, for steps that hold so many arrays of a chunk's size at once."""
+        return dataclasses.replace(self, chunk_bytes=max(1, self.chunk_bytes // arrays))
 
 
 def check_execution(execution: Execution) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Complex, Float
 
 from opnorm_jax._blocks import factor, products
+from opnorm_jax._blocks.linalg import adjoint, diagonal
 from opnorm_jax._rounding import inside_tolerance
 
 _HIGHEST = lax.Precision.HIGHEST
@@ -66,20 +66,14 @@ def clip_with_derivative(f, f_dot, bound, bound_dot):
     mixed = -((high - bound) / distance) / jnp.where(high > 0, high * (low + high), 1)
     both_out = -bound / jnp.where(out_a & out_b, a * b * (a + b), 1)
     divided = jnp.where(out_a & out_b, both_out, jnp.where(out_a | out_b, mixed, 0))
-    adjoint = lambda z: z.conj().swapaxes(-1, -2)
     mul = lambda *zs: functools.reduce(lambda p, q: jnp.matmul(p, q, precision=_HIGHEST), zs)
     left = f.shape[-1] > f.shape[-2]  # the Gram matrix is on the left side: transpose the problem
     h, h_dot = (adjoint(f), adjoint(f_dot)) if left else (f, f_dot)
     gram_dot = mul(adjoint(h_dot), h) + mul(adjoint(h), h_dot)
     phi_dot = divided.astype(f.dtype) * mul(adjoint(vectors), gram_dot, vectors)
-    phi_dot = phi_dot + _diagonal(jnp.where(outside, bound_dot / safe, 0).astype(f.dtype))
+    phi_dot = phi_dot + diagonal(jnp.where(outside, bound_dot / safe, 0).astype(f.dtype))
     change = mul(h_dot, vectors * (phi - 1)[..., None, :].astype(f.dtype), adjoint(vectors))
     change = change + mul(h, vectors, phi_dot, adjoint(vectors))
     change = adjoint(change) if left else change
     slopes = jnp.sum((mul(h, vectors).conj() * mul(h_dot, vectors)).real, -2) / safe
     return (apply_spectral(f, vectors, phi - 1), values), (change, slopes)
-
-
-def _diagonal(values):
-    size = values.shape[-1]
-    return jnp.where(np.eye(size, dtype=bool), jnp.broadcast_to(values[..., None], (*values.shape, size)), 0)

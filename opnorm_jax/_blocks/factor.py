@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Complex, Float
 
 from opnorm_jax._blocks.batching import stackwise
 from opnorm_jax._blocks.guard import forbid_derivative
+from opnorm_jax._blocks.linalg import adjoint
 from opnorm_jax._rounding import tie_tolerance
 
 _HIGHEST = lax.Precision.HIGHEST
@@ -165,7 +166,6 @@ def _singular_vectors_jvp(count, primals, tangents):
     """
     blocks, dots = _once(primals[0]), tangents[0]
     left, values, right = _svd(blocks)
-    adjoint = lambda x: x.conj().swapaxes(-1, -2)
     mul = lambda a, b: jnp.matmul(a, b, precision=_HIGHEST)
     p = mul(adjoint(left), mul(dots, right))
     k = values[..., :count].shape[-1]

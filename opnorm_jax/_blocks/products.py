@@ -23,13 +23,13 @@ from __future__ import annotations
 
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Complex, Float
 
 from opnorm_jax._blocks.factor import gram
+from opnorm_jax._blocks.linalg import adjoint, frobenius
 
 _HIGHEST = lax.Precision.HIGHEST
 _LARGEST_STRETCH = 1.4
@@ -45,14 +45,14 @@ def norms(blocks: Complex[Array, "*c m n"], squarings: int | None = None) -> Flo
 
     def square(state, weight):
         power, log = state
-        size = _frobenius(power)
+        size = frobenius(power)
         power = power / jnp.where(size > 0, size, 1).astype(power.dtype)[..., None, None]
         return (_matmul(power, power), log + weight * jnp.log(size)), None
 
     weights = 0.5 ** jnp.arange(1, squarings + 1, dtype=power.real.dtype)
     start = power, jnp.zeros(power.shape[:-2], power.real.dtype)
     (power, log), _ = lax.scan(square, start, weights)
-    return jnp.exp(log + weights[-1] / 2 * jnp.log(_frobenius(power)))
+    return jnp.exp(log + weights[-1] / 2 * jnp.log(frobenius(power)))
 
 
 def excess(
@@ -72,7 +72,7 @@ def excess(
     polar = _sign(blocks / column(top), bound / jnp.max(top), gram)
     identity = jnp.broadcast_to(np.eye(blocks.shape[-1]).astype(blocks.dtype), (len(blocks), *2 * blocks.shape[-1:]))
     # Values of H - c lie between -c and top - c.
-    shifted = _hermitian(_matmul(_adjoint(polar), blocks)) - column(bounds) * identity
+    shifted = _hermitian(_matmul(adjoint(polar), blocks)) - column(bounds) * identity
     sign = _sign(shifted / column(jnp.maximum(bounds, top - bounds)), 0, lambda x: _hermitian(_matmul(x, x)))
     part = _matmul(blocks - column(bounds) * polar, identity + sign) / 2
     nuclear = jnp.sum((polar.conj() * part).real, axis=(-1, -2))
@@ -123,13 +123,5 @@ def _matmul(a, b):
     return jnp.matmul(a, b, precision=_HIGHEST)
 
 
-def _adjoint(a):
-    return a.conj().swapaxes(-1, -2)
-
-
 def _hermitian(a):
-    return (a + _adjoint(a)) / 2
-
-
-def _frobenius(a: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.sum(a.real**2 + a.imag**2, axis=(-1, -2)))
+    return (a + adjoint(a)) / 2

@@ -133,11 +133,8 @@ def scan_frequencies(
     plan: Plan,
     execution: Execution,
     xs: Any = None,
-    arrays: int = 2,
 ) -> tuple[Any, Any]:
     """Runs ``carry, out = step(carry, blocks, phase, weights, x)`` over the half grid, in chunks of bounded size.
-
-    ``arrays`` is how many arrays of the blocks' size a step holds at once, the blocks themselves among them.
 
     ``weights`` are zero on the padding of the last chunk (which repeats the frequency 0). ``xs`` is an optional tree
     with one row per frequency. Returns the last carry and the outs, one row per frequency of the half grid. The carry
@@ -146,7 +143,7 @@ def scan_frequencies(
     """
     half = half_grid(plan.grid)
     nf, devices = len(half.frequencies), execution.mesh.size if execution.mesh else 1
-    fitting = execution.chunk_bytes // (arrays * 2 * taps.dtype.itemsize * math.prod(taps.shape[1:]))
+    fitting = execution.chunk_bytes // (2 * taps.dtype.itemsize * math.prod(taps.shape[1:]))
     chunk = max(1, min(-(-nf // devices), fitting))
     chunks = -(-nf // (devices * chunk))
     pad = devices * chunks * chunk - nf

@@ -54,7 +54,7 @@ def _clip(plan, execution, kernel, bound):
         return carry - symbol_adjoint(weigh(weights, part), phase), largest
 
     taps = block_taps(kernel, plan)
-    change, norms = scan_frequencies(step, jnp.zeros_like(taps), taps, plan, execution, arrays=8)
+    change, norms = scan_frequencies(step, jnp.zeros_like(taps), taps, plan, execution.holding(8))
     return kernel_from_block_taps(change, plan, kernel.shape[-2:]), jnp.max(norms)
 
 

@@ -30,7 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from opnorm_jax._blocks import factor
+from opnorm_jax._blocks import factor, linalg
+from opnorm_jax._blocks.linalg import adjoint, diagonal
 from opnorm_jax._blocks.symbol import (
     block_taps,
     kernel_from_block_taps,
@@ -169,7 +170,7 @@ class _Problem:
             values = jnp.sqrt(jnp.maximum(squares, 0)).reshape(-1, g, n)
             # NaN is not below the limit.
             active = ~jnp.all(values <= limit, axis=(1, 2)) & (weights > 0)
-            idle = jnp.where(active | (weights == 0), 0, jnp.max(_size(multipliers), axis=1) / penalty)
+            idle = jnp.where(active | (weights == 0), 0, jnp.max(linalg.frobenius(multipliers), axis=1) / penalty)
             return None, (z, values, right.reshape(-1, g, n, n), active, idle)
 
         split = lambda a: a.reshape(self.chunks, self.chunk, *a.shape[1:])
@@ -187,10 +188,10 @@ class _Problem:
             known = x["values"] > noise * jnp.max(x["values"], axis=-1, keepdims=True)
             inverse = jnp.where(known, 1 / jnp.where(known, x["values"], 1), 0)
             left = _matmul(x["left"], x["right"]) * inverse[:, :, None].astype(z.dtype)
-            excess = _matmul(left * over[:, :, None].astype(z.dtype), _adjoint(x["right"]))
+            excess = _matmul(left * over[:, :, None].astype(z.dtype), adjoint(x["right"]))
             shared = x["excess"] / penalty.astype(z.dtype)
             along = jnp.sum((left.conj() * _matmul(shared, x["right"])).real, axis=-2)
-            above = jnp.where(plain, jnp.max(over, axis=-1), _size(excess - shared))
+            above = jnp.where(plain, jnp.max(over, axis=-1), linalg.frobenius(excess - shared))
             carry = (
                 back + self.symbol_adjoint(excess, phase, weights),
                 nuclear + jnp.sum(weights * jnp.sum(over, (1, 2))),
@@ -344,11 +345,11 @@ def derivative_of_excess(blocks, x):
 
     def whole(blocks, x):
         turned = _matmul(blocks, x["right"])
-        inner = _matmul(_adjoint(x["left"]), turned)
+        inner = _matmul(adjoint(x["left"]), turned)
         s = x["values"]
-        mixed = x["divided"].astype(blocks.dtype) * (column(s) * inner + row(s) * _adjoint(inner))
-        mixed = column(s) * mixed + _diagonal(x["more"]).astype(blocks.dtype)
-        out = _matmul(turned * row(x["share"]) + _matmul(x["left"], mixed), _adjoint(x["right"]))
+        mixed = x["divided"].astype(blocks.dtype) * (column(s) * inner + row(s) * adjoint(inner))
+        mixed = column(s) * mixed + diagonal(x["more"]).astype(blocks.dtype)
+        out = _matmul(turned * row(x["share"]) + _matmul(x["left"], mixed), adjoint(x["right"]))
         return out, jnp.diagonal(inner, axis1=-2, axis2=-1).real
 
     def thin(blocks, x):
@@ -356,17 +357,17 @@ def derivative_of_excess(blocks, x):
         left, right, s = x["left"], x["right"], x["values"]
         last = lambda a: a[..., n - few :]
         turned = _matmul(blocks, last(right))
-        inner = _matmul(_adjoint(left), turned)
-        other = _matmul(_adjoint(right), _matmul(_adjoint(blocks), last(left)))
+        inner = _matmul(adjoint(left), turned)
+        other = _matmul(adjoint(right), _matmul(adjoint(blocks), last(left)))
         mixed = last(x["divided"]).astype(blocks.dtype) * (column(s) * inner + row(last(s)) * other)
-        corner = _diagonal(last(x["more"])).astype(blocks.dtype)
+        corner = diagonal(last(x["more"])).astype(blocks.dtype)
         corner = jnp.concatenate([jnp.zeros_like(mixed[..., : n - few, :]), corner], axis=-2)
         ours = turned * row(last(x["share"])) + _matmul(left, column(s) * mixed + corner)
         rest = jnp.where(np.arange(n)[:, None] < n - few, mixed * row(last(s)), 0)
         first = jnp.concatenate([ours, last(left)], axis=-1)
         second = jnp.concatenate([last(right), _matmul(right, rest)], axis=-1)
         moved = jnp.diagonal(inner[..., n - few :, :], axis1=-2, axis2=-1).real
-        return _matmul(first, _adjoint(second)), jnp.concatenate([jnp.zeros_like(s[..., : n - few]), moved], axis=-1)
+        return _matmul(first, adjoint(second)), jnp.concatenate([jnp.zeros_like(s[..., : n - few]), moved], axis=-1)
 
     few = n // 8
     if few < 2:
@@ -500,19 +501,6 @@ def _matmul(a, b):
     parts = jnp.matmul(left, right, precision=_HIGHEST)
     real = parts[..., :m, :n] - parts[..., m:, n:]
     return lax.complex(real, parts[..., :m, n:] + parts[..., m:, :n])
-
-
-def _adjoint(a):
-    return a.conj().swapaxes(-1, -2)
-
-
-def _diagonal(values):
-    size = values.shape[-1]
-    return jnp.where(np.eye(size, dtype=bool), jnp.broadcast_to(values[..., None], (*values.shape, size)), 0)
-
-
-def _size(blocks):
-    return jnp.sqrt(jnp.sum(blocks.real**2 + blocks.imag**2, axis=(-1, -2)))
 
 
 def frobenius(kernel):

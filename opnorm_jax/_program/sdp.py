@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from opnorm_jax._blocks.linalg import adjoint
 from opnorm_jax._geometry import half_grid
 from opnorm_jax._rounding import semidefinite_rounding
 
@@ -212,7 +213,7 @@ def _search(arithmetic, stage, last, arrays, multipliers, roots):
     def value(multipliers):
         def one(k):
             q, b = _system(arithmetic, stage, arrays, multipliers, roots, k)
-            return arithmetic.top(_gram(arithmetic, arithmetic.solve(arithmetic.cholesky(q), _adjoint(b))))[:1]
+            return arithmetic.top(_gram(arithmetic, arithmetic.solve(arithmetic.cholesky(q), adjoint(b))))[:1]
 
         (tops,) = _mapped(arithmetic, stage, one, frequencies)
         return xp.where(xp.isnan(xp.max(tops)), xp.inf, xp.max(tops))
@@ -295,7 +296,7 @@ def _system(arithmetic, stage, arrays, multipliers, roots, k):
             )
             values.append((_sum([diagonal, done if mask else None]), None))
     lower = xp.concatenate(below, axis=1)
-    q = xp.asarray(np.eye(total), complex_dtype) + lower + _adjoint(lower) + quadratic
+    q = xp.asarray(np.eye(total), complex_dtype) + lower + adjoint(lower) + quadratic
     return q, xp.reshape(_sum(list(values[-1])), (many, -1, total))
 
 
@@ -311,7 +312,7 @@ def _certified(arithmetic, stage, q, b):
     size = (1 + len(sizes)) * functools.reduce(xp.maximum, sizes)
     slack = still(semidefinite_rounding(side + rows, arithmetic.dtype) * size)
     factor = arithmetic.cholesky(q - by_matrix(slack) * identity(side))
-    found = _gram(arithmetic, arithmetic.solve(factor, _adjoint(b)))
+    found = _gram(arithmetic, arithmetic.solve(factor, adjoint(b)))
     top, vector = arithmetic.top(still(found))
     smallest = xp.diagonal(factor, axis1=-2, axis2=-1).real.min(-1) ** 2
     found = found + by_matrix(still((2 + 1 / smallest) * slack * top)) * identity(rows)
@@ -319,12 +320,12 @@ def _certified(arithmetic, stage, q, b):
     positive = by_matrix(top > 0)
     scale = xp.where(positive, 1 / xp.sqrt(xp.where(positive, by_matrix(top), 1)), 0)
     unit = xp.where(positive, scale * found * scale, identity(rows))
-    rows_above = xp.concatenate([q, _adjoint(scale * b)], axis=-1)
+    rows_above = xp.concatenate([q, adjoint(scale * b)], axis=-1)
     whole = xp.concatenate([rows_above, xp.concatenate([scale * b, unit], axis=-1)], axis=-2)
     checked = arithmetic.cholesky(still(whole - by_matrix(slack) * identity(side + rows)))
     holds = xp.isfinite(checked).all((-1, -2)) & xp.isfinite(top)
     column = vector[:, :, None]
-    quotient = mul(_adjoint(column), mul(found, column))[:, 0, 0].real
+    quotient = mul(adjoint(column), mul(found, column))[:, 0, 0].real
     margin = still(semidefinite_rounding(rows, arithmetic.dtype) * top)
     root = arithmetic.cholesky(found + by_matrix(margin + (top <= 0)) * identity(rows))
     return xp.where(by_matrix(holds), root, np.nan), xp.where(holds, quotient + 3 * margin, np.inf)
@@ -356,12 +357,8 @@ def _flat(frequencies, grid):
     return flat
 
 
-def _adjoint(matrices):
-    return matrices.conj().swapaxes(-1, -2)
-
-
 def _gram(arithmetic, matrices):
-    return arithmetic.mul(_adjoint(matrices), matrices)
+    return arithmetic.mul(adjoint(matrices), matrices)
 
 
 def _pad(xp, part, before, after):

@@ -3,6 +3,7 @@
 import json
 
 from benchmarks.claims import summary
+from benchmarks.projection import inside
 
 VERSIONS = ("device", "cores", "python", "jax", "numpy", "flax", "optax", "torch")
 
@@ -14,7 +15,7 @@ def read(folder, name):
 
 def tables(folder):
     """All of them, each with the versions and hardware it was measured with."""
-    makers = {"claims": claims, "training": training, "scaling": scaling, "gpu": gpu}
+    makers = {"claims": claims, "projection": projection, "training": training, "scaling": scaling, "gpu": gpu}
     parts = []
     for name, maker in makers.items():
         if rows := read(folder, name):
@@ -37,6 +38,23 @@ def claims(rows):
         cells = {r: f"{mean:.3g} ({least:.3g})" for c, o, r, mean, least, _ in found if (c, o) == (claim, ours)}
         lines.append([f"{claim}; {ours}", *(cells.get(rival, "") for rival in rivals)])
     return markdown(["times faster than", *rivals], lines)
+
+
+def projection(rows):
+    """Clips a projection takes, and times faster than the paper's clip inside the ball, for each version of jax."""
+    parts = []
+    for version in dict.fromkeys(row["jax"] for row in rows):
+        own = [row for row in rows if row["jax"] == version]
+        lines = [
+            [start, f"{row['channels']}@{row['map']}", row["iterations"], f"{row['clips']:.3g}"]
+            for start in ("cold", "drift")
+            for row in own
+            if row["start"] == start
+        ]
+        parts.append(f"jax {version}\n\n" + markdown(["start", "channels@map", "iterations", "clips"], lines))
+        lines = [[norm, name, f"{mean:.3g} ({least:.3g})"] for norm, name, mean, least in inside(own)]
+        parts.append(markdown(["norm", "function", "times faster"], lines))
+    return "\n\n".join(parts)
 
 
 def training(rows):

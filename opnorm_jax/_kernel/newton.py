@@ -44,10 +44,10 @@ from opnorm_jax._kernel.clip import weigh
 from opnorm_jax._rounding import eps, inside_tolerance, rounding
 
 _HIGHEST = lax.Precision.HIGHEST
-_FIRST_PENALTY = 200.0
+_FIRST_PENALTY = 300.0
 _GROWTH = 10.0
 """An update of the multipliers makes the penalty larger by this factor at most."""
-_INNER = 0.3
+_INNER = 0.1
 """The multipliers are updated once what is left of the gradient adds at most this share of the gap to it."""
 _SHORTEST = 1e-3
 """A step is shortened down to this share of it; then it is taken whatever it does."""

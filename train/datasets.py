@@ -1,22 +1,25 @@
 """Data sets as uint8 arrays. CIFAR-10 in any of its official forms; scikit-learn's digits, which need no download.
 
 Archives are read member by member in memory and never extracted; the python version's pickles go through an unpickler
-that can build NumPy arrays and nothing else.
+that can build arrays of whole numbers and nothing else.
 """
 
+import bz2
 import gzip
 import hashlib
 import http.client
 import io
+import lzma
 import os
 import pickle
+import re
 import tarfile
 import tempfile
 import urllib.error
 import urllib.request
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,6 +33,7 @@ TEST_BATCH = "test_batch"
 PIXELS = 3 * 32 * 32
 LARGEST_MEMBER = 64 * 2**20
 LARGEST_ARCHIVE = 256 * 2**20
+LARGEST_CONTENT = 1024 * 2**20
 
 
 class Dataset(NamedTuple):
@@ -77,7 +81,11 @@ def cifar10(data_dir: Path | None, download: bool = False, url: str = URL) -> Da
         folder = Path(data_dir) if data_dir is not None else Path.home() / ".cache" / "opnorm_jax"
         found = fetch(folder, url)
     if found.is_dir():
-        files = {path.name: path.read_bytes() for path in found.iterdir() if _is_batch(path.name)}
+        paths = [path for path in found.iterdir() if _is_batch(path.name) and path.is_file()]
+        for path in paths:
+            if path.stat().st_size > LARGEST_MEMBER:
+                raise ValueError(f"{path}: expected at most {LARGEST_MEMBER} bytes, got {path.stat().st_size}.")
+        files = {path.name: path.read_bytes() for path in paths}
     else:
         files = read_archive(found)
     return _assemble(files, found)
@@ -133,23 +141,40 @@ def read_archive(path: Path) -> dict[str, bytes]:
         )
     files: dict[str, bytes] = {}
     try:
+        _read_to_the_end(path)
         with tarfile.open(path, "r:*") as archive:
             for member in archive:
                 name = Path(member.name).name
                 if not (member.isfile() and _is_batch(name)):
                     continue
                 if member.size > LARGEST_MEMBER:
-                    raise ValueError(
-                        f"{path}: expected members under {LARGEST_MEMBER} bytes, got {name}: {member.size}."
-                    )
+                    raise ValueError(f"{name} of {member.size} bytes, more than {LARGEST_MEMBER}")
                 stream = archive.extractfile(member)
                 assert stream is not None  # it is a file
                 files[name] = stream.read()
-    except (tarfile.TarError, EOFError, OSError, gzip.BadGzipFile, zlib.error) as error:
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, ValueError, OverflowError) as error:
         raise ValueError(
             f"{path}: expected a readable tar archive of CIFAR-10, got {error}. Fetch it again."
         ) from error
     return files
+
+
+def _read_to_the_end(path: Path) -> None:
+    """Raises an error if a compressed file is damaged or too large.
+
+    The checksum comes after all that the archive's reader looks at, so that the reader alone would miss damage.
+    """
+    for opener in (gzip.open, bz2.open, lzma.open):
+        with opener(path) as stream:
+            try:
+                stream.read(1)
+            except (OSError, EOFError, lzma.LZMAError):
+                continue  # compressed in another way, or not at all
+            size = 0
+            while piece := stream.read(2**20):
+                size += len(piece)
+                if size > LARGEST_CONTENT:
+                    raise ValueError(f"more than {LARGEST_CONTENT} bytes")
 
 
 def _is_batch(name: str) -> bool:
@@ -183,46 +208,91 @@ def _decode_binary(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
             f"{name}: expected records of {record} bytes (10,000 of them), got {len(data)} bytes: truncated?"
         )
     records = np.frombuffer(data, np.uint8).reshape(-1, record)
-    return _images(records[:, 1:], name), _labels(records[:, 0], name)
+    return _images(records[:, 1:], name), _labels(records[:, 0], len(records), name)
 
 
 def _decode_python(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
     try:
         content = _ArrayUnpickler(io.BytesIO(data), encoding="bytes").load()
-        pixels, labels = content[b"data"], content[b"labels"]
-    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise ValueError(f"{name}: expected a pickled CIFAR-10 batch, got {error!r}.") from error
-    if not isinstance(pixels, np.ndarray) or pixels.ndim != 2 or pixels.shape[1] != PIXELS or pixels.dtype != np.uint8:
-        raise ValueError(f"{name}: expected uint8 data of shape (N, {PIXELS}), got {getattr(pixels, 'shape', pixels)}.")
-    if len(labels) != len(pixels):
-        raise ValueError(f"{name}: expected as many labels as images, got {len(labels)} and {len(pixels)}.")
-    return _images(pixels, name), _labels(np.asarray(labels), name)
+        pixels, labels = (getattr(content[key], "values", content[key]) for key in (b"data", b"labels"))
+    except Exception as error:  # what a damaged pickle makes of its opcodes can be of any kind
+        raise ValueError(f"{name}: expected a pickled CIFAR-10 batch, got {error!r:.200}.") from error
+    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape != (max(len(pixels), 1), PIXELS):
+        got = getattr(pixels, "shape", type(pixels).__name__)
+        raise ValueError(f"{name}: expected uint8 data of shape (N, {PIXELS}), got {got}.")
+    return _images(pixels, name), _labels(labels, len(pixels), name)
 
 
 def _images(planes: np.ndarray, name: str) -> np.ndarray:
     return np.ascontiguousarray(planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
 
 
-def _labels(labels: np.ndarray, name: str) -> np.ndarray:
-    if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() > 9:
-        raise ValueError(f"{name}: expected labels from 0 to 9, got {labels.min()} to {labels.max()}: not CIFAR-10?")
-    return labels.astype(np.int32)
+def _labels(labels: Any, count: int, name: str) -> np.ndarray:
+    if not isinstance(labels, list | np.ndarray):
+        raise ValueError(f"{name}: expected a list of labels, got {type(labels).__name__}.")
+    if len(labels) != count:
+        raise ValueError(f"{name}: expected as many labels as images, got {len(labels)} and {count}.")
+    try:
+        found = np.asarray(labels)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{name}: expected a list of whole numbers as labels, got {error}.") from error
+    if found.shape != (count,) or not np.issubdtype(found.dtype, np.integer):
+        raise ValueError(f"{name}: expected a list of whole numbers as labels, got {found.dtype}{found.shape}.")
+    if found.min() < 0 or found.max() > 9:
+        raise ValueError(f"{name}: expected labels from 0 to 9, got {found.min()} to {found.max()}: not CIFAR-10?")
+    return found.astype(np.int32)
+
+
+class _Dtype:
+    """Stands for ``numpy.dtype`` in a pickle: whole numbers only."""
+
+    def __init__(self, code, *_):
+        code = code.decode() if isinstance(code, bytes) else code
+        if not re.fullmatch("[iu][1248]", code):
+            raise pickle.UnpicklingError(f"expected an array of whole numbers, got one of {code!r:.20}")
+        self.found = np.dtype(code)
+
+    def __setstate__(self, state):
+        order = state[1].decode() if isinstance(state[1], bytes) else state[1]
+        self.found = self.found.newbyteorder(">" if order == ">" else "<")
+
+
+class _Array:
+    """Stands for ``numpy.ndarray`` in a pickle."""
+
+    def __setstate__(self, state):
+        _, shape, dtype, fortran, data = state
+        if not isinstance(dtype, _Dtype) or not isinstance(data, bytes):
+            raise pickle.UnpicklingError("expected an array of whole numbers")
+        self.values = np.frombuffer(data, dtype.found).reshape(shape, order="F" if fortran else "C")
+
+
+def _reconstruct(*_):
+    return _Array()
+
+
+def _encode(text, encoding):
+    if encoding not in ("latin1", b"latin1"):
+        raise pickle.UnpicklingError(f"expected latin1, got {encoding!r:.20}")
+    return text.encode("latin1")
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Loads what CIFAR-10's python batches consist of: dicts, lists, strings, NumPy arrays. Nothing else is called."""
+    """Loads what CIFAR-10's python batches consist of: dicts, lists, strings, arrays of whole numbers.
 
-    _ALLOWED = {
-        ("numpy.core.multiarray", "_reconstruct"),
-        ("numpy._core.multiarray", "_reconstruct"),
-        ("numpy", "ndarray"),
-        ("numpy", "dtype"),
-        ("_codecs", "encode"),
+    Nothing is called but the stand-ins above. NumPy's own functions crash on some of what a damaged file can ask of
+    them.
+    """
+
+    _STAND_INS = {
+        ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+        ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+        ("numpy", "ndarray"): _Array,
+        ("numpy", "dtype"): _Dtype,
+        ("_codecs", "encode"): _encode,
     }
 
     def find_class(self, module: str, name: str):
-        if (module, name) not in self._ALLOWED:
+        if (module, name) not in self._STAND_INS:
             raise pickle.UnpicklingError(f"refusing to load {module}.{name}: a CIFAR-10 batch has no use for it")
-        if module.startswith("numpy.core"):
-            module = "numpy._core.multiarray"
-        return super().find_class(module, name)
+        return self._STAND_INS[module, name]

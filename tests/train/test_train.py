@@ -303,7 +303,7 @@ def test_bad_data(name, tmp_path, capsys):
 
 def test_oversized_member_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "LARGEST_MEMBER", 100)
-    with pytest.raises(ValueError, match="members under 100 bytes"):
+    with pytest.raises(ValueError, match="bytes, more than 100"):
         datasets.load("cifar10", write_archive(tmp_path / "mine.tar.gz", binary_files()))
 
 

@@ -14,12 +14,13 @@ from opnorm_jax._conv import SPATIAL_LETTERS, Conv, as_conv, canonical_kernel, c
 from opnorm_jax._execution import Execution, check_execution
 from opnorm_jax._geometry import Geometry, plans_for_every_size, resolve
 from opnorm_jax._kernel import dense, lobpcg
-from opnorm_jax._kernel.compiled import compiled
+from opnorm_jax._kernel.compiled import compiled, exportable
 from opnorm_jax._kernel.norm import circular_extremes, circular_norm
 from opnorm_jax._kernel.prepare import normalise, prepare
 from opnorm_jax._rounding import rounding, through_gram
 
 
+@exportable
 class Bounds(NamedTuple):
     """lower <= the operator norm <= upper; both scalars of the computing dtype."""
 

@@ -1,13 +1,16 @@
-"""How every public function runs: compiled whole, and on whichever mesh its kernel lies."""
+"""How every public function runs: compiled whole, on whichever mesh its kernel lies, and exported with its results."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import jax.export
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+T = TypeVar("T")
 
 
 def compiled(arrays: int) -> Callable[[Callable[..., Any]], Any]:
@@ -34,6 +37,12 @@ def compiled(arrays: int) -> Callable[[Callable[..., Any]], Any]:
         return jax.jit(call, static_argnums=tuple(range(arrays, function.__code__.co_argcount)))
 
     return decorate
+
+
+def exportable(named_tuple: type[T]) -> type[T]:
+    """Registers a named tuple, so that ``jax.export`` can serialise functions that take or return it."""
+    jax.export.register_namedtuple_serialization(named_tuple, serialized_name=f"opnorm_jax.{named_tuple.__name__}")
+    return named_tuple
 
 
 def place(array: jax.Array, like: jax.Array) -> jax.Array:

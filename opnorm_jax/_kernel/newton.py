@@ -41,6 +41,7 @@ from opnorm_jax._blocks.symbol import (
 )
 from opnorm_jax._geometry import half_grid
 from opnorm_jax._kernel.clip import weigh
+from opnorm_jax._kernel.compiled import exportable
 from opnorm_jax._rounding import eps, inside_tolerance, rounding
 
 _HIGHEST = lax.Precision.HIGHEST
@@ -58,6 +59,7 @@ _MODEL_STEPS = 2
 """The model's minimum is sought by so many steps of Newton's method at most."""
 
 
+@exportable
 class ProjectionInfo(NamedTuple):
     """How near to nearest a projection came."""
 

@@ -25,7 +25,7 @@ from opnorm_jax._conv import Conv, as_conv, canonical_shape
 from opnorm_jax._execution import Execution, check_execution
 from opnorm_jax._geometry import Geometry, Plan, coarse_plan, resolve
 from opnorm_jax._kernel.clip import clip, weigh
-from opnorm_jax._kernel.compiled import compiled, place
+from opnorm_jax._kernel.compiled import compiled, exportable, place
 from opnorm_jax._kernel.nearest import nearest
 from opnorm_jax._kernel.norm import circular_norm
 from opnorm_jax._kernel.prepare import prepare, restore
@@ -43,6 +43,7 @@ _POINTS = 4
 _once = forbid_derivative("steepest_direction has no derivative. It is a step of an optimizer.")
 
 
+@exportable
 class Steepest(NamedTuple):
     """A direction of steepest descent, and what is known of it."""
 

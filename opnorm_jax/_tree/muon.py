@@ -11,11 +11,13 @@ import optax
 
 from opnorm_jax._conv import Conv
 from opnorm_jax._execution import Execution, check_execution
+from opnorm_jax._kernel.compiled import exportable
 from opnorm_jax._kernel.steepest import steepest_direction
 from opnorm_jax._tree.alike import map_kernels
 from opnorm_jax._tree.layers import broadcast, check_convs, is_masked
 
 
+@exportable
 class ScaleByConvMuonState(NamedTuple):
     """The state of :func:`scale_by_conv_muon`."""
 

@@ -14,7 +14,7 @@ import optax
 
 from opnorm_jax._conv import Conv, canonical_shape, check_max_norm, compute_dtype
 from opnorm_jax._execution import Execution, check_execution
-from opnorm_jax._kernel.compiled import place
+from opnorm_jax._kernel.compiled import exportable, place
 from opnorm_jax._kernel.constrain import Constrained, Options, constrained
 from opnorm_jax._rounding import inside_tolerance, rounding
 from opnorm_jax._tree.alike import map_alike, replicate
@@ -29,6 +29,7 @@ _NO_PARAMS_MSG = (
 )
 
 
+@exportable
 class ConstrainOperatorNormState(NamedTuple):
     """The state of :func:`constrain_operator_norm`."""
 

@@ -93,8 +93,8 @@ def test_frameworks(name):
         assert 0.4 < np.linalg.norm(matrix, 2) <= 0.5 * (1 + 1e-5)
 
 
-def test_six_frameworks_and_five_tutorials():
-    assert list(FRAMEWORKS) == ["Linen", "NNX", "Equinox", "Haiku", "Keras", "lax"] and len(TUTORIALS) == 5
+def test_six_frameworks_and_six_tutorials():
+    assert list(FRAMEWORKS) == ["Linen", "NNX", "Equinox", "Haiku", "Keras", "lax"] and len(TUTORIALS) == 6
 
 
 def test_every_public_name_is_in_the_reference():

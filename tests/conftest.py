@@ -25,16 +25,37 @@ import pytest  # noqa: E402
 
 hypothesis.settings.register_profile("ci", max_examples=40, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("thorough", max_examples=2000, deadline=None)
-hypothesis.settings.load_profile(os.environ.get("OPNORM_TEST_PROFILE", "ci"))
 
 THOROUGH = os.environ.get("OPNORM_TEST_PROFILE") == "thorough"
 
 _cases = collections.Counter()
+_trials = collections.Counter()
+
+
+def pytest_configure(config):
+    """``-m attack`` is the thorough profile of the tests with that mark, in one run."""
+    global THOROUGH
+    THOROUGH = THOROUGH or config.option.markexpr == "attack"
+    hypothesis.settings.load_profile("thorough" if THOROUGH else "ci")
 
 
 def count_case(promise, kind):
-    """One case of a promise has been checked; see OPNORM_CASES in test_adversarial.py."""
+    """One case of a promise has been checked; OPNORM_CASES names a file that gets the numbers."""
     _cases[promise, kind] += 1
+
+
+def count_trials(surface, tried=0, held=0):
+    """So many tries at breaking a surface; so many of them failed to. Counted in the same file."""
+    _trials[surface, "tried"] += tried
+    _trials[surface, "held"] += held
+
+
+@contextlib.contextmanager
+def trial(surface):
+    """One try, as a block or around a function: the surface held if nothing is raised."""
+    count_trials(surface, tried=1)
+    yield
+    count_trials(surface, held=1)
 
 
 def pytest_sessionstart(session):
@@ -58,17 +79,30 @@ def pytest_collection_modifyitems(items):
             seen.add(family)
 
 
-def pytest_sessionfinish():
-    if _cases and "OPNORM_CASES" in os.environ:
+def pytest_sessionfinish(session):
+    """Saves what was counted; a worker hands it to the process that started it."""
+    if hasattr(session.config, "workerinput"):
+        session.config.workeroutput["counts"] = list(_cases.items()), list(_trials.items())
+    elif (_cases or _trials) and "OPNORM_CASES" in os.environ:
         report = {
             "profile": "thorough" if THOROUGH else "ci",
             "jax": jax.__version__,
             "hypothesis": hypothesis.__version__,
         }
+        for (surface, what), count in sorted(_trials.items()):
+            report.setdefault("trials", {}).setdefault(surface, {})[what] = count
         report["cases"] = sum(_cases.values())
         for (promise, kind), count in sorted(_cases.items()):
             report.setdefault(promise, {})[kind] = count
         pathlib.Path(os.environ["OPNORM_CASES"]).write_text(json.dumps(report, indent=2) + "\n")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """Adds up what a worker of xdist counted."""
+    for total, counts in zip((_cases, _trials), getattr(node, "workeroutput", {}).get("counts", ((), ()))):
+        for key, count in counts:
+            total[tuple(key)] += count
 
 
 @pytest.fixture(autouse=True)

@@ -1,13 +1,10 @@
 """The trainer: the network, the data, the step, and one short run from end to end."""
 
-import hashlib
 import io
 import json
 import math
-import pickle
 import re
 import sys
-import tarfile
 from pathlib import Path
 
 import jax
@@ -26,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "train"))
 
 import arms  # noqa: E402
 import cifar  # noqa: E402
-import datasets  # noqa: E402
 import loop  # noqa: E402
 import record  # noqa: E402
 import report  # noqa: E402
@@ -171,160 +167,6 @@ def test_evaluate_counts_the_last_partial_batch():
     labels = np.array([9] * 5 + [0] * 8, np.int32)
     images = np.zeros((13, 4, 4, 1), np.uint8)
     assert loop.make_evaluate(forward, 5)({}, {}, jnp.asarray(images), jnp.asarray(labels)) == pytest.approx(8 / 13)
-
-
-# --- the data -----------------------------------------------------------------------------------------------------
-
-COUNT = 6
-
-
-def batch(seed):
-    rng = np.random.default_rng(seed)
-    return rng.integers(0, 256, (COUNT, 3072)).astype(np.uint8), rng.integers(0, 10, COUNT).astype(np.uint8)
-
-
-NAMES = [*datasets.TRAIN_BATCHES, datasets.TEST_BATCH]
-
-
-def binary_files():
-    return {
-        f"{name}.bin": np.concatenate([labels[:, None], pixels], 1).tobytes()
-        for name, (pixels, labels) in ((name, batch(n)) for n, name in enumerate(NAMES))
-    }
-
-
-def python_files():
-    return {
-        name: pickle.dumps({b"data": pixels, b"labels": [int(v) for v in labels], b"batch_label": b"x"}, protocol=2)
-        for name, (pixels, labels) in ((name, batch(n)) for n, name in enumerate(NAMES))
-    }
-
-
-def write_folder(folder, files):
-    folder.mkdir(parents=True)
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-    return folder
-
-
-def write_archive(path, files, prefix="cifar-10-batches"):
-    with tarfile.open(path, "w:gz") as archive:
-        for name, content in files.items():
-            info = tarfile.TarInfo(f"{prefix}/{name}")
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return path
-
-
-@pytest.mark.parametrize("kind", ["binary", "python"])
-@pytest.mark.parametrize("form", ["folder", "parent", "archive"])
-def test_every_official_form(kind, form, tmp_path):
-    files = binary_files() if kind == "binary" else python_files()
-    if form == "archive":
-        where = write_archive(tmp_path / "mine.tar.gz", files)
-    else:
-        where = write_folder(tmp_path / f"cifar-10-batches-{kind[:3] if kind == 'binary' else 'py'}", files)
-        where = where.parent if form == "parent" else where
-    data = datasets.load("cifar10", where)
-    assert data.train_images.shape == (5 * COUNT, 32, 32, 3) and data.test_images.shape == (COUNT, 32, 32, 3)
-    pixels, labels = batch(5)
-    np.testing.assert_array_equal(data.test_images[2, 3, 4], pixels[2].reshape(3, 32, 32)[:, 3, 4])
-    np.testing.assert_array_equal(data.test_labels, labels)
-
-
-class Attack:
-    def __reduce__(self):
-        return print, ("run by a pickle",)
-
-
-def broken(change, kind="binary"):
-    def make(tmp_path):
-        files = binary_files() if kind == "binary" else python_files()
-        change(files)
-        return write_folder(tmp_path / "data", files)
-
-    return make
-
-
-def official_name(tmp_path):
-    write_archive(tmp_path / "cifar-10-binary.tar.gz", binary_files())
-    return tmp_path
-
-
-def cut_archive(tmp_path):
-    path = write_archive(tmp_path / "mine.tar.gz", binary_files())
-    path.write_bytes(path.read_bytes()[:-2000])
-    return path
-
-
-def empty(tmp_path):
-    return tmp_path
-
-
-first = "data_batch_1.bin"
-BAD_DATA = {
-    "nothing there": (empty, FileNotFoundError, "cifar-10-batches-bin.*none of them in.*--download"),
-    "a batch missing": (broken(lambda f: f.pop(first)), FileNotFoundError, r"missing \['data_batch_1.bin'\]"),
-    "truncated": (broken(lambda f: f.update({first: f[first][:-1]})), ValueError, "records of 3073 bytes.*truncated"),
-    "empty file": (broken(lambda f: f.update({first: b""})), ValueError, "records of 3073 bytes.*got 0 bytes"),
-    "label out of range": (
-        broken(lambda f: f.update({first: b"\x0b" + f[first][1:]})),
-        ValueError,
-        "labels from 0 to 9",
-    ),
-    "not a pickle": (broken(lambda f: f.update(test_batch=b"hello"), "python"), ValueError, "a pickled CIFAR-10 batch"),
-    "malicious pickle": (
-        broken(lambda f: f.update(test_batch=pickle.dumps(Attack())), "python"),
-        ValueError,
-        "refusing to load builtins.print",
-    ),
-    "pickle of something else": (
-        broken(lambda f: f.update(test_batch=pickle.dumps({b"data": 3, b"labels": []})), "python"),
-        ValueError,
-        r"uint8 data of shape \(N, 3072\)",
-    ),
-    "labels missing": (
-        broken(lambda f: f.update(test_batch=pickle.dumps({b"data": batch(0)[0], b"labels": [1]})), "python"),
-        ValueError,
-        "as many labels as images, got 1 and 6",
-    ),
-    "altered official archive": (official_name, ValueError, "official archive, SHA-256 c4a3.*corrupted or altered"),
-    "truncated archive": (cut_archive, ValueError, "readable tar archive"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_DATA)
-def test_bad_data(name, tmp_path, capsys):
-    make, error, message = BAD_DATA[name]
-    with pytest.raises(error, match=f"(?s){message}"):
-        datasets.load("cifar10", make(tmp_path))
-    assert "run by a pickle" not in capsys.readouterr().out
-
-
-def test_oversized_member_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "LARGEST_MEMBER", 100)
-    with pytest.raises(ValueError, match="bytes, more than 100"):
-        datasets.load("cifar10", write_archive(tmp_path / "mine.tar.gz", binary_files()))
-
-
-def test_download_is_checked_and_atomic(tmp_path, monkeypatch):
-    source = write_archive(tmp_path / "source.tar.gz", binary_files())
-    folder = tmp_path / "data"
-    with pytest.raises(ValueError, match="(?s)archive of SHA-256 c4a3.*Nothing was kept"):
-        datasets.cifar10(folder, download=True, url=source.as_uri())
-    assert list(folder.iterdir()) == []
-    monkeypatch.setitem(datasets.SHA256, "cifar-10-binary.tar.gz", hashlib.sha256(source.read_bytes()).hexdigest())
-    data = datasets.cifar10(folder, download=True, url=source.as_uri())
-    assert len(data.train_images) == 5 * COUNT
-    assert [path.name for path in folder.iterdir()] == ["cifar-10-binary.tar.gz"]
-
-
-def test_digits():
-    data = datasets.load("digits")
-    assert len(data.train_images) + len(data.test_images) == 1797 and data.train_images.max() == 255
-    assert np.bincount(data.test_labels).min() > 30
-    with pytest.raises(ValueError, match="'digits' or 'cifar10', got 'mnist'"):
-        datasets.load("mnist")
 
 
 # --- the whole ----------------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ import itertools
 import json
 import os
 import pathlib
+import subprocess
+import sys
 import tempfile
 
 # Before jaxlib loads: two workers on few cores, and OpenBLAS's threads wait for each other even with one.
@@ -56,6 +58,18 @@ def trial(surface):
     count_trials(surface, tried=1)
     yield
     count_trials(surface, held=1)
+
+
+@contextlib.contextmanager
+def small_disk(folder, size):
+    """A file system of that size mounted on a folder; gives a function that changes it."""
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+    if sys.platform != "linux" or os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("needs to mount a tmpfs")
+    try:
+        yield lambda size: subprocess.run(["mount", "-o", f"remount,size={size}", folder], check=True)
+    finally:
+        subprocess.run(["umount", folder], check=True)
 
 
 def pytest_sessionstart(session):

@@ -89,14 +89,26 @@ def atomic_write(out: Path, like: Path | None = None, replace: bool = False) -> 
             temporary.chmod(0o666 & ~mask)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        if not replace:
-            try:
-                os.close(os.open(out, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-            except FileExistsError:
-                raise UserError(f"{out}: exists by now. Pass --force to replace it.") from None
-        os.replace(temporary, out)
+        if replace:
+            os.replace(temporary, out)
+        else:
+            _name_new(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _name_new(temporary: Path, out: Path) -> None:
+    """Gives a file its name, if no file has it: in one step, so that a kill cannot come in between."""
+    try:
+        try:
+            os.link(temporary, out)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            os.close(os.open(out, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            os.replace(temporary, out)
+    except FileExistsError:
+        raise UserError(f"{out}: exists by now. Pass --force to replace it.") from None
 
 
 class _Safetensors:

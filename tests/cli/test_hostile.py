@@ -1,5 +1,6 @@
 """Files that were made to do harm, or are merely odd: one line and exit code 2, nothing executed, nothing lost."""
 
+import concurrent.futures
 import io
 import json
 import os
@@ -13,11 +14,14 @@ import zipfile
 
 import numpy as np
 import pytest
+from conftest import THOROUGH, small_disk, trial
 
 import opnorm_jax as oj
+from opnorm_jax._cli.checkpoint import UserError, open_checkpoint
 from opnorm_jax._cli.main import main
 
 KERNEL = np.random.default_rng(0).standard_normal((3, 3, 2, 4)).astype(np.float32)
+DATA = KERNEL.tobytes()
 SHAPE = ["--input-shape", "8", "8", "--layout", "HWIO"]
 
 
@@ -83,36 +87,79 @@ HOSTILE = {
 }  # fmt: skip
 
 
+def safetensors(path, data=DATA, size=None, text=None, **entry):
+    """A file of one kernel, with parts of its header replaced."""
+    header = {"kernel": {"dtype": "F32", "shape": [3, 3, 2, 4], "data_offsets": [0, len(DATA)], **entry}}
+    text = json.dumps(header).encode() if text is None else text
+    path.write_bytes(struct.pack("<Q", len(text) if size is None else size) + text + data)
+    return path
+
+
+HOSTILE_SAFETENSORS = {
+    "a header of 2^63 bytes": lambda path: safetensors(path, size=2**63),
+    "a header of 2^40 bytes": lambda path: safetensors(path, size=2**40),
+    "a header shorter than it is": lambda path: safetensors(path, size=20),
+    "a header that is no JSON": lambda path: safetensors(path, text=b"{kernel: 1}"),
+    "a header that is no text": lambda path: safetensors(path, text=b"\xff\xfe{}"),
+    "a deep header": lambda path: safetensors(path, text=b'{"kernel":' * 50_000 + b"1" + b"}" * 50_000),
+    "a list for a header": lambda path: safetensors(path, text=b"[]"),
+    "the same name twice": lambda path: safetensors(path, text=b'{"k": {}, "k": {}}'),
+    "an unknown type": lambda path: safetensors(path, dtype="F128"),
+    "10^18 elements": lambda path: safetensors(path, shape=[10**9, 10**9]),
+    "more elements than numbers go": lambda path: safetensors(path, shape=[2**63, 2, 1, 1]),
+    "a negative size": lambda path: safetensors(path, shape=[-3, -3, 2, 4]),
+    "shorter than it says": lambda path: safetensors(path, data=KERNEL.tobytes()[:-1]),
+    "longer than it says": lambda path: safetensors(path, data=KERNEL.tobytes() + b"x"),
+    "data that end before they begin": lambda path: safetensors(path, data_offsets=[KERNEL.nbytes, 0]),
+    "data outside of the file": lambda path: safetensors(path, data_offsets=[2**40, 2**40 + KERNEL.nbytes]),
+    "a hole": lambda path: safetensors(path, data=b"1234" + DATA, data_offsets=[4, 4 + KERNEL.nbytes]),
+    "empty": lambda path: path.write_bytes(b"") or path,
+    "a pickle": lambda path: path.write_bytes(b"cos\nsystem\n(S'touch /tmp/owned'\ntR.") and path,
+    "zeros": lambda path: path.write_bytes(bytes(1000)) and path,
+}
+FILES = [("npz", name) for name in HOSTILE] + [("safetensors", name) for name in HOSTILE_SAFETENSORS]
+
+
+@pytest.mark.attack
 @pytest.mark.quick
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_archives(name, tmp_path, capsys):
-    path = HOSTILE[name](tmp_path / "net.npz")
+@pytest.mark.parametrize("suffix, name", FILES)
+@trial("hostile files")
+def test_hostile_archives(suffix, name, tmp_path, capsys):
+    path = (HOSTILE if suffix == "npz" else HOSTILE_SAFETENSORS)[name](tmp_path / f"net.{suffix}")
     message = fails(capsys, "report", path, *SHAPE)
-    assert "not a readable .npz file" in message and len(message) < 500
-    fails(capsys, "constrain", path, tmp_path / "out.npz", "--max-norm", "1", *SHAPE)
-    assert os.listdir(tmp_path) == ["net.npz"]
+    assert f"not a readable .{suffix} file" in message and len(message) < 500
+    fails(capsys, "constrain", path, tmp_path / f"out.{suffix}", "--max-norm", "1", *SHAPE)
+    assert os.listdir(tmp_path) == [f"net.{suffix}"]
 
 
+@pytest.mark.attack
 @pytest.mark.parametrize("seed", range(10))
-def test_archives_with_random_damage(seed, tmp_path, capsys):
-    """30 for each seed: the numbers of the undamaged file, or one line."""
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+def test_archives_with_random_damage(suffix, seed, tmp_path, capsys):
+    """30 for each seed: the numbers of the undamaged file, or one line. A .safetensors file has no checksum."""
     rng = np.random.default_rng(seed)
-    path = tmp_path / "net.npz"
-    whole = archive(path, kernel=npy(KERNEL), bias=npy(np.ones(4, np.float32))).read_bytes()
+    path = tmp_path / f"net.{suffix}"
+    if suffix == "npz":
+        archive(path, kernel=npy(KERNEL), bias=npy(np.ones(4, np.float32)))
+    else:
+        safetensors(path)
+    whole = path.read_bytes()
     main(["report", str(path), *SHAPE, "--json"])
     expected = json.loads(capsys.readouterr().out)["layers"]
-    for _ in range(30):
+    for _ in range(30 if THOROUGH or suffix == "npz" else 10):
         data = bytearray(whole)
         for _ in range(int(rng.integers(1, 4))):
-            data[rng.integers(len(data))] = rng.integers(256)
+            data[rng.integers(len(data) if rng.random() < 0.7 else len(data) - KERNEL.nbytes)] = rng.integers(256)
         path.write_bytes(data)
-        try:
-            main(["report", str(path), *SHAPE, "--json"])
-            found = json.loads(capsys.readouterr().out)["layers"]
-            assert [row["upper"] for row in found] == [row["upper"] for row in expected]  # its checksum held
-        except SystemExit as error:
-            assert error.code == 2
-            assert "Traceback" not in capsys.readouterr().err
+        with trial("damaged archives, command line"):
+            try:
+                assert main(["report", str(path), *SHAPE, "--json"]) == 0
+                found = json.loads(capsys.readouterr().out)["layers"]
+                if suffix == "npz":  # its checksum held
+                    assert [row["upper"] for row in found] == [row["upper"] for row in expected]
+            except SystemExit as error:
+                assert error.code == 2
+                assert "Traceback" not in capsys.readouterr().err
 
 
 def test_a_bomb_is_listed_by_its_header(tmp_path, capsys):
@@ -182,6 +229,12 @@ def test_a_bound_that_vanishes(tmp_path, capsys):
         fails(capsys, "constrain", tmp_path / "net.npz", tmp_path / "out.npz", "--max-norm", bound, *SHAPE)
 
 
+def constrained(path):
+    """Whether a file is what ``opnorm constrain --max-norm 1`` makes of net.npz, whole."""
+    with np.load(path) as file:
+        return oj.operator_norm_bounds(file["kernel"], oj.Conv((8, 8))).upper <= 1 + 1e-5
+
+
 def test_a_file_that_appears_meanwhile_is_left_alone(tmp_path, capsys, monkeypatch):
     np.savez(tmp_path / "net.npz", kernel=KERNEL)
     args = ["constrain", tmp_path / "net.npz", tmp_path / "out.npz", "--max-norm", "1", *SHAPE]
@@ -196,7 +249,135 @@ def test_a_file_that_appears_meanwhile_is_left_alone(tmp_path, capsys, monkeypat
     assert (tmp_path / "out.npz").read_text() == "another's"
     assert sorted(os.listdir(tmp_path)) == ["net.npz", "out.npz"]
     assert main([*map(str, args), "--force"]) == 0
-    assert oj.operator_norm_bounds(np.load(tmp_path / "out.npz")["kernel"], oj.Conv((8, 8))).upper <= 1 + 1e-5
+    assert constrained(tmp_path / "out.npz")
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_last_moment(links, tmp_path, monkeypatch, capsys):
+    """A signal just before the file gets its name: there is no file. File systems without hard links work too."""
+    np.savez(tmp_path / "net.npz", kernel=KERNEL)
+    args = ["constrain", str(tmp_path / "net.npz"), str(tmp_path / "out.npz"), "--max-norm", "1", *SHAPE]
+
+    def fail(error):
+        def call(*args, **named):
+            raise error
+
+        return call
+
+    if links:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "link", fail(SystemExit(143)))
+            patch.setattr(os, "replace", fail(SystemExit(143)))
+            with pytest.raises(SystemExit):
+                main(args)
+        assert os.listdir(tmp_path) == ["net.npz"]
+    else:
+        monkeypatch.setattr(os, "link", fail(PermissionError(1, "Operation not permitted")))
+    assert main(args) == 0
+    assert constrained(tmp_path / "out.npz")
+    (tmp_path / "out.npz").write_text("another's")
+    checkpoint = open_checkpoint(tmp_path / "net.npz")
+    with pytest.raises(UserError, match="exists by now"):
+        checkpoint.write(tmp_path / "out.npz", {}, force=False)
+    assert (tmp_path / "out.npz").read_text() == "another's"
+    assert sorted(os.listdir(tmp_path)) == ["net.npz", "out.npz"]
+
+
+def ends(*args):
+    """The exit code of a call that may be one of several threads'."""
+    try:
+        return main([*map(str, args)])
+    except SystemExit as error:
+        return error.code
+
+
+@pytest.mark.attack
+def test_races_for_one_file(tmp_path, capsys):
+    """Two calls with one OUT, or a file that appears there at any moment: one wins, the other is told or finds it."""
+    np.savez(tmp_path / "net.npz", kernel=KERNEL)
+    out = tmp_path / "out.npz"
+    args = ["constrain", tmp_path / "net.npz", out, "--max-norm", "1", *SHAPE]
+    assert ends(*args) == 0  # what is compiled is compiled
+    began = time.perf_counter()
+    assert ends(*args, "--force") == 0
+    usual, rng = time.perf_counter() - began, np.random.default_rng(0)
+
+    def appear(delay):
+        time.sleep(delay)
+        try:
+            with open(out, "x") as file:
+                file.write("another's")
+        except FileExistsError:
+            return 2
+        return 0
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for _ in range(20 if THOROUGH else 3):
+            with trial("races: two calls, one OUT"):
+                out.unlink()
+                codes = [call.result() for call in (pool.submit(ends, *args), pool.submit(ends, *args))]
+                assert sorted(codes) == [0, 2] and constrained(out)
+            with trial("races: a file appears at OUT"):
+                out.unlink()
+                other = pool.submit(appear, rng.uniform(0, 1.2 * usual))
+                code = ends(*args)
+                assert sorted([code, other.result()]) == [0, 2]
+                assert constrained(out) if code == 0 else out.read_text() == "another's"
+            assert sorted(os.listdir(tmp_path)) == ["net.npz", "out.npz"]
+
+
+@pytest.mark.attack
+@pytest.mark.slow
+def test_a_full_disk(tmp_path, capsys):
+    """Of any size that is too small: one line, and nothing left behind."""
+    np.savez(tmp_path / "net.npz", kernel=KERNEL, other=np.zeros(100_000, np.float32))
+    (tmp_path / "disk").mkdir()
+    args = ["constrain", tmp_path / "net.npz", tmp_path / "disk" / "out.npz", "--max-norm", "1", *SHAPE]
+    rng = np.random.default_rng(0)
+    for _ in range(20 if THOROUGH else 3):
+        with small_disk(tmp_path / "disk", f"{int(rng.integers(4, 390))}k") as grow:
+            with trial("full disks: opnorm constrain"):
+                assert "cannot be written" in fails(capsys, *args)
+                assert not os.listdir(tmp_path / "disk")
+                grow("4m")
+                assert main([*map(str, args)]) == 0 and constrained(args[2])
+
+
+@pytest.mark.attack
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_while_writing(number, tmp_path):
+    """At a random moment between the first byte and the last: the whole file or none; SIGTERM leaves nothing else."""
+    np.savez(tmp_path / "net.npz", kernel=KERNEL, other=np.zeros(2**23, np.float32))
+    command = [sys.executable, "-m", "opnorm_jax", "constrain", "net.npz", "out.npz", "--max-norm", "1", *SHAPE]
+    run = lambda: subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def until_writing(process):
+        while process.poll() is None and not any(tmp_path.glob("*.part")):
+            time.sleep(0.001)
+        return time.perf_counter()
+
+    with run() as process:
+        began = until_writing(process)
+        assert process.wait(60) == 0
+        usual = time.perf_counter() - began
+    whole, before = (tmp_path / "out.npz").read_bytes(), (tmp_path / "net.npz").read_bytes()
+    rng = np.random.default_rng(int(number))
+    for _ in range(40 if THOROUGH else 2):
+        (tmp_path / "out.npz").unlink(missing_ok=True)
+        with trial(f"kills of opnorm constrain by {number.name}"), run() as process:
+            until_writing(process)
+            time.sleep(rng.uniform(0, usual / 2))  # the second half is what comes after
+            process.send_signal(number)
+            assert process.wait(60) in (0, -number, 128 + number)
+            names = {path.name for path in tmp_path.iterdir()}
+            assert "out.npz" not in names or (tmp_path / "out.npz").read_bytes() == whole
+            assert (tmp_path / "net.npz").read_bytes() == before
+            parts = names - {"net.npz", "out.npz"}
+            assert not parts or number == signal.SIGKILL
+        for part in parts:
+            (tmp_path / part).unlink()
 
 
 @pytest.mark.slow

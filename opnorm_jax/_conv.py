@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import sys
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -151,7 +152,7 @@ def compute_dtype(dtype: Any) -> Any:
 def check_kernel(kernel: Any, conv: Conv) -> None:
     """Raises an error that says what is wrong with a kernel (an array or a ``ShapeDtypeStruct``)."""
     rank, kernel_layout, groups = len(conv.input_shape), conv.kernel_layout, conv.feature_group_count
-    if not hasattr(kernel, "shape") or not hasattr(kernel, "dtype"):
+    if not hasattr(kernel, "shape") or not hasattr(kernel, "dtype") or isinstance(kernel, type):
         raise TypeError(
             f"expected kernel to be an array of {rank + 2} axes ({kernel_layout}), got {type(kernel).__name__}. "
             "Pass the parameter itself, e.g. params['Conv_0']['kernel']."
@@ -197,12 +198,18 @@ def check_floating(array: Any, name: str) -> None:
 def check_scalar(value: Any, name: str) -> None:
     """Raises an error unless the argument is one number, which may be traced."""
     if isinstance(value, (bool, str)) or not (
-        isinstance(value, (int, float)) or hasattr(value, "__jax_array__") or hasattr(value, "dtype")
+        isinstance(value, (int, float)) or hasattr(value, "__jax_array__") or _is_real(getattr(value, "dtype", None))
     ):
         raise TypeError(f"expected {name} to be a positive number, got {value!r} ({type(value).__name__}).")
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise ValueError(f"expected {name} to be a number that a float can hold, got one of {len(str(value))} digits.")
     shape = getattr(value, "shape", ())
     if shape != ():
         raise ValueError(f"expected {name} to be a scalar, got shape {shape}. Use jax.vmap for one bound per kernel.")
+
+
+def _is_real(dtype: Any) -> bool:
+    return dtype is not None and (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer))
 
 
 def check_max_norm(max_norm: Any) -> Any:

@@ -363,7 +363,7 @@ def test_killed_while_writing(number, tmp_path):
         assert process.wait(60) == 0
         usual = time.perf_counter() - began
     whole, before = (tmp_path / "out.npz").read_bytes(), (tmp_path / "net.npz").read_bytes()
-    rng = np.random.default_rng(int(number))
+    rng, early = np.random.default_rng(int(number)), 0
     for _ in range(40 if THOROUGH else 2):
         (tmp_path / "out.npz").unlink(missing_ok=True)
         with trial(f"kills of opnorm constrain by {number.name}"), run() as process:
@@ -371,6 +371,7 @@ def test_killed_while_writing(number, tmp_path):
             time.sleep(rng.uniform(0, usual / 2))  # the second half is what comes after
             process.send_signal(number)
             assert process.wait(60) in (0, -number, 128 + number)
+            early += process.returncode != 0
             names = {path.name for path in tmp_path.iterdir()}
             assert "out.npz" not in names or (tmp_path / "out.npz").read_bytes() == whole
             assert (tmp_path / "net.npz").read_bytes() == before
@@ -378,6 +379,7 @@ def test_killed_while_writing(number, tmp_path):
             assert not parts or number == signal.SIGKILL
         for part in parts:
             (tmp_path / part).unlink()
+    assert early
 
 
 @pytest.mark.slow

@@ -1,10 +1,7 @@
 """Kernels chosen to break things, drawn by hypothesis: every promise in float32 against float64 dense matrices.
 
-Shapes come from a small pool, so that each property compiles once a shape and a case takes milliseconds. With
-
-    OPNORM_TEST_PROFILE=thorough OPNORM_CASES=docs/cases.json pytest -n 0 tests/test_adversarial.py
-
-some 13,000 cases run, and the file gets their number under each property and kind of kernel.
+Shapes come from a small pool, so that each property compiles once a shape and a case takes milliseconds. With ``-m attack``
+14,000 cases run; see docs/guarantees.md.
 """
 
 import functools
@@ -14,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from conftest import count_case
+from conftest import count_case, trial
 from hypothesis import event, given
 from hypothesis import strategies as st
 
@@ -107,7 +104,9 @@ def bounds_and_norm(conv, kernel):
     return oj.operator_norm_bounds(kernel, conv), oj.operator_norm(kernel, conv)
 
 
+@pytest.mark.attack
 @given(case=st.integers(0, len(POOL) - 1), kind=kinds, seed=seeds, scale=scales)
+@trial("certificates")
 def test_bounds(case, kind, seed, scale):
     """lower <= true <= upper and the norm to 1e-5, from 1e-30 to 1e30."""
     shape, conv = POOL[case]
@@ -121,7 +120,9 @@ def test_bounds(case, kind, seed, scale):
     count_case("bounds", kind)
 
 
+@pytest.mark.attack
 @given(case=st.integers(0, len(POOL) - 1), kind=kinds, seed=seeds, size=st.floats(1e-45, 1e-37))
+@trial("certificates")
 def test_denormals(case, kind, seed, size):
     """Around the smallest normal number: never NaN, and right for the kernel without the entries below it, which count
     as zero on a CPU, or with them. Results below it may be zero too."""
@@ -146,7 +147,9 @@ def constrained(conv, kernel, bound):
 
 
 @pytest.mark.slow
+@pytest.mark.attack
 @given(case=st.integers(0, len(POOL) - 1), kind=kinds, seed=seeds, scale=scales, ratio=st.floats(0.01, 3))
+@trial("certificates")
 def test_inside_after_each_method(case, kind, seed, scale, ratio):
     """Certified methods end inside, as a dense matrix; a kernel inside comes back bit for bit; again changes nothing."""
     shape, conv = POOL[case]
@@ -165,7 +168,9 @@ def test_inside_after_each_method(case, kind, seed, scale, ratio):
     count_case("constrained", kind)
 
 
+@pytest.mark.attack
 @given(case=st.integers(0, len(CIRCULAR) - 1), kind=kinds, seed=seeds, scale=scales)
+@trial("certificates")
 def test_spectrum(case, kind, seed, scale):
     """All values of circular layers, to 1e-5 of the largest."""
     shape, conv = CIRCULAR[case]
@@ -187,12 +192,14 @@ def everything(conv, kernel):
 
 
 @pytest.mark.slow
+@pytest.mark.attack
 @given(
     case=st.integers(0, len(POOL) - 1),
     seed=seeds,
     kind=kinds,
     values=st.lists(st.sampled_from([np.nan, np.inf, -np.inf]), min_size=1, max_size=4),
 )
+@trial("certificates")
 def test_not_finite(case, seed, kind, values):
     """NaN out of every function, throughout; no exception and no hang."""
     shape, _ = POOL[case]
@@ -208,12 +215,14 @@ DTYPES = [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64]
 
 
 @pytest.mark.slow
+@pytest.mark.attack
 @given(
     pair=st.tuples(st.sampled_from(DTYPES), st.sampled_from([*DTYPES, float])),
     kind=kinds,
     seed=seeds,
     ratio=st.floats(0.1, 2),
 )
+@trial("certificates")
 def test_dtype_pairs(pair, kind, seed, ratio):
     """The kernel's dtype comes back whatever the bound's; inside to 4 eps of it."""
     with jax.enable_x64(True):
@@ -235,7 +244,9 @@ def _rescale_of_any_dtype(kernel, bound):
     return oj.rescale_operator_norm(kernel, POOL[2][1], bound)
 
 
+@pytest.mark.attack
 @given(bad=st.integers(0, 2), seed=seeds, value=st.sampled_from([np.nan, np.inf]))
+@trial("certificates")
 def test_not_finite_stays_in_its_layer(bad, seed, value):
     """Two of the three layers share one batched call."""
     rng = np.random.default_rng(seed)

@@ -132,6 +132,37 @@ def test_hostile_archives(suffix, name, tmp_path, capsys):
     assert os.listdir(tmp_path) == [f"net.{suffix}"]
 
 
+LAYERS = {
+    "a deep list": b"[" * 100_000,
+    "a deep dictionary": b'{"kernel": ' * 100_000,
+    "no JSON": b"{kernel: 1}",
+    "no text": b"\xff\xfe\x00",
+    "empty": b"",
+    "a list": b"[]",
+    "a number": b"1",
+    "a number for a layer": b'{"kernel": 1}',
+    "no input shape": b'{"kernel": {"strides": 2}}',
+    "an unknown field": b'{"kernel": {"input_shape": [8, 8], "stride": 2}}',
+    "a huge stride": b'{"kernel": {"input_shape": [8, 8], "strides": 1' + b"0" * 5000 + b"}}",
+    "a stride of NaN": b'{"kernel": {"input_shape": [8, 8], "strides": NaN}}',
+    "a stride of true": b'{"kernel": {"input_shape": [8, 8], "strides": true}}',
+    "a nested shape": b'{"kernel": {"input_shape": [[8], 8]}}',
+    "a negative shape": b'{"kernel": {"input_shape": [-8, 8]}}',
+    "another's name": b'{"other": {"input_shape": [8, 8]}}',
+}
+
+
+@pytest.mark.attack
+@pytest.mark.quick
+@pytest.mark.parametrize("name", LAYERS)
+@trial("hostile files")
+def test_hostile_layers(name, tmp_path, capsys):
+    np.savez(tmp_path / "net.npz", kernel=KERNEL)
+    (tmp_path / "layers.json").write_bytes(LAYERS[name])
+    message = fails(capsys, "report", tmp_path / "net.npz", "--layers", tmp_path / "layers.json")
+    assert len(message) < 1000 and message.isprintable()
+
+
 @pytest.mark.attack
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("suffix", ["npz", "safetensors"])

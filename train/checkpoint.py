@@ -157,8 +157,12 @@ def load_weights(path: Path) -> tuple[dict[str, Any], Path]:
     if path.suffix == ".safetensors" and path.is_file():
         from safetensors.numpy import load_file
 
+        try:
+            arrays = load_file(path)
+        except Exception as error:  # safetensors has errors of its own
+            raise ValueError(f"{path}: expected weights that can be read, got {first_line(error)}.") from error
         weights: dict[str, Any] = {"params": {}, "batch_stats": {}}
-        for name, array in load_file(path).items():
+        for name, array in arrays.items():
             *parents, last = name.split("/")
             node = weights
             for parent in parents:
@@ -175,12 +179,31 @@ def load_weights(path: Path) -> tuple[dict[str, Any], Path]:
         raise FileNotFoundError(
             f"expected a checkpoint (OUT_DIR/checkpoints/STEP), a run's folder or params.safetensors, got {path}."
         )
-    with ocp.StandardCheckpointer() as reader:
-        found = reader.metadata(path / "state").item_metadata
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), found)
-        state = reader.restore(path / "state", like)
+    try:
+        with ocp.StandardCheckpointer() as reader:
+            found = reader.metadata(path / "state").item_metadata
+            here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), found)
+            state = reader.restore(path / "state", like)
+    except Exception as error:  # whatever a damaged file leads to
+        raise ValueError(f"{path}: expected weights that can be read, got {first_line(error)}.") from error
     return {"params": state["params"], "batch_stats": state.get("batch_stats", {})}, path.parent.parent
+
+
+def check_weights(weights: dict[str, Any], wanted: Any, source: Path) -> None:
+    """An error that names an array that is missing, too much, or of another shape or type than those of a network."""
+    flat = lambda tree: {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    there, here = flat(weights), flat(wanted)
+    stack = next(
+        (np.shape(leaf)[: np.ndim(leaf) - len(here[name].shape)] for name, leaf in there.items() if name in here), ()
+    )
+    for name in sorted({*there, *here}):
+        got = f"{np.shape(there[name])} {there[name].dtype}" if name in there else "none"
+        want = f"{(*stack, *here[name].shape)} {here[name].dtype}" if name in here else "none"
+        if got != want:
+            raise ValueError(
+                f"{source}: expected the weights of the network in its config.json; {name}: {want}, got {got}."
+            )
 
 
 def first_line(error: BaseException) -> str:

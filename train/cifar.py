@@ -111,6 +111,8 @@ def prepare(
     if per_epoch < 1:
         raise ValueError(f"expected batch_size of at most {len(data.train_images)} images, got {config.batch_size}.")
     steps = per_epoch * config.epochs
+    if steps >= 2**31:  # they are counted in int32
+        raise ValueError(f"expected fewer steps than 2^31, got {steps:,}: too many epochs.")
     dtype = jnp.bfloat16 if config.bf16 else jnp.float32
     model = resnet.ResNet(config.depth, config.width, 10, config.batch_norm, config.batch_norm_momentum, dtype)
     image = data.train_images.shape[1:]
@@ -378,6 +380,9 @@ def evaluate_only(config: Config, console: Console) -> dict[str, Any]:
     data = datasets.load(saved.dataset, data_dir, config.download)
     dtype = jnp.bfloat16 if saved.bf16 else jnp.float32
     model = resnet.ResNet(saved.depth, saved.width, 10, saved.batch_norm, saved.batch_norm_momentum, dtype)
+    image = jnp.zeros((1, *data.test_images.shape[1:]))
+    wanted = jax.eval_shape(lambda: {"batch_stats": {}, **model.init(jax.random.key(0), image, train=False)})
+    checkpoint.check_weights(weights, wanted, config.evaluate_only)
     stacked = weights["params"]["stem"]["kernel"].ndim > 4
     # Saved weights of a normalised network may be a checkpoint's, from before the last rescaling.
     forward = arms.make_forward(model, saved.constraint, saved.max_norm)

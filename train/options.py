@@ -4,9 +4,12 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
+import typing
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import resnet
 
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -113,38 +116,26 @@ FREE = frozenset(
 
 def resolve(config: Config) -> Config:
     """The configuration with nothing left open, checked."""
-    if config.dataset not in DEFAULTS:
-        raise ValueError(f"expected dataset to be one of {tuple(DEFAULTS)}, got {config.dataset!r}.")
+    check_types(config)
     chosen = {k: v for k, v in DEFAULTS[config.dataset].items() if getattr(config, k) is None}
     if config.learning_rate is None:
         chosen["learning_rate"] = 0.05 if config.optimizer == "conv-muon" else 0.1 * config.batch_size / 128
     config = dataclasses.replace(config, **chosen)
     resnet.blocks(config.depth, config.width)  # type: ignore[arg-type]
-    for name in (
-        "width",
-        "epochs",
-        "batch_size",
-        "eval_batch_size",
-        "every",
-        "seeds",
-        "save_every",
-        "keep",
-        "certify_images",
-    ):
-        if getattr(config, name) < 1:
-            raise ValueError(f"expected {name} to be at least 1, got {getattr(config, name)}.")
-    for name in ("max_steps", "devices", "epochs_per_decay"):
-        if getattr(config, name) is not None and getattr(config, name) < 1:
-            raise ValueError(f"expected {name} to be at least 1, got {getattr(config, name)}.")
-    for name in ("learning_rate", "max_norm", "save_minutes"):
-        if not 0 < getattr(config, name) < math.inf:
-            raise ValueError(f"expected {name} to be positive and finite, got {getattr(config, name)}.")
+    counts = "width epochs batch_size eval_batch_size every seeds save_every keep certify_images max_steps devices"
+    for name in (*counts.split(), "epochs_per_decay", "num_processes"):
+        if (value := getattr(config, name)) is not None and not 1 <= value < 2**31:
+            raise ValueError(f"expected {name} to be at least 1 and below 2^31, got {value}.")
+    for name in ("learning_rate", "max_norm", "weight_decay"):
+        if not _holds(value := getattr(config, name)) or value == 0 and name != "weight_decay":
+            wanted = "0 or more" if name == "weight_decay" else "positive"
+            raise ValueError(f"expected {name} to be {wanted}, and in float32 finite, got {value}.")
+    if not 0 < config.save_minutes < math.inf:
+        raise ValueError(f"expected save_minutes to be positive and finite, got {config.save_minutes}.")
     if not 0 <= config.seed < 2**63 - config.seeds:
         raise ValueError(f"expected seed to be 0 or more and below 2^63, got {config.seed}.")
     if not 0 <= config.batch_norm_momentum < 1:  # type: ignore[operator]
         raise ValueError(f"expected batch_norm_momentum to be in [0, 1), got {config.batch_norm_momentum}.")
-    if not 0 <= config.weight_decay < math.inf:
-        raise ValueError(f"expected weight_decay to be 0 or more and finite, got {config.weight_decay}.")
     if config.constraint == "normalize" and config.norm_of == "circular":
         raise ValueError(
             "expected norm_of layer with constraint normalize (it takes layers as they are), got circular."
@@ -152,9 +143,31 @@ def resolve(config: Config) -> Config:
     hosts = (config.coordinator, config.num_processes, config.process_id)
     if any(v is None for v in hosts) and any(v is not None for v in hosts):
         raise ValueError(f"expected coordinator, num_processes and process_id together or none of them, got {hosts}.")
+    if config.process_id is not None and not 0 <= config.process_id < config.num_processes:  # type: ignore[operator]
+        raise ValueError(f"expected process_id to be 0 or more and below num_processes, got {config.process_id}.")
+    if config.coordinator is not None and not re.fullmatch(r"\S+:\d{1,5}", config.coordinator):
+        raise ValueError(f"expected coordinator to be HOST:PORT, got {config.coordinator!r}.")
     if config.out_dir is None:
         config = dataclasses.replace(config, out_dir=Path("runs") / name_of(config))
     return config
+
+
+def check_types(config: Config) -> None:
+    """An error that names an option of another type, or of none of the values that it can have."""
+    for name, kind in typing.get_type_hints(Config).items():
+        value, choices = getattr(config, name), typing.get_args(kind)  # of a union or a Literal
+        flat = [part for choice in choices or (kind,) for part in typing.get_args(choice) or (choice,)]
+        accepted = [part for part in flat if isinstance(part, type)] + [int] * (float in flat)
+        path = Path in flat and isinstance(value, Path)
+        if not (type(value) in accepted or path or isinstance(value, str) and value in flat):
+            wanted = " or ".join(repr(part) if isinstance(part, str) else part.__name__ for part in flat)
+            raise ValueError(f"expected {name} to be one of {wanted}, got {value!r:.100}.")
+
+
+def _holds(value: float) -> bool:
+    """Whether float32 holds a number that is 0 or more, as neither zero nor infinity if it is neither."""
+    limits = np.finfo(np.float32)
+    return value == 0 or float(limits.tiny) <= value <= float(limits.max)
 
 
 def plain(config: Config) -> dict[str, Any]:
@@ -190,4 +203,6 @@ def load(saved: dict[str, Any]) -> Config:
     """The configuration that config.json holds."""
     known = {field.name: field.type for field in dataclasses.fields(Config)}
     paths = {"data_dir", "out_dir", "evaluate_only"}
-    return Config(**{k: Path(v) if k in paths and v is not None else v for k, v in saved.items() if k in known})
+    config = Config(**{k: Path(v) if k in paths and isinstance(v, str) else v for k, v in saved.items() if k in known})
+    check_types(config)
+    return config

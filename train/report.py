@@ -175,8 +175,11 @@ def save_params(path: Path, params: Any, batch_stats: Any) -> None:
 
 
 def load_json(path: Path) -> Any:
-    """One JSON document; an error names the file."""
+    """One JSON object; an error names the file."""
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: expected JSON, got {error}.") from None
+        found = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON, got {str(error):.200}.") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected a JSON object, got a {type(found).__name__}.")
+    return found

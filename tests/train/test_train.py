@@ -171,7 +171,10 @@ def test_evaluate_counts_the_last_partial_batch():
 
 # --- the whole ----------------------------------------------------------------------------------------------------
 
+COUNTS = "width epochs batch_size eval_batch_size every seeds save_every keep certify_images max_steps devices".split()
 
+
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -183,6 +186,21 @@ def test_evaluate_counts_the_last_partial_batch():
             for value in (math.inf, math.nan)
         ],
         ({"batch_norm_momentum": math.nan}, r"batch_norm_momentum to be in \[0, 1\), got nan"),
+        *[({name: 1e-46}, f"{name} to be .*float32 finite") for name in ("learning_rate", "max_norm", "weight_decay")],
+        *[({name: 1e39}, f"{name} to be .*float32 finite") for name in ("learning_rate", "max_norm", "weight_decay")],
+        *[({name: value}, f"{name} to be at least 1") for name in COUNTS for value in (0, -1, 2**31)],
+        *[({name: value}, f"{name} to be one of") for name in ("depth", *COUNTS) for value in ("3", 2.0, True, [2])],
+        *[({name: "sgb"}, f"{name} to be one of") for name in ("optimizer", "constraint", "norm_of", "resume", "bf16")],
+        ({"coordinator": "host:1"}, "coordinator, num_processes and process_id together"),
+        ({"coordinator": "host:1", "num_processes": 2, "process_id": 2}, "process_id to be 0 or more and below"),
+        ({"coordinator": "host:1", "num_processes": 2, "process_id": -1}, "process_id to be 0 or more and below"),
+        ({"coordinator": "host", "num_processes": 2, "process_id": 1}, "coordinator to be HOST:PORT"),
+        ({"learning_rate": 10**400}, "learning_rate to be"),
+        ({"learning_rate": "0.1"}, "learning_rate to be one of"),
+        ({"out_dir": 3}, "out_dir to be one of"),
+        ({"epochs": 2**30}, r"fewer steps than 2\^31"),
+        ({"seed": 2**63}, "seed to be 0 or more and below"),
+        ({"seed": 2**63 - 2, "seeds": 2}, "seed to be 0 or more and below"),
         ({"seed": 10**20}, "seed to be 0 or more and below"),
         ({"seed": -1}, "seed to be 0 or more and below"),
         ({"epochs": 0}, "epochs to be at least 1"),

@@ -363,6 +363,68 @@ def test_the_whole_state_comes_back(seeds, tmp_path):
 # --- the folder ---------------------------------------------------------------------------------------------------
 
 
+def rewritten(name, change):
+    """A run's folder with one array of its weights changed."""
+
+    def damage(folder):
+        weights = safetensors.numpy.load_file(folder / "params.safetensors")
+        weights[f"params/{name}"] = change(weights[f"params/{name}"])
+        safetensors.numpy.save_file(weights, folder / "params.safetensors")
+
+    return damage
+
+
+def without(folder):
+    weights = safetensors.numpy.load_file(folder / "params.safetensors")
+    del weights["params/stem/kernel"]
+    safetensors.numpy.save_file(weights, folder / "params.safetensors")
+
+
+def said(content):
+    return lambda folder: (folder / "config.json").write_bytes(content)
+
+
+HOSTILE_RUNS = {  # name: (damage, message)
+    "a deep configuration": (said(b"[" * 100_000), "config.json: expected JSON"),
+    "a configuration in no text": (said(b"\xff\xfe{}"), "config.json: expected JSON"),
+    "a list for a configuration": (said(b"[]"), "config.json: expected a JSON object, got a list"),
+    "an endless number": (said(b'{"depth": 1' + b"0" * 5000 + b"}"), "config.json: expected JSON"),
+    "a depth in words": (said(b'{"depth": "eight"}'), "depth to be one of int or NoneType, got 'eight'"),
+    "a number for a folder": (said(b'{"data_dir": 3}'), "data_dir to be one of Path or NoneType, got 3"),
+    "another network": (said(b'{"dataset": "digits", "depth": 8, "width": 4, "batch_norm_momentum": 0.9}'), "weights of the network"),
+    "no weights": (lambda folder: (folder / "params.safetensors").write_bytes(b""), "weights that can be read"),
+    "an array less": (without, r"\['params'\]\['stem'\]\['kernel'\]: .*, got none"),
+    "another shape": (rewritten("stem/kernel", lambda a: a[:2].copy()), "got \\(2, 3, 1, 2\\)"),
+    "another type": (rewritten("stem/kernel", lambda a: a.astype(np.int8)), "got .* int8"),
+    "one array in a stack": (rewritten("stem/kernel", lambda a: a[None]), "weights of the network"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run that was not trained."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = options.resolve(cifar.Config(width=2, constraint="none", out_dir=folder))
+    _, state = cifar.prepare(config, datasets.digits())
+    report.save_json(folder / "config.json", options.plain(config))
+    report.save_params(folder / "params.safetensors", state.params, state.batch_stats)
+    assert 0 < cifar.main(cifar.Config(evaluate_only=folder / "params.safetensors"))["test_error"] <= 1
+    return folder
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize("name", HOSTILE_RUNS)
+@trial("hostile files")
+def test_hostile_runs(name, finished, tmp_path):
+    """What --evaluate-only says of another's folder."""
+    damage, message = HOSTILE_RUNS[name]
+    folder = shutil.copytree(finished, tmp_path / "run")
+    damage(folder)
+    with pytest.raises(ValueError, match=message) as caught:
+        cifar.main(cifar.Config(evaluate_only=folder / "params.safetensors"))
+    assert len(str(caught.value)) < 1000 and "\n" not in str(caught.value)
+
+
 def test_metrics_are_cut_back(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("one\ntwo\nthr")

@@ -136,7 +136,9 @@ def read_archive(path: Path) -> dict[str, bytes]:
         )
     files: dict[str, bytes] = {}
     try:
-        with tarfile.open(fileobj=io.BytesIO(_unpacked(packed)), mode="r:", tarinfo=_Member) as archive:
+        tar = io.BytesIO(_unpacked(packed))
+        del packed
+        with tarfile.open(fileobj=tar, mode="r:", tarinfo=_Member) as archive:
             for member in archive:
                 name = Path(member.name).name
                 if not (member.isfile() and _is_batch(name)):
@@ -272,22 +274,25 @@ _OPERATIONS = frozenset(
     GLOBAL STACK_GLOBAL REDUCE BUILD
     """.split()
 )
-_MOST_OPERATIONS = 10**6  # a batch of 10,000 images has 30,000
+_MOST_OPERATIONS = 200_000  # a batch of 10,000 images and names has up to 100,000
 
 
 def _check_pickle(data: bytes) -> None:
     """An error for pickles that would call something, or that take much more memory to load than their own size."""
-    tuples = 0
+    tuples, last = 0, ""
     for number, (operation, argument, _) in enumerate(pickletools.genops(data)):
-        if operation.name not in _OPERATIONS:
-            raise pickle.UnpicklingError(f"the operation {operation.name}, for which a batch has no use")
+        name = operation.name
+        if name not in _OPERATIONS:
+            raise pickle.UnpicklingError(f"the operation {name}, for which a batch has no use")
         if number > _MOST_OPERATIONS:
             raise pickle.UnpicklingError(f"more than {_MOST_OPERATIONS} operations")
-        if operation.name.endswith("PUT") and int(argument or 0) > number:  # the memo is a table of that size
+        if name.endswith("PUT") and int(argument or 0) > number:  # the memo is a table of that size
             raise pickle.UnpicklingError(f"object number {argument} after {number} operations")
-        tuples += operation.name.startswith("TUPLE")
-        if tuples > 100:  # nested, they overflow the stack when they are a key
+        # Tuples are arguments. Others are few: nested, they overflow the stack when they are a key.
+        tuples += name.startswith("TUPLE") - (name == "REDUCE" and last.startswith("TUPLE"))
+        if tuples > 100:
             raise pickle.UnpicklingError("more than 100 tuples")
+        last = last if name.endswith("PUT") or name == "MEMOIZE" else name
 
 
 class _Described:

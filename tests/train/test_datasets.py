@@ -41,7 +41,12 @@ def check_data(data):
 
 @pytest.mark.parametrize("protocol", [2, 3, 4])
 def test_pickles_of_every_protocol(protocol, tmp_path):
-    check_data(datasets.load("cifar10", write_folder(tmp_path / "data", python_files(protocol))))
+    """With as many labels and names as a batch has in truth."""
+    names = [f"{number}.png".encode() for number in range(20_000)]
+    files = python_files(protocol) | {
+        "test_batch": pickled(5, protocol, filenames=names[:10_000], batch_label=names[10_000:])
+    }
+    check_data(datasets.load("cifar10", write_folder(tmp_path / "data", files)))
 
 
 def test_pickles_as_python_2_wrote_them(tmp_path):
@@ -74,16 +79,13 @@ def broken(change, kind="binary"):
     return make
 
 
-def test_batch(data):
+def one_batch(data):
     """A folder of which one batch is this."""
     return broken(lambda files: files.update(test_batch=data), "python")
 
 
-test_batch.__test__ = False  # no test, in spite of its name
-
-
 def changed(**changes):
-    return test_batch(pickled(5, **changes))
+    return one_batch(pickled(5, **changes))
 
 
 def altered(change, files=binary_files, compression="gz"):
@@ -152,10 +154,10 @@ BAD_DATA = {
     "a pipe for a batch": (instead(os.mkfifo), ValueError, "a file, got a folder, a pipe"),
     "a device for a batch": (instead(lambda path: path.symlink_to("/dev/zero")), ValueError, "a file, got a folder"),
     "a huge batch": (instead(lambda path: path.touch() or os.truncate(path, 2**40)), ValueError, "at most 67108864"),
-    "not a pickle": (test_batch(b"hello"), ValueError, "a pickled CIFAR-10 batch"),
-    "an empty pickle": (test_batch(b""), ValueError, "a pickled CIFAR-10 batch"),
-    "malicious pickle": (test_batch(pickle.dumps(Attack())), ValueError, "refusing to load builtins.print"),
-    "pickle of a list": (test_batch(pickle.dumps([1], 2)), ValueError, "a pickled CIFAR-10 batch, got TypeError"),
+    "not a pickle": (one_batch(b"hello"), ValueError, "a pickled CIFAR-10 batch"),
+    "an empty pickle": (one_batch(b""), ValueError, "a pickled CIFAR-10 batch"),
+    "malicious pickle": (one_batch(pickle.dumps(Attack())), ValueError, "refusing to load builtins.print"),
+    "pickle of a list": (one_batch(pickle.dumps([1], 2)), ValueError, "a pickled CIFAR-10 batch, got TypeError"),
     "pickle of a number": (changed(data=3, labels=[]), ValueError, PIXELS),
     "a wrong shape": (changed(data=pixels[:, :-1]), ValueError, PIXELS),
     "one axis": (changed(data=pixels.ravel()), ValueError, PIXELS),
@@ -177,7 +179,7 @@ BAD_DATA = {
     "a negative label": (changed(labels=[*labels[1:], -1]), ValueError, LABELS),
     "a huge label": (changed(labels=[*labels[1:], 10**300]), ValueError, LABELS),
     **{
-        name: (test_batch(make()), ValueError, "a pickled CIFAR-10 batch")
+        name: (one_batch(make()), ValueError, "a pickled CIFAR-10 batch")
         for name, make in fuzz_data.BOMBS.items()
         if name != "many dictionaries"  # 40 MB; see test_memory_is_bounded
     },

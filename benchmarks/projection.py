@@ -4,7 +4,6 @@
 
 cold    a random 3x3 kernel for SAME padding whose norm is twice the bound
 drift   its projection, changed by 1 % in Frobenius norm: the way a training step moves a kernel
-
 inside  the random kernel, with a norm of 0.5 to 0.99 of the bound: a clip and a rescaling against the paper's clip in
         NumPy, which does not ask whether there is anything to clip
 
@@ -43,9 +42,9 @@ def measure(channels, n, repeats):
     }
     compiled = {name: compile_seconds(function, kernel) for name, function in functions.items()}
     for share in INSIDE:
-        inside = share / 2.01 * kernel
-        numpy = functools.partial(paper_clip, np.asarray(inside), (n, n), 1.0)
-        ours = {name: functools.partial(f, inside) for name, f in functions.items()}
+        smaller = share / 2.01 * kernel
+        numpy = functools.partial(paper_clip, np.asarray(smaller), (n, n), 1.0)
+        ours = {name: functools.partial(f, smaller) for name, f in functions.items()}
         row = {"start": "inside", "channels": channels, "map": n, "norm": share}
         row["seconds"] = interleaved({"NumPy": numpy, **ours}, repeats)
         show(row)

@@ -40,7 +40,7 @@ def excess(
 def apply_spectral(blocks, vectors, weights):
     """Computes F V diag(weights) Vᴴ, or V diag(weights) Vᴴ F where the vectors are the left ones."""
     weighted = vectors * weights[..., None, :].astype(vectors.dtype)
-    scaled = jnp.matmul(weighted, vectors.conj().swapaxes(-1, -2), precision=_HIGHEST)
+    scaled = jnp.matmul(weighted, adjoint(vectors), precision=_HIGHEST)
     pair = (blocks, scaled) if blocks.shape[-1] <= blocks.shape[-2] else (scaled, blocks)
     return jnp.matmul(*pair, precision=_HIGHEST)
 

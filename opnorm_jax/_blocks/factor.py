@@ -214,7 +214,7 @@ def _mapped_by_vectors(stack):
     """Computes the Gram matrices' eigenvectors, in descending order, what they are mapped to, and its lengths."""
     m, n = stack.shape[-2:]
     vectors = batched_eigh(gram(stack))[1][..., ::-1]
-    mapped = jnp.matmul(stack if n <= m else stack.conj().swapaxes(-1, -2), vectors, precision=_HIGHEST)
+    mapped = jnp.matmul(stack if n <= m else adjoint(stack), vectors, precision=_HIGHEST)
     return vectors, mapped, _norm(mapped.swapaxes(-1, -2))[..., 0]
 
 

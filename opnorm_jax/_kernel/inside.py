@@ -35,7 +35,7 @@ def certified_inside(
     where nothing can be left, look at the coarsest grid alone.
     """
     coarsest = lambda kernel, bound: _below_together(kernel, bound, *coarse_plan(plan), execution)
-    if execution.factorization == "products" or execution.mesh is not None:
+    if not _leaves_early(execution):
         return coarsest(kernel, bound)
 
     def finer(kernel, bound):
@@ -96,7 +96,19 @@ def unless_inside(
     kernels inside too. ``vmap`` would turn the condition into the computation of both. Instead a CPU takes the members
     of the batch one by one, and other devices leave ``outside`` out if all are inside. Not differentiable.
     """
-    return one_by_one(_one, inside, outside, plan, execution, together=_together)
+    guarded = one_by_one(_one, inside, outside, plan, execution, together=_together)
+    if len(half_grid(coarse_plan(plan)[0].grid).weights) <= 0.7 * len(half_grid(plan.grid).weights):
+        return guarded
+    # Where nothing can be left at the first failure, the certificate costs about as much as the answer.
+    alone = functools.partial(outside, plan, execution)
+    if not _leaves_early(execution):
+        return alone
+    return lambda kernel, bound: lax.platform_dependent(kernel, bound, cpu=guarded, default=alone)
+
+
+def _leaves_early(execution: Execution) -> bool:
+    """Returns whether a CPU goes through the frequencies one after the other."""
+    return execution.factorization != "products" and execution.mesh is None
 
 
 def _one(inside, outside, plan, execution, kernel, bound):

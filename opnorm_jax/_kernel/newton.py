@@ -72,7 +72,7 @@ class ProjectionInfo(NamedTuple):
 
 def gap_floor(kernel):
     """Returns what rounding can leave of a gap: that of the final scaling, and what the dual value is allowed."""
-    return 3 * rounding(kernel.shape, kernel.dtype) * jnp.sqrt(jnp.sum(kernel**2))
+    return 3 * rounding(kernel.shape, kernel.dtype) * frobenius(kernel)
 
 
 class _Active(NamedTuple):

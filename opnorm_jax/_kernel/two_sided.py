@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from opnorm_jax._blocks import factor
 from opnorm_jax._blocks.guard import forbid_derivative
+from opnorm_jax._blocks.linalg import adjoint
 from opnorm_jax._blocks.symbol import block_taps, kernel_from_block_taps, scan_frequencies, symbol_adjoint
 from opnorm_jax._conv import Conv, as_conv, canonical_shape, check_scalar
 from opnorm_jax._execution import Execution, check_decomposes
@@ -123,7 +124,7 @@ def _clip(kernel, lower, upper, geometry: Geometry, iterations, execution):
             blocks = jnp.where(own, blocks.real.astype(blocks.dtype), blocks)
             left, values, right = factor.singular_vectors(blocks.reshape(-1, m, n))
             change = (jnp.clip(values, low, high) - values).astype(blocks.dtype)
-            moved = jnp.matmul(left * change[..., None, :], right.conj().swapaxes(-1, -2), precision=_HIGHEST)
+            moved = jnp.matmul(left * change[..., None, :], adjoint(right), precision=_HIGHEST)
             return carry + symbol_adjoint(weigh(weights, moved.reshape(blocks.shape)), phase), None
 
         change, _ = scan_frequencies(step, jnp.zeros_like(taps), taps, plan, execution)

@@ -155,8 +155,10 @@ def _reduced_sum(eqn, ins):
 
 @rule("reduce_max", "reduce_min")
 def _reduced_extreme(eqn, ins):
-    """The largest of some numbers changes by at most the largest of their changes. Each input belongs
-    to one extreme only, so the bounds do not add up."""
+    """The largest of some numbers changes by at most the largest of their changes.
+
+    Each input belongs to one extreme only, so the bounds do not add up.
+    """
     return ins[0].bound
 
 

@@ -186,8 +186,9 @@ def _layer(path: str, kernel: Any, conv: Conv | Unknown, execution: Execution) -
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 3) -> str:
-    """Formats a table in plain text. A row may be shorter than the header; its last cell then takes no part in the
-    columns' widths.
+    """Formats a table in plain text.
+
+    A row may be shorter than the header; its last cell then takes no part in the columns' widths.
     """
     whole = [row if len(row) == len(header) else row[:-1] for row in (header, *rows)]
     widths = [max(len(row[n]) for row in whole if n < len(row)) for n in range(len(header))]

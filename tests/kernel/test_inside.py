@@ -162,3 +162,20 @@ def test_every_chunk_counts(factorization):
     assert oracle.dense_singular_values(rescaled, (10, 10))[0] <= 40 * (1 + 1e-6)
     clipped = oj.clip_operator_norm(kernel, (10, 10), 40.0, execution=execution)
     np.testing.assert_allclose(clipped, oracle.paper_clip(kernel, (10, 10), 40.0), atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["clip", "rescale"])
+def test_small_grids_are_certified_first_only_where_that_can_end_early(method, monkeypatch):
+    """With products, for one, the certificate of a small map would cost about as much as the answer."""
+
+    def refuse(*args):
+        raise AssertionError("certified")
+
+    monkeypatch.setattr(inside, "certified_inside", refuse)
+    function = getattr(oj, f"{method}_operator_norm")
+    kernel = np.random.default_rng(0).standard_normal((3, 3, 5, 6)).astype(np.float32)
+    products = oj.Execution(factorization="products")
+    function(kernel, (4, 4), 1.0, execution=products)
+    for shape, execution in (((4, 4), oj.Execution()), ((12, 12), products)):
+        with pytest.raises(AssertionError, match="certified"):
+            function(kernel, shape, 1.0, execution=execution)

@@ -13,7 +13,7 @@ import jax.core
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-Name = Literal["CAUSAL", "CIRCULAR", "SAME", "VALID"]
+Name = Literal["CAUSAL", "CIRCULAR", "EDGE", "REFLECT", "SAME", "VALID"]
 Padding = Name | tuple[tuple[int, int] | Name, ...]
 
 SPATIAL_LETTERS = ("", "W", "HW", "DHW")
@@ -33,8 +33,10 @@ class Conv:
       input_shape: *spatial* shape of the layer's input, in pixels; its length fixes the dimension (1, 2 or 3). The
         empty shape stands for a dense layer, whose kernel is a matrix (layout ``"IO"``, or ``"OI"``).
       strides: an int, or one int per spatial axis.
-      padding: ``"SAME"`` (the default), ``"VALID"``, ``"CIRCULAR"``, ``"CAUSAL"`` (in 1-D), an int, or one entry per
-        axis: an int, a ``(low, high)`` pair, ``"SAME"``, ``"VALID"`` or ``"CAUSAL"``.
+      padding: ``"SAME"`` (the default), ``"VALID"``, ``"CIRCULAR"``, ``"CAUSAL"`` (in 1-D), ``"REFLECT"``, ``"EDGE"``
+        (also called replicate), an int, or one entry per axis: an int, a ``(low, high)`` pair, or one of those names.
+        ``("SAME", "CIRCULAR")`` suits a map that is periodic in longitude. ``"CIRCULAR"``, ``"REFLECT"`` and ``"EDGE"``
+        add as many pixels as the taps reach, half of them on either side, as Flax does.
       input_dilation: zeros inserted between input pixels, plus one; above 1 it is a transposed convolution, which
         needs ``"CIRCULAR"`` or explicit padding (as in ``jax.lax``).
       kernel_dilation: spacing of the kernel's taps.
@@ -308,12 +310,8 @@ def _padding(padding: Any, rank: int) -> Padding:
             entries.append((_int(pad[0], "padding"), _int(pad[1], "padding")))
         else:
             entries.append(_padding_name(pad) if isinstance(pad, str) else (_int(pad, "padding"),) * 2)
-    if "CIRCULAR" in entries and set(entries) != {"CIRCULAR"}:
-        raise ValueError(
-            f"expected padding to be circular along every axis or along none, got {padding!r}, which has no bound."
-        )
-    alike = set(entries) in ({"CIRCULAR"}, {"SAME"}, {"VALID"}) or entries == ["CAUSAL"]
-    return entries[0] if alike else tuple(entries)
+    alike = len(set(entries)) == 1 and isinstance(entries[0], str) and (rank == 1 or entries[0] != "CAUSAL")
+    return entries[0] if alike else tuple(entries)  # type: ignore[return-value]
 
 
 def _padding_name(padding: str) -> Name:

@@ -19,7 +19,10 @@ of
 A real kernel has F(-omega) = conj F(omega), so half of the grid is enough.
 
 A zero-padded layer is no such convolution. But it is a part (a compression) of one on a larger circle, its *circulant
-embedding*, whose norm is therefore an upper bound on the layer's own.
+embedding*, whose norm is therefore an upper bound on the layer's own. Padding by edge pixels or reflections is a map
+that copies pixels, before a layer without padding: its norm is the root of the largest number of copies.
+
+Each axis has its own padding, and its own circle.
 """
 
 from __future__ import annotations
@@ -103,12 +106,13 @@ class Geometry:
 
     conv: Conv
     kernel_shape: tuple[int, ...]  # spatial axes first: (*taps, i, o)
-    pads: tuple[tuple[int, int], ...]  # the (low, high) pairs in effect; for circular padding those of the wrap-around
+    pads: tuple[tuple[int, int], ...]  # the (low, high) pairs in effect, whatever the pixels are filled with
     output_shape: tuple[int, ...]
     live: tuple[Live, ...]  # for each axis, what is left of the layer without what meets no pixel
     plan: Plan  # the circulant embedding, with each different block once
     own_plan: Plan | None  # that of the layer itself, on its own grid, where it has one: see ``exact``
     attained: bool  # whether the norm of the circulant embedding is the norm of the layer
+    gain: float  # the norm of the layer is at most that of the circulant embedding, times this
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -121,17 +125,33 @@ class Geometry:
         return (*(axis.stop - axis.start for axis in self.live), *self.kernel_shape[-2:])
 
     @property
-    def circular(self) -> bool:
-        """Whether the layer wraps around, rather than pads with zeros."""
-        return self.conv.padding == "CIRCULAR"
-
-    @property
     def exact(self) -> bool:
         """Whether the layer is block-diagonal in frequency, so that all singular values are known.
 
-        It is circular and its strides divide the grid; or its patches tile the image (1x1 kernels, dense layers).
+        Along each axis it is circular, and its stride divides the grid; or its patches tile the image (1x1 kernels).
         """
         return self.own_plan is not None
+
+    @property
+    def full(self) -> bool:
+        """Whether every pixel meets every tap, and a block has no more columns than rows ("full" padding).
+
+        Then the layer is that of its circulant embedding, after a map that only inserts zeros, so its smallest singular
+        value is at least that of the embedding.
+        """
+        conv, (i, o) = self.conv, self.kernel_shape[-2:]
+        if set(conv.strides) - {1} or math.prod(conv.input_dilation) * o < i * conv.feature_group_count:
+            return False
+        return all(
+            fill == "CIRCULAR" or fill is None and min(axis.pads) >= d * (axis.stop - axis.start - 1)
+            for fill, d, axis in zip(fills(conv), conv.kernel_dilation, self.live, strict=True)
+        )
+
+
+def fills(conv: Conv) -> tuple[str | None, ...]:
+    """Returns what fills the padding of each axis: ``"CIRCULAR"``, ``"EDGE"``, ``"REFLECT"``, or None for zeros."""
+    entries = (conv.padding,) * len(conv.input_shape) if isinstance(conv.padding, str) else conv.padding
+    return tuple(entry if entry in ("CIRCULAR", "EDGE", "REFLECT") else None for entry in entries)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -142,7 +162,6 @@ def resolve(conv: Conv, kernel_shape: tuple[int, ...]) -> Geometry:
       ValueError: if the layer would have no output pixel.
     """
     taps = kernel_shape[:-2]
-    circular = conv.padding == "CIRCULAR"
     pads = _explicit_padding(conv, taps)
     outputs = _output_shape(conv, taps, pads)
     if min(outputs, default=1) < 1:
@@ -151,32 +170,87 @@ def resolve(conv: Conv, kernel_shape: tuple[int, ...]) -> Geometry:
             f"input_shape={conv.input_shape}, taps {taps} and padding {conv.padding!r}. Check input_shape and padding."
         )
     sizes = zip(conv.input_shape, conv.strides, conv.input_dilation, conv.kernel_dilation, strict=True)
-    if circular:
-        live = tuple(Live(0, k, (True,) * k, pad, m) for k, pad, m in zip(taps, pads, outputs))
-    else:
-        live = tuple(_live(*size, k, low, m) for size, k, (low, _), m in zip(sizes, taps, pads, outputs))
-    own_plan = _circular_plan(conv, taps, conv.strides) if circular or _tiles(conv, taps, pads) else None
-    if circular and own_plan is not None:
-        embedding = own_plan
-    elif circular:
-        # A stride that does not divide the grid keeps some of the outputs of stride 1.
-        embedding = _circular_plan(conv, taps, (1,) * len(taps))
-        assert embedding is not None  # a stride of 1 divides everything
-    else:
-        embedding = _embedding(conv, live)
-    plan = deduplicate(embedding)
+    per_axis = zip(sizes, fills(conv), taps, pads, outputs, strict=True)
+    axes = [_resolve_axis(*size, fill, k, pad, m) for size, fill, k, pad, m in per_axis]
+    groups = conv.feature_group_count
+    own = [axis.own for axis in axes if axis.own is not None]
+    plan = deduplicate(Plan(tuple(axis.embedding for axis in axes), groups))
     # Where no padding is met and each output has a patch of the image to itself (1x1 kernels; patches no larger than
-    # the stride), the embedding has one block, and it is the layer's own.
-    patches = max(pad for axis in live for pad in (0, *axis.pads)) <= 0 if live else True
-    patches = patches and max([1, *plan.grid, *conv.input_dilation]) == 1
-    attained = own_plan is not None if circular else patches
-    return Geometry(conv, tuple(kernel_shape), pads, outputs, live, plan, own_plan, attained)
+    # the stride), the embedding has one block along an axis, and it is the layer's own.
+    attained = all(
+        axis.own is not None
+        if axis.fill == "CIRCULAR"
+        else axis.fill is None and max(axis.live.pads) <= 0 and n == e == 1
+        for axis, n, e in zip(axes, plan.grid, conv.input_dilation, strict=True)
+    )
+    return Geometry(
+        conv,
+        tuple(kernel_shape),
+        pads,
+        outputs,
+        tuple(axis.live for axis in axes),
+        plan,
+        Plan(tuple(own), groups) if len(own) == len(axes) else None,
+        attained,
+        math.prod(axis.gain for axis in axes),
+    )
 
 
-def _tiles(conv: Conv, taps: tuple[int, ...], pads: tuple[tuple[int, int], ...]) -> bool:
-    """Decides whether the outputs' patches tile the image: then nothing is padded, and nothing would wrap around."""
-    sizes = zip(conv.input_shape, conv.strides, conv.input_dilation, conv.kernel_dilation, taps, pads, strict=True)
-    return all(pair == (0, 0) and e == 1 and d * (k - 1) < s and n % s == 0 for n, s, e, d, k, pair in sizes)
+class _Resolved(NamedTuple):
+    """One axis of a layer."""
+
+    fill: str | None
+    live: Live
+    embedding: Axis
+    own: Axis | None  # on its own circle, where it has one
+    gain: float
+
+
+def _resolve_axis(
+    n: int, stride: int, input_dilation: int, dilation: int, fill: str | None, k: int, pads: tuple[int, int], m: int
+) -> _Resolved:
+    whole = Live(0, k, (True,) * k, pads, m)
+    size = n, stride, input_dilation, dilation
+    if fill == "CIRCULAR":
+        divides = n * input_dilation % stride == 0
+        # A stride that does not divide the circle keeps some of the outputs of stride 1.
+        step = stride if divides else 1
+        axis = Axis(n * input_dilation, k, step, input_dilation, dilation, dilation * (k - 1) // 2)
+        return _Resolved(fill, whole, axis, axis if divides else None, 1.0)
+    if fill is not None:
+        whole = whole._replace(pads=(0, 0))
+        embedding = _embedding(n + sum(pads), stride, input_dilation, dilation, whole)
+        used = padded_pixels(fill, n, 1, pads)[np.unique(stride * np.arange(m)[:, None] + dilation * np.arange(k))]
+        return _Resolved(fill, whole, embedding, None, math.sqrt(np.bincount(used).max()))
+    live = _live(*size, k, pads[0], m)
+    # Outputs whose patches tile the image: nothing is padded, and nothing would wrap around.
+    tiles = pads == (0, 0) and input_dilation == 1 and dilation * (k - 1) < stride and n % stride == 0
+    own = Axis(n, k, stride, 1, dilation, 0) if tiles else None
+    return _Resolved(None, live, _embedding(*size, live), own, 1.0)
+
+
+def padded_pixels(fill: str, n: int, input_dilation: int, pads: tuple[int, int]) -> np.ndarray:
+    """Returns which pixel each place of a padded axis holds, by number; -1 for a zero that the input dilation makes."""
+    if fill == "CIRCULAR":
+        places = np.arange(-pads[0], n * input_dilation + pads[1]) % (n * input_dilation)
+        return np.where(places % input_dilation == 0, places // input_dilation, -1)
+    return np.pad(np.arange(n), pads, mode="edge" if fill == "EDGE" else "reflect")
+
+
+def met_pixels(geometry: Geometry) -> list[np.ndarray]:
+    """Returns for each axis which pixel each tap meets at each output, (taps, outputs); -1 where it meets none."""
+    conv, found = geometry.conv, []
+    sizes = zip(conv.input_shape, geometry.output_shape, geometry.taps, geometry.pads, fills(conv), strict=True)
+    steps = zip(conv.strides, conv.input_dilation, conv.kernel_dilation, strict=True)
+    for (n, m, k, pads, fill), (s, e, d) in zip(sizes, steps, strict=True):
+        places = s * np.arange(m) + d * np.arange(k)[:, None]
+        if fill is not None:
+            found.append(padded_pixels(fill, n, e, pads)[places])
+            continue
+        places -= pads[0]
+        meets = (places >= 0) & (places <= (n - 1) * e) & (places % e == 0)
+        found.append(np.where(meets, places // e, -1))
+    return found
 
 
 def _live(n: int, stride: int, input_dilation: int, dilation: int, k: int, low: int, outputs: int) -> Live:
@@ -205,6 +279,8 @@ def _explicit_padding(conv: Conv, taps: tuple[int, ...]) -> tuple[tuple[int, int
         named = {
             "CAUSAL": (reach, 0),
             "CIRCULAR": (reach // 2, reach - reach // 2),
+            "EDGE": (reach // 2, reach - reach // 2),
+            "REFLECT": (reach // 2, reach - reach // 2),
             "SAME": (total // 2, total - total // 2),
             "VALID": (0, 0),
         }
@@ -213,38 +289,24 @@ def _explicit_padding(conv: Conv, taps: tuple[int, ...]) -> tuple[tuple[int, int
 
 
 def _output_shape(conv: Conv, taps: tuple[int, ...], pads: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
-    sizes = zip(conv.input_shape, conv.input_dilation, conv.strides, conv.kernel_dilation, taps, pads, strict=True)
-    if conv.padding == "CIRCULAR":
-        return tuple(math.ceil(n * e / s) for n, e, s, *_ in sizes)
-    return tuple(((n - 1) * e + low + high - d * (k - 1)) // s + 1 for n, e, s, d, k, (low, high) in sizes)
+    sizes = zip(conv.input_shape, conv.input_dilation, conv.strides, conv.kernel_dilation, taps, pads, fills(conv))
+    return tuple(
+        math.ceil(n * e / s) if fill == "CIRCULAR" else ((n - 1) * e + low + high - d * (k - 1)) // s + 1
+        for n, e, s, d, k, (low, high), fill in sizes
+    )
 
 
-def _circular_plan(conv: Conv, taps: tuple[int, ...], strides: tuple[int, ...]) -> Plan | None:
-    """Returns the plan of a circular convolution on its own grid, or None if a stride does not divide that grid."""
-    axes = []
-    for n, k, s, e, d in zip(conv.input_shape, taps, strides, conv.input_dilation, conv.kernel_dilation, strict=True):
-        if (n * e) % s:
-            return None
-        axes.append(Axis(n * e, k, s, e, d, (d * (k - 1)) // 2 if conv.padding == "CIRCULAR" else 0))
-    return Plan(tuple(axes), conv.feature_group_count)
-
-
-def _embedding(conv: Conv, live: tuple[Live, ...]) -> Plan:
-    """Returns the circulant embedding of a zero-padded layer on the smallest circle that is large enough.
+def _embedding(n: int, stride: int, input_dilation: int, dilation: int, live: Live) -> Axis:
+    """Returns the circulant embedding of a zero-padded axis: the smallest circle that is large enough.
 
     No output may reach an input pixel by wrapping around, and the outputs must be distinct pixels of the circle, which
     must hold a whole number of strides (and of input dilations).
     """
-    axes = []
-    for n, s, e, d, axis in zip(
-        conv.input_shape, conv.strides, conv.input_dilation, conv.kernel_dilation, live, strict=True
-    ):
-        low, high = axis.pads
-        held = (n - 1) * e + 1 + min(low, 0) + min(high, 0)  # negative padding crops
-        circle = max(held + max(low, high, 0), s * (axis.outputs - 1) + 1)
-        run = math.lcm(s, e)
-        axes.append(Axis(-(-circle // run) * run, axis.stop - axis.start, s, e, d, low))
-    return Plan(tuple(axes), conv.feature_group_count)
+    low, high = live.pads
+    held = (n - 1) * input_dilation + 1 + min(low, 0) + min(high, 0)  # negative padding crops
+    circle = max(held + max(low, high, 0), stride * (live.outputs - 1) + 1)
+    run = math.lcm(stride, input_dilation)
+    return Axis(-(-circle // run) * run, live.stop - live.start, stride, input_dilation, dilation, low)
 
 
 def deduplicate(plan: Plan) -> Plan:

@@ -33,6 +33,19 @@ def resolve_padding(padding, shape, taps, strides, kernel_dilation):
     return pairs
 
 
+def _reflected(x, length):
+    """The pixel at x of an image that is mirrored at its outermost pixels, which are not repeated."""
+    x = abs(x) % max(1, 2 * (length - 1))
+    return min(x, 2 * (length - 1) - x)
+
+
+COPIES = {
+    "CIRCULAR": lambda x, length: x % length,
+    "EDGE": lambda x, length: min(max(x, 0), length - 1),
+    "REFLECT": _reflected,
+}
+
+
 def dense_matrix(
     kernel,
     input_shape,
@@ -50,24 +63,21 @@ def dense_matrix(
     taps, (ig, o), g = kernel.shape[:rank], kernel.shape[rank:], feature_group_count
     axes = []  # per axis: list of (output, tap, input) triples that meet
     out_shape = []
-    if padding != "CIRCULAR":
-        pads = resolve_padding(padding, input_shape, taps, s, d)
+    names = (padding,) * rank if isinstance(padding, str) else padding
     for a in range(rank):
         n, k = input_shape[a], taps[a]
-        if padding == "CIRCULAR":
-            length = n * e[a]
-            low = (d[a] * (k - 1)) // 2
-            outs = math.ceil(length / s[a])
+        reach = d[a] * (k - 1)
+        if names[a] in COPIES:  # the name says which pixel is read outside of the image
+            length = n * e[a] if names[a] == "CIRCULAR" else n
+            low, outs, pixel = reach // 2, math.ceil(length / s[a]), COPIES[names[a]]
         else:
-            length = (n - 1) * e[a] + 1
-            low, high = pads[a]
-            outs = (length + low + high - d[a] * (k - 1) - 1) // s[a] + 1
+            ((low, high),) = resolve_padding((names[a],), (n,), (k,), (s[a],), (d[a],))
+            length, pixel = (n - 1) * e[a] + 1, lambda x, length: x
+            outs = (length + low + high - reach - 1) // s[a] + 1
         triples = []
         for t in range(outs):
             for j in range(k):
-                x = s[a] * t + d[a] * j - low
-                if padding == "CIRCULAR":
-                    x %= length
+                x = pixel(s[a] * t + d[a] * j - low, length)
                 if 0 <= x < length and x % e[a] == 0:
                     triples.append((t, j, x // e[a]))
         axes.append(triples)

@@ -42,7 +42,9 @@ def operator_norm_bounds(
     :math:`m \ge n + \max(lo, hi)` pixels, its *circulant embedding*, whose exact norm is the upper bound. *The circular
     norm at the layer's own size is no bound.* The lower bound is |Ax| / |x| at the best x found. Circular padding with
     a stride that does not divide the grid: the outputs are some of those of the layer of stride 1, whose exact norm is
-    the upper bound. Taps that never meet a pixel do not count.
+    the upper bound. Taps that never meet a pixel do not count. Padding by edge pixels or reflections: the layer is one
+    without padding after a map that copies pixels, whose norm is the root of the largest number of copies (2 for 3 taps
+    along one axis). Each axis may have a padding of its own.
 
     The circulant embedding is up to 8 % above the truth on maps of 8 x 8 pixels, and nearer on larger ones.
     ``tight=True`` certifies the upper bound to about 1e-4 instead, by a Cholesky factorisation of the layer's own
@@ -97,7 +99,7 @@ def _certify(kernel, above, scale, geometry: Geometry) -> tuple[Bounds, jax.Arra
     """Returns bounds, and the norm, from the norm ``above`` of the circulant embedding."""
     norm = above if geometry.attained else lobpcg.norm(kernel, geometry)
     slack = rounding(kernel.shape, kernel.dtype)
-    upper = above * (1 + slack)
+    upper = above * (geometry.gain * (1 + slack))
     return Bounds(scale * jnp.minimum(norm * (1 - slack), upper), scale * upper), scale * norm
 
 
@@ -134,11 +136,12 @@ def operator_norm_upper_bound(
     slack: float = 0.01,
     execution: Execution = Execution(),
 ) -> Float[Array, ""]:
-    r"""Computes a bound on the operator norm for *every* input size and *every* padding at once.
+    r"""Computes a bound on the operator norm for *every* input size and every padding with zeros at once.
 
     This includes circular padding wherever its strides divide the circle (if they do not, its seam breaks the pattern).
-    All of those norms are at most :math:`S = \sup_\omega \|F(\omega)\|`, and come arbitrarily near to it on large
-    inputs. Along each axis the symbol is a trigonometric polynomial of some span k - 1, so by M. Riesz's lemma
+    It does not include padding by edge pixels or reflections. All of those norms are at most
+    :math:`S = \sup_\omega \|F(\omega)\|`, and come arbitrarily near to it on large inputs. Along each axis the symbol
+    is a trigonometric polynomial of some span k - 1, so by M. Riesz's lemma
 
     .. math:: S \le \max_{grid} \|F\| \prod_{axes} \frac{1}{\cos(\pi (k - 1) / 2N)} ,
 

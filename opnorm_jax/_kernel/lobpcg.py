@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from opnorm_jax._blocks.guard import forbid_derivative
-from opnorm_jax._geometry import Geometry
+from opnorm_jax._geometry import Geometry, fills, padded_pixels
 from opnorm_jax._rounding import linear_solve_tolerance, progress
 
 MAX_ITERATIONS = 500
@@ -23,15 +23,14 @@ _once = forbid_derivative("operator norms have no third derivative here. Take at
 
 def apply(kernel: Float[Array, "*taps i o"], x: Float[Array, "*n i"], geometry: Geometry) -> Float[Array, "*m o"]:
     """Applies the layer itself, without batch, bias, and the outputs that meet no pixel."""
-    conv, pads = geometry.conv, tuple(axis.pads for axis in geometry.live)
-    rank, dilation = len(conv.input_shape), conv.input_dilation
-    if geometry.circular:
-        for a, (n, e, (low, high)) in enumerate(zip(conv.input_shape, conv.input_dilation, pads, strict=True)):
-            index = np.arange(-low, n * e + high) % (n * e)
-            # Pixels between those of the input are the dilation's zeros.
-            held = np.expand_dims(index % e == 0, [b for b in range(x.ndim) if b != a])
-            x = jnp.where(held, jnp.take(x, index // e, axis=a), 0)
-        pads, dilation = ((0, 0),) * rank, (1,) * rank
+    conv, rank = geometry.conv, len(geometry.conv.input_shape)
+    pads, dilation = [axis.pads for axis in geometry.live], list(conv.input_dilation)
+    for a, fill in enumerate(fills(conv)):
+        if fill is not None:
+            pixels = padded_pixels(fill, conv.input_shape[a], dilation[a], geometry.pads[a])
+            held = np.expand_dims(pixels >= 0, [b for b in range(x.ndim) if b != a])
+            x = jnp.where(held, jnp.take(x, np.maximum(pixels, 0), axis=a), 0)
+            pads[a], dilation[a] = (0, 0), 1
     letters = "DHW"[3 - rank :]
     return lax.conv_general_dilated(
         x[None],

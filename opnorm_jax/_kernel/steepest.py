@@ -131,11 +131,11 @@ def _steepest_direction(gradient, geometry: Geometry, exact, execution):
         found = _by_clips(small, coarse_plan(plan, _POINTS)[0], execution)
         most = jnp.where(jnp.any(small), jnp.inf, jnp.zeros((), small.dtype))
     allowed = rounding(small.shape, small.dtype)
-    upper = circular_norm(found, plan, execution) * (1 + allowed)
+    upper = circular_norm(found, plan, execution) * (geometry.gain * (1 + allowed))
     found = found / jnp.where(upper > 0, upper, 1)
     found = jnp.where(jnp.isfinite(small).all() & jnp.isfinite(upper), found, jnp.nan)
     descent = jnp.sum(found * small)
-    gap = jnp.maximum(most * (1 + allowed) - descent, 0)
+    gap = jnp.maximum(most * ((1 + allowed) / geometry.gain) - descent, 0)
     dead = jnp.where(jnp.isfinite(gradient).all(), jnp.zeros_like(gradient), jnp.nan)
     return Steepest(restore(found, dead, geometry), scale * descent, scale * gap)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -75,7 +76,7 @@ def read_convolution(
     return Conv(
         tuple(n for n, _, _ in inputs),
         strides=eqn.params["window_strides"],
-        padding="CIRCULAR" if inputs[0][1] is None else tuple(pads for _, pads, _ in inputs),  # type: ignore[misc]
+        padding=tuple(pads for _, pads, _ in inputs),
         input_dilation=tuple(dilation for _, _, dilation in inputs),
         kernel_dilation=eqn.params["rhs_dilation"],
         feature_group_count=groups or eqn.params["feature_group_count"],
@@ -109,18 +110,17 @@ def _spatial_entries(image: ElementMap, spec: Sequence[int]) -> list[np.ndarray]
     return [image.axes[n] for n in spec[2:]]
 
 
-def _inputs(axes: list[Axis]) -> list[tuple[int, tuple[int, int] | None, int]]:
-    """Returns for each axis the input's length, its padding (None for circular: all are, or none is), its dilation."""
-    each: list[tuple[int, tuple[int, int] | None, int]] = [_zero_padded(axis) or _circular(axis) for axis in axes]
-    if all(pads is not None for _, pads, _ in each):
-        return each
-    out: list[tuple[int, tuple[int, int] | None, int]] = []
-    for axis, (n, pads, dilation) in zip(axes, each):
-        whole = axis.taps == 1 and pads == (0, 0) and axis.outputs == -(-n * dilation // axis.stride)
-        if pads is not None and not whole:
-            raise ValueError("it is padded circularly along one axis and with zeros along another: no Conv says so")
-        out.append((n, None, dilation))
-    return out
+def _inputs(axes: list[Axis]) -> list[tuple[int, Any, int]]:
+    """Returns for each axis the input's length, its padding as ``Conv`` takes it, and its dilation."""
+    each = [_zero_padded(axis) or _copied(axis) for axis in axes]
+    circular = [pads == "CIRCULAR" for _, pads, _ in each]
+    whole = [
+        axis.taps == 1 and pads == (0, 0) and axis.outputs == -(-n * dilation // axis.stride)
+        for axis, (n, pads, dilation) in zip(axes, each)
+    ]
+    if any(circular) and all(map(operator.or_, circular, whole)):  # then that is one way to put it
+        return [(n, "CIRCULAR", dilation) for n, _, dilation in each]
+    return each
 
 
 def _zero_padded(axis: Axis) -> tuple[int, tuple[int, int], int] | None:
@@ -143,7 +143,24 @@ def _zero_padded(axis: Axis) -> tuple[int, tuple[int, int], int] | None:
     return n, (low, high), e * spacing
 
 
-def _circular(axis: Axis) -> tuple[int, None, int]:
+def _copied(axis: Axis) -> tuple[int, str, int]:
+    """Returns the axis as one that is padded with its own pixels, or a ValueError that says what it is instead."""
+    try:
+        return _circular(axis)
+    except ValueError:
+        entries, reach = axis.entries, axis.kernel_dilation * (axis.taps - 1)
+        n, low, high = len(entries) - reach, reach // 2, reach - reach // 2
+        alone = axis.input_dilation == 1 and axis.pads == (0, 0) and entries.min() > HOLE // 2
+        # A reversed kernel mirrors the layer, and its padding.
+        if alone and n > 0 and len(np.unique(entries)) == n and (low == high or not axis.is_flipped):
+            core = entries[low : low + n]
+            for name, mode in (("EDGE", "edge"), ("REFLECT", "reflect")):
+                if np.array_equal(np.pad(core, (low, high), mode=mode), entries):  # type: ignore[call-overload]
+                    return n, name, 1
+        raise
+
+
+def _circular(axis: Axis) -> tuple[int, str, int]:
     """Returns the axis as a circular one, or a ValueError that says what it is instead.
 
     Rotating or mirroring a circle of pixels changes no singular value. All that matters is that the pixels come round,
@@ -157,7 +174,7 @@ def _circular(axis: Axis) -> tuple[int, None, int]:
     reads_copies_only = axis.pads[0] < e and last < len(entries) * e
     if not reads_copies_only or axis.outputs != -(-n * e // s) or min(s, e) > 1:
         raise ValueError("its input is padded circularly, but the convolution is not the circular one: no Conv says so")
-    return n, None, e
+    return n, "CIRCULAR", e
 
 
 def _mode(entries: np.ndarray) -> str:

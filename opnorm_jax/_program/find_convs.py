@@ -45,17 +45,19 @@ def find_convs(
     The function traces ``fn(params, *args, **kwargs)``, any JAX function of any framework, and reads off what each
     parameter feeds: input shapes, strides, dilation, groups and layouts. Padding is given as it is for these shapes, in
     explicit pairs. Zeros padded on beforehand are part of it. Circular padding is recognised however it is written,
-    that of circular transposed convolutions (Flax's and Equinox's) included. Nothing is computed.
+    that of circular transposed convolutions (Flax's and Equinox's) included; so are edge pixels and reflections, along
+    each axis by itself. Nothing is computed.
 
     It sees through ``jit``, ``checkpoint``, ``scan``, ``cond``, ``while_loop``, custom derivatives, casts, transposed
     and flipped kernels, and reads 1 x 1 convolutions written as matrix products. Stacked kernels (those that ``scan``
     or an index takes apart along their leading axes, and those that ``vmap`` runs side by side) get the ``Conv`` of
     each member, with ``stacked`` set.
 
-    A convolution's input is the array before its pixels were last moved. It is described only where each of its pixels
-    occurs once, with zeros around or between them, or where the pixels come round in a circle. Any other movement is
-    reported: padding with edge pixels or reflections, nearest resizing, copies of channels or of examples, constant
-    channels. The reason then gives the ``Conv`` of the layer alone, to be written by hand.
+    A convolution's input is the array before its pixels were last moved. It is described where along each axis its
+    pixels occur once, with zeros around or between them; or come round in a circle; or are padded with edge pixels or
+    reflections as far as the taps reach. Any other movement is reported: padding by other modes or widths, nearest
+    resizing, copies of channels or of examples, constant channels. The reason then gives the ``Conv`` of the layer
+    alone, to be written by hand.
 
     Args:
       fn: a function of the parameters first. A kernel captured by closure instead cannot be found, and is reported.
@@ -65,7 +67,7 @@ def find_convs(
       *args, **kwargs: the function's other arguments. Arrays and ``ShapeDtypeStruct`` are traced (a batch of 1 will
         do), everything else is passed on as it is. The convolutions are those of *these* shapes.
       on_unknown: what becomes of a kernel that no ``Conv`` describes: masked, standardised or normalised weights, a
-        kernel used with two geometries, complex or integer kernels, padding that reflects. With ``"error"`` a
+        kernel used with two geometries, complex or integer kernels. With ``"error"`` a
         ValueError names each with the reason. With ``"skip"`` its place in the result holds an :class:`Unknown` with
         the reason; every function of this library passes over it.
       dense: also report matrices, as the 0-dimensional convolution ``Conv(())``.

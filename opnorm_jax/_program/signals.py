@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opnorm_jax._conv import Conv, canonical_shape
+from opnorm_jax._geometry import fills
 from opnorm_jax._kernel.bounds import operator_norm_bounds
 from opnorm_jax._program import slopes
 from opnorm_jax._program.convolution import kernel_letters, read_convolution
@@ -234,6 +235,8 @@ def _convolution(eqn: Any, image: Any, kernel: Any) -> Layer | None:
     elements = image.elements
     try:
         conv = read_convolution(eqn, elements, layout, flipped)
+        if {"EDGE", "REFLECT"} & set(fills(conv)):
+            raise ValueError
         before = elements.sources[0].owner
     except ValueError:  # padded by reflection, say: then the padding is a layer of its own
         try:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opnorm_jax._conv import canonical_kernel
+from opnorm_jax._geometry import fills
 from opnorm_jax._program import slopes
 from opnorm_jax._program.movement import HOLE, ElementMap, NotUnderstood, Source, identity
 from opnorm_jax._program.numbers import Number, times
@@ -178,7 +179,7 @@ class _Reader:
         self.completed: dict[int, int] = {}
         self.strides: tuple[int, ...] | None = None
         self.needs: list[tuple[bool, tuple[int, ...]]] = []  # on the coarse grid?; pixels that a circle must have
-        self.exact: list[tuple[bool, tuple[int, ...]]] = []
+        self.exact: list[tuple[bool, tuple[int | None, ...]]] = []  # None where any is right
         self.channels = start.shape[layout.channel]
         self.needs.append((False, self._image(start)))
 
@@ -311,12 +312,12 @@ class _Reader:
             raise NotAStage
         image = signal.ins[0].elements
         pixels = _coordinates(image if image.sources[0].owner is before else identity(Source(before.shape)))
-        circular = conv.padding == "CIRCULAR"
+        circles = [fill == "CIRCULAR" for fill in fills(conv)]
         kernel = self._numbers(canonical_kernel(layer.kernel, conv))
         groups, (*taps, i, o) = conv.feature_group_count, kernel.shape
         lows = []
         for a, axis in enumerate(layout.spatial):
-            if circular:
+            if circles[a]:
                 entries = pixels[axis]
                 first = int(np.argmax(entries == 0))
                 if not np.array_equal(entries, (np.arange(len(entries)) - first) % before.shape[axis]):
@@ -328,7 +329,7 @@ class _Reader:
             kernel = kernel.reshape(*taps, i, groups, o // groups)
             kernel = kernel[..., None, :, :, :] * np.eye(groups, dtype=kernel.dtype)[:, None, :, None]
             kernel = kernel.reshape(*taps, groups * i, o)
-        return self._filter(signal, before, kernel, conv.strides, lows, conv.kernel_dilation, circular)
+        return self._filter(signal, before, kernel, conv.strides, lows, conv.kernel_dilation, circles)
 
     def _pool(self, signal: Signal, part: Part) -> int:
         """Sums over windows are a convolution by ones, of each channel by itself."""
@@ -346,9 +347,9 @@ class _Reader:
         kernel = np.broadcast_to(np.eye(channels), (*taps, channels, channels))
         of = lambda values: tuple(values[n] for n in self.layout.spatial)
         lows = [low for low, _ in of(pads)]
-        return self._filter(signal, before, kernel, of(strides), lows, (1,) * len(taps), False)
+        return self._filter(signal, before, kernel, of(strides), lows, (1,) * len(taps), [False] * len(taps))
 
-    def _filter(self, signal, before, kernel, strides, lows, dilation, circular) -> int:
+    def _filter(self, signal, before, kernel, strides, lows, dilation, circles) -> int:
         source = self.whole(before)
         image, _, coarse = self.states[source]
         out, strided = self._image(signal), math.prod(strides) > 1
@@ -357,16 +358,14 @@ class _Reader:
                 raise NotAStage
             self.strides = tuple(strides)
         *taps, _, channels = kernel.shape
-        masked = False
-        if circular:
-            if any(n % s for n, s in zip(image, strides)):
+        masked, need = False, []
+        for n, m, k, s, d, low, circle in zip(image, out, taps, strides, dilation, lows, circles, strict=True):
+            if circle and n % s:
                 raise NotAStage
-            self.exact.append((coarse, image))
-        else:
-            lasts = [s * (m - 1) + (k - 1) * d - low for s, m, k, d, low in zip(strides, out, taps, dilation, lows)]
-            masked = any(k > 1 for k in taps) or any(lows) or image != tuple(s * m for s, m in zip(strides, out))
-            need = [max(n, n + low, last + 1, s * m) for n, low, last, s, m in zip(image, lows, lasts, strides, out)]
-            self.needs.append((coarse, tuple(need)))
+            masked = masked or not circle and (k > 1 or low != 0 or n != s * m)
+            need.append(n if circle else max(n, n + low, s * (m - 1) + (k - 1) * d - low + 1, s * m))
+        self.needs.append((coarse, tuple(need)))
+        self.exact.append((coarse, tuple(n if circle else None for n, circle in zip(image, circles, strict=True))))
         step = Step(
             "conv",
             (source,),
@@ -643,7 +642,8 @@ def _fit(readers: Sequence[_Reader], fixed: tuple[int, ...] | None) -> tuple[int
             for coarse, sizes in reader.needs:
                 least = max(least, sizes[axis] * total * (strides if coarse else 1))
             for coarse, sizes in reader.exact:
-                exact.add(sizes[axis] * total * (strides if coarse else 1))
+                if (size := sizes[axis]) is not None:
+                    exact.add(size * total * (strides if coarse else 1))
             total *= strides
         if fixed is not None:
             exact.add(fixed[axis])

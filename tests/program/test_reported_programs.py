@@ -38,9 +38,23 @@ def jacobian_norm(fn, shape):
 
 
 @pytest.mark.parametrize("mode", ["REPLICATE", "REFLECT"])
-def test_equinox_padding_that_repeats_pixels_is_refused(mode):
-    layer = eqx.nn.Conv2d(2, 2, 5, padding="SAME", padding_mode=mode, key=jax.random.key(0))
-    with pytest.raises(ValueError, match=r"weight \(2, 2, 5, 5\).*(edge|reflect).*write Conv\(input_shape=\(8, 8\)"):
+def test_equinox_padding_that_repeats_pixels(mode):
+    """Only the first row counts, so that edge pixels are read three times: the truth is 1.766 times the row's norm."""
+    layer = eqx.nn.Conv2d(2, 2, 5, padding="SAME", padding_mode=mode, use_bias=False, key=jax.random.key(0))
+    layer = eqx.tree_at(lambda layer: layer.weight, layer, jnp.zeros((2, 2, 5, 5)).at[:, :, 0].set(1.0))
+    x = jnp.ones((2, 4, 4))
+    convs = oj.find_convs(lambda layer, x: layer(x), layer, x)
+    assert convs.weight.padding == ("EDGE" if mode == "REPLICATE" else "REFLECT")
+    held = oj.constrain(layer, 1.0, convs)
+    true = np.linalg.norm(np.asarray(jax.jacobian(held)(x), np.float64).reshape(32, 32), 2)
+    lower, upper = oj.operator_norm_bounds(held.weight, convs.weight)
+    assert 0.2 < true <= 1 + 1e-6 and lower <= true * (1 + 1e-6) and true <= upper * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("mode", ["REPLICATE", "REFLECT"])
+def test_equinox_padding_that_is_wider_than_the_taps_reach_is_refused(mode):
+    layer = eqx.nn.Conv2d(2, 2, 3, padding=2, padding_mode=mode, key=jax.random.key(0))
+    with pytest.raises(ValueError, match=r"weight \(2, 2, 3, 3\).*(edge|reflect).*write Conv\(input_shape=\(8, 8\)"):
         oj.find_convs(lambda layer, x: layer(x), layer, jnp.ones((2, 4, 4)))
 
 

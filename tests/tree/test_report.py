@@ -48,6 +48,31 @@ def test_figures_against_dense(seed):
             np.testing.assert_allclose(row.condition, values[0] / values[-1], rtol=1e-2)
 
 
+def test_smallest_values_of_the_layers_themselves():
+    """On request; the table says of which each value is, and which are bounds."""
+    convs = {
+        "circular": CIRCLE,
+        "full": oj.Conv((8, 8), padding=2),
+        "same": oj.Conv((8, 8)),
+    }
+    params = dict.fromkeys(convs, K)
+    before, after = (oj.spectral_report(params, convs, smallest=smallest) for smallest in (False, True))
+    assert [row.smallest_of for row in before.layers] == ["layer", "embedding", "embedding"]
+    assert [row.smallest_of for row in after.layers] == ["layer"] * 3
+    for row, early in zip(after.layers, before.layers):
+        options = {"padding": convs[row.path].padding}
+        values = oracle.dense_singular_values(K, (8, 8), **options)
+        np.testing.assert_allclose(row.smallest, values[-1], rtol=1e-5)
+        np.testing.assert_allclose(row.condition, values[0] / values[-1], rtol=1e-4)
+        assert values[-1] * 0.99 <= row.smallest_lower <= values[-1] and early.smallest_lower <= values[-1]
+    lines = str(before).splitlines()
+    assert ">=" in lines[3] and "<=" in lines[3] and lines[4].count("~") == 2 and lines[-1].startswith("~")
+    assert not any(mark in str(after) for mark in ("~", ">="))
+    assert before.layers[1].as_dict()["smallest_lower"] > 0
+    with pytest.raises(TypeError, match="smallest to be True or False"):
+        oj.spectral_report(params, convs, smallest=1)
+
+
 @pytest.mark.parametrize("shape", [(2,), (3,), (5,)])
 def test_frobenius_where_taps_fold(shape):
     """Circles smaller than the kernel: taps meet and add, and their squares alone would be wrong."""

@@ -41,7 +41,7 @@ class Checkpoint(Protocol):
         ...
 
     def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
-        """Reads some of the arrays."""
+        """Reads some of the arrays: parameters, or others by their names in ``names``."""
         ...
 
     def write(self, out: Path, replaced: Mapping[str, np.ndarray], force: bool) -> None:
@@ -235,7 +235,7 @@ class _Orbax:
 
     def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
         everything = self._restore()
-        return {name: everything[self._full[name]] for name in names}
+        return {name: everything[self._full.get(name, name)] for name in names}
 
     def write(self, out: Path, replaced: Mapping[str, np.ndarray], force: bool) -> None:
         arrays = self._restore()

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import fnmatch
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from opnorm_jax._cli.batch_norm import EPSILON, follower, variances
 from opnorm_jax._cli.checkpoint import Checkpoint, Entry, UserError
 from opnorm_jax._conv import SPATIAL_LETTERS, Conv, Unknown
 from opnorm_jax._tree.layers import Layer, natural_key
@@ -27,6 +29,7 @@ _KEYS = (
     "feature_group_count",
     "kernel_layout",
     "stacked",
+    "batch_norm",
 )
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 _KERNEL_NAMES = {"weight": "OIHW", "kernel": "HWIO", "w": "HWIO"}  # PyTorch and Equinox; Flax; Haiku
@@ -40,6 +43,7 @@ class Kernels(NamedTuple):
     unknown: dict[str, Unknown]  # kernels that no Conv describes, with the reason
     skipped: list[str]  # arrays that are no kernels of convolutions
     notes: list[str]  # what was assumed
+    batch_norms: dict[str, str]  # the layers whose factors are folded into a kernel, by the kernel's name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,10 +68,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE.json",
         help='{"PATTERN": {"input_shape": [32, 32], "strides": 2, ...}, ...}: the arguments of opnorm_jax.Conv for the '
-        "kernels whose path, or layer, a pattern matches; they override the flags, and later patterns earlier ones",
+        "kernels whose path, or layer, a pattern matches; they override the flags, and later patterns earlier ones. "
+        '"batch_norm" names the layer that is folded into a kernel',
+    )
+    group.add_argument(
+        "--fold-batch-norm",
+        type=positive,
+        nargs="?",
+        const=EPSILON,
+        metavar="EPSILON",
+        help="multiply kernels by the batch normalisation behind them, which is told by its name (conv1, bn1); EPSILON "
+        f"is what the layer adds to its variance (default {EPSILON:g})",
     )
     group.add_argument("--include", metavar="REGEX", help="only kernels whose path matches")
     group.add_argument("--exclude", metavar="REGEX", help="no kernels whose path matches")
+
+
+def positive(text: str) -> float:
+    """Reads a positive number."""
+    value = float(text)
+    if not np.finfo(np.float32).tiny <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a positive number that float32 can hold, got {text}.")
+    return value
 
 
 def find_kernels(checkpoint: Checkpoint, options: argparse.Namespace) -> Kernels:
@@ -94,7 +116,7 @@ def find_kernels(checkpoint: Checkpoint, options: argparse.Namespace) -> Kernels
                 found |= given
         axes = _axes(name, found) if "input_shape" in found else None
         shaped = len(entry.shape) > 2 if axes is None else len(entry.shape) == axes
-        named = any(pattern in (name, _stem(name)) for pattern in rules)
+        named = any(pattern in (name, _plain(name), _stem(name)) for pattern in rules)
         if name in factors and (shaped or named or len(entry.shape) > 2):
             unknown[name] = Unknown(factors[name])
         elif shaped and entry.dtype not in _FLOATS and (named or _is_suspect(name, entry.dtype)):
@@ -119,8 +141,29 @@ def find_kernels(checkpoint: Checkpoint, options: argparse.Namespace) -> Kernels
             + (reasons or "None is a floating array of as many axes as the input shape plus 2.")
         )
     notes = _set_layouts(settings, entries, options.layout)
+    batch_norms = _batch_norms(checkpoint, settings, options.fold_batch_norm is not None)
     convs = {name: _conv(name, entries[name], found) for name, found in settings.items()}
-    return Kernels(convs, unknown, skipped, notes)
+    return Kernels(convs, unknown, skipped, notes, batch_norms)
+
+
+def _batch_norms(checkpoint: Checkpoint, settings: dict[str, dict[str, Any]], by_name: bool) -> dict[str, str]:
+    """Takes the batch normalisations out of the settings; those that were not given are found by their names."""
+    given = {name: found.pop("batch_norm") for name, found in settings.items() if "batch_norm" in found}
+    for name, norm in given.items():
+        if norm is not None and not isinstance(norm, str):
+            raise UserError(f'{name}: expected "batch_norm" to be a layer\'s name or null, got {norm!r}.')
+    found = {name: norm for name, norm in given.items() if norm is not None}
+    if by_name:
+        norms = variances(checkpoint.names)
+        for name in settings:
+            if name not in given and (norm := follower(_stem(name), norms)) is not None:
+                found[name] = norm
+        if not found:
+            raise UserError(
+                f"no kernel's name tells the batch normalisation behind it ({len(norms)} found by their running "
+                'variances); name it by "batch_norm" in the file of --layers.'
+            )
+    return found
 
 
 def find_factors(names: Iterable[str]) -> dict[str, str]:
@@ -238,16 +281,21 @@ def _read_rules(path: Path | None) -> dict[str, dict[str, Any]]:
 
 
 def _matches(pattern: str, name: str) -> bool:
-    return any(pattern == text or fnmatch.fnmatchcase(text, pattern) for text in (name, _stem(name)))
+    return any(pattern == text or fnmatch.fnmatchcase(text, pattern) for text in (name, _plain(name), _stem(name)))
 
 
 def _stem(name: str) -> str:
     """Returns the layer that a kernel belongs to."""
-    return re.sub(r"[./](weight|kernel|w)$", "", name)
+    return re.sub(r"[./](weight|kernel|w)$", "", _plain(name))
 
 
 def _last(name: str) -> str:
-    return re.split("[./]", name)[-1]
+    return re.split("[./]", _plain(name))[-1]
+
+
+def _plain(name: str) -> str:
+    """Returns a name without the last word of those in a state of Flax NNX."""
+    return name.removesuffix("/value")
 
 
 def _set_layouts(settings: dict[str, dict[str, Any]], entries: Mapping[str, Entry], given: str | None) -> list[str]:

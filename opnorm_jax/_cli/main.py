@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import io
 import json
-import math
 import os
 import signal
 import sys
@@ -24,8 +23,10 @@ import jax
 import numpy as np
 
 import opnorm_jax as oj
+from opnorm_jax._cli.batch_norm import EPSILON, fold
 from opnorm_jax._cli.checkpoint import UserError, open_checkpoint
-from opnorm_jax._cli.layers import Kernels, add_arguments, find_kernels
+from opnorm_jax._cli.hints import hints
+from opnorm_jax._cli.layers import Kernels, add_arguments, find_kernels, positive
 from opnorm_jax._tree.layers import list_layers
 from opnorm_jax._tree.report import format_table, printable, show_progress
 from opnorm_jax._tree.transform import CONSTRAINTS
@@ -80,21 +81,28 @@ def _report(options: argparse.Namespace) -> None:
     found = find_kernels(checkpoint, options)
     _print_notes(found)
     kernels = checkpoint.read(found.convs)
+    kernels = fold(checkpoint, kernels, found.convs, found.batch_norms, options.fold_batch_norm or EPSILON)
     with _wide_enough(kernels.values()):
         shapes = {name: checkpoint.entries[name].shape for name in found.unknown}
         params = kernels | {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
         convs = found.convs | found.unknown
-        report = oj.spectral_report(params, convs, progress=_progress())
+        report = oj.spectral_report(params, convs, smallest=options.smallest, progress=_progress())
         if options.plot:
             try:
                 oj.plot_spectra(params, convs, path=options.plot, title=Path(options.checkpoint).name)
             except OSError as error:
                 raise UserError(f"{options.plot}: cannot be written ({error}).") from None
+    guesses = hints(found.convs, {name: checkpoint.entries[name].shape for name in found.convs})
     if options.json:
-        facts = {"checkpoint": str(checkpoint.path), "notes": found.notes, **report.as_dict(), "skipped": found.skipped}
+        facts = {"checkpoint": str(checkpoint.path), "notes": found.notes, "hints": guesses}
+        facts |= {"batch_norms": found.batch_norms, **report.as_dict(), "skipped": found.skipped}
         print(json.dumps(facts, indent=2))
     else:
         _print_table(report, str(report))
+        for name, norm in found.batch_norms.items():
+            print(printable(f"{name} is folded with {norm}"))
+        for guess in guesses:
+            print(printable(f"? {guess}"))
 
 
 def _constrain(options: argparse.Namespace) -> None:
@@ -113,7 +121,13 @@ def _constrain(options: argparse.Namespace) -> None:
         (name, unknown), *others = found.unknown.items()
         more = f" (also {_some(name for name, _ in others)})" if others else ""
         raise UserError(f"{name}: {unknown.reason}{more}. To leave it as it is, --exclude it.")
+    if found.batch_norms:
+        raise UserError(
+            f'opnorm constrain folds no "batch_norm" ({_some(found.batch_norms)}): it bounds kernels alone.'
+        )
     _print_notes(found)
+    for guess in hints(found.convs, {name: checkpoint.entries[name].shape for name in found.convs}):
+        _tell(guess)
     kernels = checkpoint.read(found.convs)
     if broken := [name for name, kernel in kernels.items() if not np.isfinite(kernel.astype(np.float64)).all()]:
         raise UserError(f"NaN or infinity in {_some(broken)}: nothing to constrain.")
@@ -163,11 +177,14 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("checkpoint", metavar="CHECKPOINT", help=_CHECKPOINT)
     report.add_argument("--json", action="store_true", help="print JSON instead of a table")
     report.add_argument("--plot", type=Path, metavar="OUT.png", help="draw the spectra")
+    report.add_argument(
+        "--smallest", action="store_true", help="find the smallest singular values of zero-padded layers themselves"
+    )
     report.set_defaults(run=_report)
     constrain = commands.add_parser("constrain", help="a copy with every norm held under a bound")
     constrain.add_argument("checkpoint", metavar="IN", help=_CHECKPOINT)
     constrain.add_argument("out", metavar="OUT", help="same format as IN; for orbax, .safetensors or .npz")
-    constrain.add_argument("--max-norm", type=_positive, required=True, metavar="X", help="the bound")
+    constrain.add_argument("--max-norm", type=positive, required=True, metavar="X", help="the bound")
     constrain.add_argument(
         "--constraint", choices=CONSTRAINTS, default="rescale", help="default: rescale; project moves the least"
     )
@@ -176,13 +193,6 @@ def _parser() -> argparse.ArgumentParser:
     for command in (report, constrain):
         add_arguments(command)
     return parser
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not np.finfo(np.float32).tiny <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a positive number that float32 can hold, got {text}.")
-    return value
 
 
 def _fail(message: str) -> NoReturn:

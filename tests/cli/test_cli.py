@@ -250,6 +250,118 @@ def test_what_is_no_kernel_is_refused_by_name(name, suffix, tmp_path, capsys):
     assert oracle_norm(made[other], "HWIO" if "Flax" in name else "OIHW") <= 1
 
 
+def batch_norm(channels):
+    return {
+        "running_mean": RNG.standard_normal(channels).astype(np.float32),
+        "running_var": RNG.uniform(0.2, 3, channels).astype(np.float32),
+        "weight": RNG.uniform(-2, 2, channels).astype(np.float32),
+        "bias": RNG.standard_normal(channels).astype(np.float32),
+    }
+
+
+def folded_norm(kernel, norm, epsilon=1e-5):
+    factor = norm["weight"] / np.sqrt(norm["running_var"].astype(np.float64) + epsilon)
+    return oracle.dense_singular_values(kernel * factor, (8, 8), padding=((1, 1), (1, 1)))[0]
+
+
+def test_batch_norm_is_folded_on_request(tmp_path, capsys):
+    """Pairs by name, in a sequence by number; by the file of layers where names do not tell."""
+    norms = {"bn1": batch_norm(4), "block.1": batch_norm(5), "other": batch_norm(4)}
+    arrays = {"conv1.weight": TORCH["conv1.weight"], "block.0.weight": TORCH["layer2.0.conv.weight"]}
+    arrays |= {f"{layer}.{name}": array for layer, norm in norms.items() for name, array in norm.items()}
+    path, rules = tmp_path / "net.safetensors", tmp_path / "layers.json"
+    safetensors.numpy.save_file(arrays, path)
+    common = [path, "--input-shape", 8, 8, "--padding", 1]
+    true = {"conv1.weight": folded_norm(FIRST, norms["bn1"]), "block.0.weight": folded_norm(SECOND, norms["block.1"])}
+    facts, _ = report(capsys, *common, "--fold-batch-norm")
+    assert facts["batch_norms"] == {"block.0.weight": "block.1", "conv1.weight": "bn1"}
+    for row in facts["layers"]:
+        assert row["lower"] <= true[row["path"]] * (1 + 1e-6) and true[row["path"]] <= row["upper"]
+        assert row["norm"] == pytest.approx(true[row["path"]], rel=1e-5)
+    assert main(["report", *map(str, common), "--fold-batch-norm"]) == 0
+    assert "conv1.weight is folded with bn1" in capsys.readouterr().out
+    rules.write_text('{"conv1": {"batch_norm": "other"}, "block.0": {"batch_norm": null}}')
+    facts, _ = report(capsys, *common, "--fold-batch-norm", "1e-3", "--layers", rules)
+    assert facts["batch_norms"] == {"conv1.weight": "other"}
+    rows = {row["path"]: row["norm"] for row in facts["layers"]}
+    assert rows["conv1.weight"] == pytest.approx(folded_norm(FIRST, norms["other"], 1e-3), rel=1e-5)
+    assert rows["block.0.weight"] == pytest.approx(
+        oracle.dense_singular_values(SECOND, (8, 8), padding=((1, 1), (1, 1)))[0], rel=1e-5
+    )
+    out = tmp_path / "out.safetensors"
+    line = fails(capsys, "constrain", path, out, *common[1:], "--fold-batch-norm", "--max-norm", 1)
+    assert 'folds no "batch_norm" (block.0.weight, conv1.weight)' in line and not out.exists()
+    for content, message in (
+        ('{"conv1": {"batch_norm": "block.1"}}', "block.1' to have 4 channels, got shape (5,)"),
+        ('{"conv1": {"batch_norm": "bn7"}}', "'bn7' to be a batch normalisation.*found block.1, bn1, other"),
+        ('{"conv1": {"batch_norm": 7}}', "a layer's name or null, got 7"),
+    ):
+        rules.write_text(content)
+        assert re.search(re.escape(message).replace(r"\.\*", ".*"), fails(capsys, "report", *common, "--layers", rules))
+    rules.write_text('{"conv1": {"batch_norm": null}}')
+    line = fails(capsys, "report", *common, "--include", "conv1", "--layers", rules, "--fold-batch-norm")
+    assert "no kernel's name tells the batch normalisation behind it (3 found" in line
+
+
+def test_batch_norm_of_flax(tmp_path, capsys):
+    norm = batch_norm(4)
+    tree = {
+        "params": {"block": {"Conv_0": {"kernel": FIRST}, "BatchNorm_0": {"scale": norm["weight"]}}},
+        "batch_stats": {"block": {"BatchNorm_0": {"mean": norm["running_mean"], "var": norm["running_var"]}}},
+        "opt_state": [{"trace": {"block": {"BatchNorm_0": {"scale": norm["bias"]}}}}],
+    }
+    with ocp.StandardCheckpointer() as saver:
+        saver.save(tmp_path / "flax", tree)
+    facts, _ = report(capsys, tmp_path / "flax", "--input-shape", 8, 8, "--padding", 1, "--fold-batch-norm")
+    (row,) = facts["layers"]
+    assert facts["batch_norms"] == {"block/Conv_0/kernel": "block/BatchNorm_0"}
+    assert row["norm"] == pytest.approx(folded_norm(FIRST, norm), rel=1e-5)
+
+
+def test_states_of_nnx_need_no_value_in_patterns(tmp_path, capsys):
+    tree = {"conv": {"kernel": {"value": FIRST}}, "bn": {"scale": {"value": np.ones(4, np.float32)}}}
+    tree["bn"]["var"] = {"value": np.full(4, 4.0, np.float32)}
+    with ocp.StandardCheckpointer() as saver:
+        saver.save(tmp_path / "nnx", tree)
+    rules = tmp_path / "layers.json"
+    for pattern in ("conv", "conv/kernel", "conv/kernel/value"):
+        rules.write_text(json.dumps({pattern: {"input_shape": [8, 8], "padding": 1}}))
+        facts, _ = report(capsys, tmp_path / "nnx", "--layers", rules, "--fold-batch-norm", "1e-12")
+        (row,) = facts["layers"]
+        assert row["path"] == "conv/kernel/value" and facts["batch_norms"] == {"conv/kernel/value": "bn"}
+        assert row["norm"] == pytest.approx(TRUE["conv1.weight"] / 2, rel=1e-5)
+
+
+def test_layers_that_look_like_others_are_hinted_at(tmp_path, capsys):
+    """Depthwise, grouped and transposed layers, by their names and by the channels of the kernel before."""
+    kernel = lambda *shape: np.ones(shape, np.float32)
+    arrays = {
+        "0.weight": kernel(8, 3, 3, 3),
+        "1.weight": kernel(8, 1, 3, 3),  # depthwise
+        "2.weight": kernel(16, 8, 1, 1),
+        "3.weight": kernel(16, 4, 3, 3),  # of four groups
+        "3.downsample.weight": kernel(16, 8, 1, 1),
+        "4.weight": kernel(16, 6, 4, 4),  # transposed: 16 in, 6 out
+        "5.weight": kernel(6, 6, 3, 3),
+        "6.up.weight": kernel(6, 6, 4, 4),  # transposed by its name
+    }
+    np.savez(tmp_path / "net.npz", **arrays)
+    common = [tmp_path / "net.npz", "--input-shape", 8, 8, "--padding", 1, "--layout", "OIHW"]
+    facts, _ = report(capsys, *common)
+    hints = {hint.split()[0]: hint for hint in facts["hints"]}
+    assert set(hints) == {"1.weight", "3.weight", "4.weight", "6.up.weight"}
+    assert "may be depthwise" in hints["1.weight"] and 'give it 8 as "feature_group_count"' in hints["1.weight"]
+    assert "may be grouped" in hints["3.weight"] and "give it 4 as" in hints["3.weight"]
+    assert "may be a transposed layer" in hints["4.weight"] and "transposed" in hints["6.up.weight"]
+    assert main(["report", *map(str, common)]) == 0
+    assert "\n? 1.weight may be depthwise" in capsys.readouterr().out
+    rules = tmp_path / "layers.json"
+    transposed = {"padding": 2, "input_dilation": 2, "kernel_layout": "IOHW"}
+    groups = {"1": {"feature_group_count": 8}, "3": {"feature_group_count": 4}}
+    rules.write_text(json.dumps({**groups, "4": transposed, "6.up": transposed}))
+    assert report(capsys, *common, "--layers", rules)[0]["hints"] == []
+
+
 def test_masks_of_four_axes_are_no_kernels(tmp_path, capsys):
     np.savez(tmp_path / "net.npz", **{"c.weight": KERNEL, "attention.bias": np.ones((1, 1, 8, 8), bool)})
     facts, _ = report(capsys, tmp_path / "net.npz", "--input-shape", 8, 8)

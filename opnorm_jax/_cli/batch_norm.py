@@ -1,0 +1,100 @@
+"""Finds the batch normalisation that follows a convolution in a checkpoint, and what it multiplies the channels by."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from opnorm_jax._cli.checkpoint import Checkpoint, UserError
+from opnorm_jax._conv import Conv
+
+EPSILON = 1e-5
+"""What PyTorch and Flax add to a variance by default."""
+
+_VARIANCE = re.compile(r"^(?:.*\bbatch_stats/)?(.+?)(?:\.running_var|/var)(?:/value)?$")
+_SCALE = re.compile(r"^(.+?)[./](?:weight|scale)(?:/value)?$")
+
+
+def variances(names: Iterable[str]) -> dict[str, str]:
+    """Finds the batch normalisations among a checkpoint's arrays: the name of each layer's variance, by the layer."""
+    layers: dict[str, str] = {}
+    for name in names:
+        if found := _VARIANCE.match(name):
+            if found[1] in layers:
+                raise UserError(f"{found[1]}: two arrays hold its variance, {layers[found[1]]} and {name}.")
+            layers[found[1]] = name
+    return layers
+
+
+def follower(layer: str, norms: Iterable[str]) -> str | None:
+    """Returns the batch normalisation whose name says that it belongs behind a convolution; None if none's does.
+
+    In one folder these belong together: ``conv1`` and ``bn1``, ``Conv_0`` and ``BatchNorm_0``, ``conv`` and ``norm``;
+    in a sequence, each number and the next.
+    """
+    folder, last = _split(layer)
+    for norm in norms:
+        theirs, name = _split(norm)
+        if theirs != folder:
+            continue
+        if last.isdigit() and name.isdigit():
+            if int(name) == int(last) + 1:
+                return norm
+        elif _rest(last, "conv(olution)?") is not None and _rest(last, "conv(olution)?") == _rest(
+            name, "bn|batch_?norm|norm"
+        ):
+            return norm
+    return None
+
+
+def _split(layer: str) -> tuple[str, str]:
+    folder, _, last = layer.replace("/", ".").rpartition(".")
+    return folder, last
+
+
+def _rest(name: str, word: str) -> str | None:
+    """Returns what a name has besides a word; None if the word is not in it."""
+    rest, found = re.subn(word, "", name.lower(), count=1)
+    return rest if found else None
+
+
+def fold(
+    checkpoint: Checkpoint,
+    kernels: Mapping[str, np.ndarray],
+    convs: Mapping[str, Conv],
+    norms: Mapping[str, str],
+    epsilon: float,
+) -> dict[str, np.ndarray]:
+    """Multiplies the output channels of kernels by their batch normalisations' scale / sqrt(variance + epsilon).
+
+    Args:
+      checkpoint: where the normalisations' arrays are.
+      kernels, convs: all kernels, by name.
+      norms: the layer of the batch normalisation behind a kernel, by the kernel's name.
+      epsilon: what the normalisation adds to the variance. Files do not hold it.
+    """
+    found = variances(checkpoint.names)
+    scales = {match[1]: name for name in checkpoint.entries if (match := _SCALE.match(name)) and match[1] in found}
+    folded = dict(kernels)
+    for name, norm in norms.items():
+        if norm not in found:
+            known = f"; found {', '.join(sorted(found)[:4])}" if found else "; found none"
+            raise UserError(f"{name}: expected {norm!r} to be a batch normalisation, a layer with a variance{known}.")
+        wanted = [found[norm], *([scales[norm]] if norm in scales else [])]
+        variance, *scale = checkpoint.read(wanted).values()
+        kernel, conv = kernels[name], convs[name]
+        axis = conv.stacked + conv.kernel_layout.index("O")
+        if any(array.shape != (kernel.shape[axis],) for array in (variance, *scale)):
+            raise UserError(
+                f"{name}: expected the batch normalisation {norm!r} to have {kernel.shape[axis]} channels, got shape "
+                f"{variance.shape}."
+            )
+        factor = 1 / np.sqrt(variance.astype(np.float64) + epsilon)
+        for array in scale:
+            factor = factor * array.astype(np.float64)
+        shape = [1] * kernel.ndim
+        shape[axis] = -1
+        folded[name] = (kernel.astype(np.float64) * factor.reshape(shape)).astype(np.result_type(kernel, np.float32))
+    return folded

@@ -1,6 +1,7 @@
 """The promise table names tests that exist, and the fast tests check something of every promise."""
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -35,3 +36,13 @@ def test_every_promise_has_a_fast_case():
         of_files = [fast[name] for name in re.findall(r"test_\w+\.py", tests)] or fast.values()
         candidates = set().union(*of_files)
         assert any(re.fullmatch("|".join(named) or ".*", name) for name in candidates), promise
+
+
+def test_the_table_of_attacks_is_what_was_counted():
+    counted = json.loads((HERE.parent / "docs" / "attack.json").read_text())
+    section = (HERE.parent / "docs" / "guarantees.md").read_text().split("## Under attack")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| ([^|]+) \| ([\d,]+) \| ([\d,]+) \|$", section, re.M)
+    table = {surface: (int(tried.replace(",", "")), int(held.replace(",", ""))) for surface, tried, held in rows}
+    assert table == {surface: (trials["tried"], trials["held"]) for surface, trials in counted["trials"].items()}
+    assert all(tried == held > 0 for tried, held in table.values())
+    assert f"jax {counted['jax']}" in section and counted["profile"] == "thorough"

@@ -47,6 +47,7 @@ FUNCTIONS = {
     "clip_operator_norm": (lambda k: oj.clip_operator_norm(k, SAME, 1.0), KERNEL),
     "rescale_operator_norm": (lambda k: oj.rescale_operator_norm(k, SAME, 1.0), KERNEL),
     "project_operator_norm": (lambda k: oj.project_operator_norm(k, SAME, 1.0), KERNEL),
+    "project_operator_norm_info": (lambda k: oj.project_operator_norm_info(k, SAME, 1.0), KERNEL),
     "clip_singular_values": (lambda k: oj.clip_singular_values(k, CIRCULAR, 0.5, 1.0), KERNEL),
     "steepest_direction": (lambda k: oj.steepest_direction(k, SAME, exact=True), KERNEL),
     "log_abs_det": (lambda k: oj.log_abs_det(k, CIRCULAR), KERNEL),
@@ -59,6 +60,12 @@ FUNCTIONS = {
     "gradient of normalize": (jax.grad(loss), PARAMS),
     "lipschitz_bound": (lambda p: oj.lipschitz_bound(net, p, jnp.ones((1, 8, 8, 8))), PARAMS),
     "constrain_operator_norm": (functools.partial(step, oj.constrain_operator_norm(1.0, CONVS)), PARAMS, PARAMS),
+    "constrain": (lambda p: oj.constrain(p, 1.0, CONVS), PARAMS),
+    "certified_radius": (
+        lambda logits, labels: oj.certified_radius(logits, labels, 2.0),
+        jax.ShapeDtypeStruct((5, 3), jnp.float32),
+        jax.ShapeDtypeStruct((5,), jnp.int32),
+    ),
     "conv_muon": (functools.partial(step, oj.conv_muon(0.1, CONVS)), PARAMS, PARAMS),
 }
 
@@ -70,6 +77,21 @@ def test_everything_lowers_for_accelerators(name):
         exported = export.export(jax.jit(function), platforms=["cuda", "rocm", "tpu"])(*operands)
     assert exported.platforms == ("cuda", "rocm", "tpu")
     assert "lapack" not in exported.mlir_module()  # no call of the CPU's
+    read = export.deserialize(exported.serialize())
+    assert (read.in_tree, read.in_avals, read.out_tree, read.out_avals, read.platforms) == (
+        exported.in_tree,
+        exported.in_avals,
+        exported.out_tree,
+        exported.out_avals,
+        exported.platforms,
+    )
+
+
+def test_every_function_that_can_be_traced_is_among_them():
+    reads_programs_or_prints = {"find_convs", "plot_spectra", "spectral_report", "scale_by_conv_muon"}
+    named = {word for name in FUNCTIONS for word in name.replace(",", "").split()}
+    functions = {name for name in oj.__all__ if name.islower() and callable(getattr(oj, name))}
+    assert functions - reads_programs_or_prints <= named
 
 
 @pytest.mark.parametrize("channels", [4, 32, 64])

@@ -31,6 +31,7 @@ class Model(NamedTuple):
     params: Any
     image: jax.ShapeDtypeStruct
     layers: list[Layer]
+    model: Any = None  # the framework's own object, where a test needs it
 
 
 def image(*shape):
@@ -59,7 +60,7 @@ def keras_application(name, size=224):
     def fn(params, x):
         return model.stateless_call(params, fixed, x, training=False)[0]
 
-    return Model(fn, params, image(1, size, size, 3), layers)
+    return Model(fn, params, image(1, size, size, 3), layers, model)
 
 
 def flax_module(module, size, channels=3, input_shape=None, **options):

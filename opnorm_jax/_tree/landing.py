@@ -11,11 +11,11 @@ target c, u = c - p rounded to the dtype of the updates, what is reached is
 
 So what is reached may differ from c by any amount, and its norm must be bounded anew. That takes no factorisation: with
 D_t the matrices of the difference's taps, the operator of the difference is a sum of partial shifts times D_t, whatever
-the padding, strides and groups, so its norm is at most the sum of the norms of D_t, and each of those is at most the
-fourth root of trace (D_tᵀ D_t)² (Schatten's 4-norm). If that is too much, a smaller multiple of c is tried. If none is
-found that is inside the ball and not zero, a single entry is kept, the one that can be set most finely: the norm of a
-kernel of one entry is at most that entry's absolute value. If even the finest step from p is longer than the bound, the
-zero kernel is the only one left.
+the strides and groups, so its norm is at most the sum of the norms of D_t, and each of those is at most the fourth root
+of trace (D_tᵀ D_t)² (Schatten's 4-norm). Where padding copies pixels, all of it is multiplied by the norm of that map.
+If that is too much, a smaller multiple of c is tried. If none is found that is inside the ball and not zero, a single
+entry is kept, the one that can be set most finely: its norm is at most that entry's absolute value. If even the finest
+step from p is longer than the bound, the zero kernel is the only one left.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from opnorm_jax._conv import Conv, canonical_kernel
+from opnorm_jax._geometry import resolve
 
 _TRIES = 60
 
@@ -70,7 +71,8 @@ def norm_bound(kernel: jax.Array, conv: Conv) -> jax.Array:
     taps = taps if kernel.shape[-1] <= kernel.shape[-2] else taps.swapaxes(-1, -2)
     gram = jnp.matmul(taps.swapaxes(-1, -2), taps, precision=lax.Precision.HIGHEST)
     rounding = 1 + 8 * taps.shape[-2] * float(jnp.finfo(kernel.dtype).eps)  # of the sums, generously
-    return rounding * largest * jnp.sum(jnp.sqrt(jnp.sqrt(jnp.sum(gram**2, axis=(1, 2)))))
+    gain = resolve(conv, kernel.shape).gain  # a tap may meet a pixel once for each copy of it
+    return gain * rounding * largest * jnp.sum(jnp.sqrt(jnp.sqrt(jnp.sum(gram**2, axis=(1, 2)))))
 
 
 def find_scale(target: jax.Array, reach: Callable, conv: Conv, bound: jax.Array, limit: jax.Array) -> jax.Array:

@@ -70,6 +70,27 @@ def test_all_constraints_hold_for_any_mixture(seed):
     assert np.linalg.norm(matrix_of(clipped, conv), 2) < np.linalg.norm(matrix_of(kernel, conv), 2)
 
 
+@pytest.mark.parametrize("dtype, size", [("float32", 1e7), ("bfloat16", 200), ("float16", 1e3)])
+@pytest.mark.parametrize("padding", ["EDGE", "REFLECT"])
+def test_last_roundings_count_copies_of_pixels(padding, dtype, size):
+    """Far outside the ball a step lands beside its target: by how much is bounded tap by tap, copies included.
+
+    The first of seven taps meets one edge pixel of four at every output.
+    """
+    conv, rng = oj.Conv((4,), padding=padding), np.random.default_rng(0)
+    tx = oj.constrain_operator_norm(1.0, {"kernel": conv})
+
+    @jax.jit
+    def step(params):
+        updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+        return optax.apply_updates(params, updates)
+
+    for _ in range(60):
+        taps = rng.choice([np.eye(7)[0], np.eye(7)[-1], rng.standard_normal(7)]) * size * rng.uniform(0.5, 2)
+        landed = np.asarray(step({"kernel": jnp.asarray(taps.reshape(7, 1, 1)).astype(dtype)})["kernel"], np.float64)
+        assert np.linalg.norm(matrix_of(landed, conv), 2) <= 1 + 4 * float(jnp.finfo(dtype).eps)
+
+
 def test_axes_with_a_formula_are_exact():
     """Circular along one axis, and along the other patches that tile the image."""
     kernel = np.random.default_rng(0).standard_normal((3, 2, 2, 3)).astype(np.float32)

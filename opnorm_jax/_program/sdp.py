@@ -188,6 +188,39 @@ def _mapped(arithmetic, stage, function, frequencies):
 _CHUNK_BYTES = 2**27
 
 
+def summed(roots: Any, image: tuple[int, ...], grid: tuple[int, ...], dtype: Any) -> Any:
+    r"""Computes a root of the sum over all pixels of an image on a circle, rounded outwards.
+
+    The sum is the inner product with the image's indicator function, whose transform w has the squared length of the
+    number of pixels: :math:`\sum_\omega |w|^2 G G^H` is at most that times the largest of all.
+
+    Args:
+      roots: of the image, (points of the grid, c, c).
+      image: its pixels, an axis. Outside, it is zero.
+      grid: pixels of the circle, an axis.
+      dtype: what is computed in where the roots are traced.
+
+    Returns:
+      An array (1, c, c).
+    """
+    traced = isinstance(roots, jax.core.Tracer)
+    with _promotion():
+        return _summed(_jax_arithmetic(dtype) if traced else _NUMPY, roots, image, grid)
+
+
+def _summed(arithmetic, roots, image, grid):
+    xp, weights = arithmetic.xp, np.ones(())
+    for n, m in zip(image, grid, strict=True):
+        turns = np.outer(np.arange(m), np.arange(n)) % m
+        weights = np.multiply.outer(weights, abs(np.exp(2j * np.pi * turns / m).sum(1)) ** 2 / m)
+    weights = xp.asarray(np.sqrt(weights).reshape(-1, 1, 1), roots.real.dtype)
+    rows = xp.reshape(xp.swapaxes(weights * roots, 0, 1), (roots.shape[-1], -1))
+    gram = arithmetic.mul(rows, adjoint(rows)).real[None]
+    rounding = semidefinite_rounding(rows.shape[-1], gram.dtype) * xp.max(xp.sum(xp.abs(gram), axis=-1))
+    eye = xp.asarray(np.eye(len(rows)), gram.dtype)
+    return arithmetic.cholesky(gram + arithmetic.still(rounding) * eye).astype(roots.dtype)
+
+
 def search(stage: Stage, arrays: Sequence[Any], multipliers: Any, roots: Any, dtype: Any, *, last: bool = False) -> Any:
     """Improves multipliers by coordinate descent on the largest singular value, over a sample of the frequencies.
 

@@ -18,10 +18,10 @@ import numpy as np
 
 from opnorm_jax._conv import canonical_kernel
 from opnorm_jax._program import slopes
-from opnorm_jax._program.movement import HOLE, ElementMap, NotUnderstood, Source, identity
+from opnorm_jax._program.movement import HOLE, MOVES, ElementMap, NotUnderstood, Source, identity
 from opnorm_jax._program.numbers import Number, times
 from opnorm_jax._program.rules import Refused, is_signal
-from opnorm_jax._program.sdp import Stage, Step, certify, search
+from opnorm_jax._program.sdp import Stage, Step, certify, search, summed
 from opnorm_jax._program.signals import Signal
 
 _LARGEST_SIDE = 2048
@@ -61,7 +61,7 @@ def semidefinite_bound(x: Signal, out: Signal, dtype: Any) -> Number | None:
     return _Carrier(cuts, parts, dtype).run()
 
 
-def _part(signal: Signal) -> Part:
+def _part(signal: Signal, x: Signal) -> Part:
     """Reads a signal as an operation of a stage, or as one that none describes."""
     eqn = signal.eqn
     if eqn is None:
@@ -92,6 +92,8 @@ def _part(signal: Signal) -> Part:
         return Part("pool", signals[:1], eqn)
     if name in ("reshape", "squeeze", "transpose", "broadcast_in_dim", "copy") and (source := _unmoved(signal)):
         return Part("same", [source])
+    if name in MOVES and (source := _only_source(signal, x)):
+        return Part("moved", [source], signal.elements)
     return Part("unknown", signals)
 
 
@@ -112,6 +114,14 @@ def _unmoved(signal: Signal) -> Signal | None:
         return None
 
 
+def _only_source(signal: Signal, x: Signal) -> Signal | None:
+    """Returns the input, or an operation's result, that all elements but the constants are elements of."""
+    if len(signal.elements.sources) != 1:
+        return None
+    owner = signal.elements.sources[0].owner
+    return owner if owner is not signal and (owner is x or owner.eqn is not None) else None
+
+
 def _cuts(x: Signal, out: Signal, parts: dict[int, Part]) -> list[Signal] | None:
     """Finds the signals through which every path from ``x`` to ``out`` goes, in order; None if a path is not known."""
     order, done, stack = [], set(), [(out, False)]
@@ -128,7 +138,7 @@ def _cuts(x: Signal, out: Signal, parts: dict[int, Part]) -> list[Signal] | None
             parts[id(x)] = Part("input", [])
             continue
         try:
-            part = _part(signal)
+            part = _part(signal, x)
         except NotAStage:
             return None
         if not part.sources:
@@ -235,6 +245,24 @@ class _Reader:
         if signal.shape != source.shape and (self.layout.spatial or signal.shape[-1] != source.shape[-1]):
             raise NotAStage
         return self.read(source)
+
+    def _moved(self, signal: Signal, part: Part) -> int:
+        """Strided slices, channels that are picked, and constants around: a convolution with a kernel of one tap."""
+        (source,) = part.sources
+        strides, lows, rank = [], [], len(signal.shape)
+        channels = np.eye(source.shape[self.layout.channel])
+        for axis, entries in enumerate(_coordinates(part.data)):
+            length = source.shape[axis]
+            if axis in self.layout.spatial:
+                stride, low = _progression(entries, length)
+                strides.append(stride)
+                lows.append(low)
+            elif axis == self.layout.channel % rank:
+                channels = np.where(entries >= 0, channels[:, np.maximum(entries, 0)], 0)
+            elif not np.array_equal(entries, np.arange(length)):
+                raise NotAStage
+        ones = (1,) * len(strides)
+        return self._filter(signal, source, channels.reshape(*ones, *channels.shape), strides, lows, ones, False)
 
     def _sum(self, signal: Signal, part: Part) -> int:
         sources = tuple(map(self.read, part.sources))
@@ -422,6 +450,21 @@ def _coordinates(elements: ElementMap) -> list[np.ndarray]:
     return found
 
 
+def _progression(places: np.ndarray, length: int) -> tuple[int, int]:
+    """Returns s and l such that element t is element s t - l of an axis of that length, a constant where that is none.
+
+    Of a single element, s is the length.
+    """
+    (held,) = np.nonzero(places >= 0)
+    stride = int(places[held[1]] - places[held[0]]) if len(held) > 1 else length
+    low = stride * int(held[0]) - int(places[held[0]])
+    expected = stride * np.arange(len(places)) - low
+    inside = (expected >= 0) & (expected < length)
+    if stride < 1 or not np.array_equal(places, np.where(inside, expected, HOLE)):
+        raise NotAStage
+    return stride, low
+
+
 class _Read(NamedTuple):
     """A stage that was read: up to which cut, and whether its output is cropped, so that another may follow."""
 
@@ -456,15 +499,15 @@ class _Carrier:
         return self.scale
 
     def _across(self, at: int, layout: Layout | None) -> tuple[int, Layout | None]:
-        """Goes to the next cut by the product's rules; a sum over all pixels keeps what is known of frequency 0."""
+        """Goes to the next cut by the product's rules; a sum over all pixels keeps a root."""
         signal = self.cuts[at + 1]
         part = self.parts[id(signal)]
         if layout and layout.spatial and self.roots is not None:
             axes = self._summed(signal, part, layout)
             channels_last = signal.shape[-1:] == (self.cuts[at].shape[layout.channel],)
             if axes == layout.spatial and channels_last:
-                # A sum over all pixels is frequency 0, times the root of the number of the circle's points.
-                root = math.sqrt(math.prod(self.grid)) * self.roots[:1].real.astype(self.roots.dtype)
+                image = tuple(self.cuts[at].shape[axis] for axis in axes)
+                root = summed(self.roots, image, self.grid, self.dtype)
                 channels = root.shape[-1]
                 stage = Stage(channels, (Step("sum", (0,), channels, signs=(1,)),), (), ())
                 self._accept(*certify(stage, (), np.zeros(0), root, self.dtype), self._ratio(at, at + 1))

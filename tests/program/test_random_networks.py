@@ -17,6 +17,7 @@ import opnorm_jax as oj
 from opnorm_jax._program import signals
 
 CASES = 2000 if THOROUGH else 80
+SHORTCUTS = 1000 if THOROUGH else 40
 BATCH = 20
 
 
@@ -46,6 +47,35 @@ def test_no_diagonal_of_slopes_is_steeper_than_the_bound(start, monkeypatch):
     forget()
     assert not failures, "\n\n".join(failures)
     assert np.mean(ratios) < 0.75  # the test would be weak if most bounds were the product
+
+
+@pytest.mark.parametrize(
+    "start", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(BATCH, SHORTCUTS, BATCH))]
+)
+def test_shortcuts_and_pooled_heads(start, monkeypatch, x64):
+    """Networks of the kind of a CIFAR ResNet: also against their own Jacobians at random points."""
+    monkeypatch.setattr(signals, "_upper", loose)
+    failures, ratios = [], []
+    for seed in range(start, start + BATCH):
+        net, rng = random_networks.generate_shortcuts(seed), np.random.default_rng(seed)
+        product, bound = bounds(net, "product"), bounds(net, "sdp")
+        found = max(net.steepest(rng), jacobian_norm(net, rng) * (1 - 1e-7))
+        count_case("random networks", "with shortcuts")
+        if not found * (1 - 1e-12) <= bound <= product:
+            failures.append(f"seed {seed}: {found} found, bound {bound}, product {product}\n{net}")
+        ratios.append(bound / product)
+    forget()
+    assert not failures, "\n\n".join(failures)
+    assert np.mean(ratios) < 0.65  # the test would be weak if most bounds were the product
+
+
+def jacobian_norm(net, rng, points=8, step=1e-6):
+    """The largest norm of the network's Jacobian at random points, by differences in double precision."""
+    params = [param.astype(np.float64) for param in net.params]
+    at, side = rng.standard_normal((points, 1, *net.shape)), math.prod(net.shape)
+    steps = step * np.concatenate([np.eye(side), -np.eye(side)]).reshape(2 * side, *net.shape)
+    outs = np.asarray(jax.jit(net.fn)(params, (at + steps).reshape(-1, *net.shape))).reshape(points, 2, side, -1)
+    return np.linalg.norm((outs[:, 0] - outs[:, 1]) / (2 * step), 2, (1, 2)).max()
 
 
 def test_linear_circular_networks_are_exact(monkeypatch):

@@ -8,12 +8,15 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from opnorm_jax._conv import Conv, Unknown, canonical_kernel
 from opnorm_jax._execution import Execution, check_decomposes
 from opnorm_jax._geometry import resolve
 from opnorm_jax._kernel.bounds import norm_statistics
+from opnorm_jax._rounding import product_rounding
+from opnorm_jax._tree.alike import list_factors
 from opnorm_jax._tree.layers import list_layers
 
 _HEADER = ("layer", "kernel", "convolution", "lower", "upper", "smallest", "condition", "stable rank")
@@ -89,7 +92,7 @@ class SpectralReport:
 
 
 def spectral_report(
-    params: Any, convs: Any, *, progress: bool = False, execution: Execution = Execution()
+    params: Any, convs: Any, *, scales: Any = None, progress: bool = False, execution: Execution = Execution()
 ) -> SpectralReport:
     r"""Reports norm bounds, smallest singular value, condition and stable rank of each convolution of a network.
 
@@ -103,6 +106,10 @@ def spectral_report(
       params: a tree of arrays of any real floating dtype.
       convs: a tree shaped like ``params``, or a prefix, with a :class:`Conv` at each kernel, and
         ``None`` elsewhere. An :class:`Unknown` gives a row with its reason.
+      scales: folds what follows a layer into its row, such as batch normalisation on running statistics. A tree shaped
+        like ``params``, or a prefix: the factor of each output channel at a kernel, shape ``(out_channels,)`` after any
+        stacked axes, and ``None`` elsewhere. All numbers are then those of the layer and the factors together, and
+        the bounds allow for the rounding of their product.
       progress: show a progress bar (needs rich).
       execution: how to compute; see :class:`Execution`.
 
@@ -110,7 +117,8 @@ def spectral_report(
       A :class:`SpectralReport`, plain data: a row per layer, and per member of a stack, in natural order of the paths.
 
     Raises:
-      ValueError, TypeError: ``convs`` does not fit the parameters (with the path), or the call is under ``jit``.
+      ValueError, TypeError: ``convs`` or ``scales`` does not fit the parameters (with the path), or the call is under
+        ``jit``.
       ImportError: ``progress`` without rich.
 
     Cost: one layer at a time: the spectrum of its circulant embedding, of which only the extremes are kept, and for
@@ -130,8 +138,11 @@ def spectral_report(
     """
     check_decomposes(execution)
     rows = list_layers(params, convs)
+    factors = {} if scales is None else list_factors(params, convs, scales)
     rows = show_progress(rows, "norms") if progress else rows
-    return SpectralReport(tuple(_layer(path, kernel, conv, execution) for path, kernel, conv in rows))
+    return SpectralReport(
+        tuple(_layer(path, kernel, conv, execution, factors.get(path)) for path, kernel, conv in rows)
+    )
 
 
 def frobenius_norm(kernel: np.ndarray, conv: Conv) -> float:
@@ -158,13 +169,15 @@ def frobenius_norm(kernel: np.ndarray, conv: Conv) -> float:
     return scale * math.sqrt(power)
 
 
-def _layer(path: str, kernel: Any, conv: Conv | Unknown, execution: Execution) -> LayerReport:
+def _layer(path: str, kernel: Any, conv: Conv | Unknown, execution: Execution, factor: Any) -> LayerReport:
     shape = tuple(map(int, getattr(kernel, "shape", ())))
     if isinstance(conv, Unknown):
         return LayerReport(path, shape, None, reason=conv.reason)
     wide = canonical_kernel(kernel, conv)
     plain = dataclasses.replace(conv, kernel_layout=None)  # layers that differ only in their layout are alike
+    wide = wide if factor is None else wide * jnp.broadcast_to(jnp.asarray(factor, wide.dtype), wide.shape)
     host = np.asarray(wide)
+    slack = 0.0 if factor is None else product_rounding(host)
     if not np.isfinite(host).all():
         return LayerReport(path, shape, conv, reason=_NOT_FINITE)
     geometry = resolve(plain, host.shape)
@@ -174,8 +187,8 @@ def _layer(path: str, kernel: Any, conv: Conv | Unknown, execution: Execution) -
         path,
         shape,
         conv,
-        lower=found.bounds.lower,
-        upper=found.bounds.upper,
+        lower=max(found.bounds.lower - slack, 0.0),
+        upper=found.bounds.upper + slack,
         norm=found.norm,
         smallest=found.smallest,
         condition=found.largest / found.smallest if found.smallest > found.resolution else math.inf,

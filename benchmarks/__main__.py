@@ -8,8 +8,8 @@ spectral_norm (what Flax's SpectralNorm leaves of a norm), optimizers (Muon for 
 CIFAR-10), scaling (map, channels, layers, devices, memory), throughput (of the trainer), gpu (all that is claimed of
 accelerators, throughput included, in one run of under 9 minutes); without one, all that suit this machine but
 real_networks. Each writes NAME.jsonl, with versions and hardware on every line.
-``--table`` prints the tables of docs/speed.md and docs/which_bound.md from the files that are there, draws the pictures beside them, and
-measures nothing.
+``--table`` prints the tables of docs/speed.md and docs/which_bound.md from the files that are there, draws the pictures
+beside them, and measures nothing.
 """
 
 import argparse

@@ -190,18 +190,18 @@ def _moved(x, options, xp):
     return x
 
 
-def generate_shortcuts(seed):
+def generate_shortcuts(seed, *, linear=False):
     """A random network of residual blocks whose shortcut is a strided slice with constant channels around.
 
-    Some slices are shifted, cropped, padded or reversed besides; then a stage may end there. Most have a pooled head.
+    Some slices are shifted, cropped, padded or reversed besides; then a stage may end there. Most have a pooled head. Linear ones are circular, with one stride.
     """
     rng = np.random.default_rng(seed)
     rank = int(rng.choice([1, 2], p=[0.4, 0.6]))
     sides = tuple(int(rng.integers(4, 9) if rank == 1 else rng.integers(3, 7)) for _ in range(rank))
     net = Network((*sides, int(rng.integers(1, 4))))
-    style = str(rng.choice(["SAME", "CIRCULAR"], p=[0.7, 0.3]))
+    style = "CIRCULAR" if linear else str(rng.choice(["SAME", "CIRCULAR"], p=[0.7, 0.3]))
     names = list(rng.choice(list(ACTIVATIONS), 2)) if rng.random() < 0.4 else ["relu"]
-    names = names if rng.random() < 0.9 else []
+    names = names if rng.random() < 0.9 and not linear else []
 
     def act(value):
         return net.add(("act", (value,), {"name": str(rng.choice(names))}), net.shapes[value]) if names else value
@@ -220,6 +220,7 @@ def generate_shortcuts(seed):
         slices, pads = [], []
         for n in spatial:
             kind = rng.choice(["plain", "shifted", "cropped", "reversed"], p=[0.7, 0.1, 0.15, 0.05])
+            kind = "plain" if linear else kind
             start = stride - 1 if kind == "shifted" else 0
             stop = n - int(rng.integers(0, n)) if kind == "cropped" else n
             ends = (None, None, -stride) if kind == "reversed" else (start, stop, stride)
@@ -242,6 +243,8 @@ def generate_shortcuts(seed):
         stride = int(rng.choice([1, 2, 3], p=[0.3, 0.6, 0.1]))
         channels = min(c + int(rng.integers(0, 3)), 5)
         if style == "CIRCULAR" and any(n % stride for n in spatial):
+            stride = 1
+        if linear and any(max(options.get("strides", [1])) > 1 for *_, options in net.ops):
             stride = 1
         before = act(value) if rng.random() < 0.3 else value
         inner = act(conv(before, int(rng.integers(1, 4)), stride))

@@ -96,6 +96,19 @@ def test_linear_circular_networks_are_exact(monkeypatch):
     assert not found[False] and found[True] > 5, found
 
 
+def test_linear_circular_shortcuts_are_exact(monkeypatch):
+    monkeypatch.setattr(signals, "_upper", loose)
+    wrong, strided = [], 0
+    for seed in range(200 if THOROUGH else 20):
+        net = random_networks.generate_shortcuts(seed, linear=True)
+        norm, bound = net.steepest(np.random.default_rng(seed)), bounds(net, "sdp")
+        strided += any(max(options.get("strides", [1])) > 1 for *_, options in net.ops)
+        if not norm * (1 - 1e-12) <= bound <= norm * (1 + 1e-6):
+            wrong.append(f"seed {seed}: {norm} is the norm, bound {bound}\n{net}")
+    forget()
+    assert not wrong and strided > 5, "\n\n".join(wrong)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stride", [1, 2])
 def test_concatenated_layers(stride):

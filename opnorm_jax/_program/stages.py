@@ -249,20 +249,16 @@ class _Reader:
     def _moved(self, signal: Signal, part: Part) -> int:
         """Strided slices, channels that are picked, and constants around: a convolution with a kernel of one tap."""
         (source,) = part.sources
-        strides, lows, rank = [], [], len(signal.shape)
-        channels = np.eye(source.shape[self.layout.channel])
-        for axis, entries in enumerate(_coordinates(part.data)):
-            length = source.shape[axis]
-            if axis in self.layout.spatial:
-                stride, low = _progression(entries, length)
-                strides.append(stride)
-                lows.append(low)
-            elif axis == self.layout.channel % rank:
-                channels = np.where(entries >= 0, channels[:, np.maximum(entries, 0)], 0)
-            elif not np.array_equal(entries, np.arange(length)):
+        places, spatial = _coordinates(part.data), self.layout.spatial
+        channel = self.layout.channel % len(places)
+        for axis, length in enumerate(source.shape):
+            if axis not in (channel, *spatial) and not np.array_equal(places[axis], np.arange(length)):
                 raise NotAStage
-        ones = (1,) * len(strides)
-        return self._filter(signal, source, channels.reshape(*ones, *channels.shape), strides, lows, ones, False)
+        steps = [_progression(places[axis], source.shape[axis]) for axis in spatial]
+        strides, lows = tuple(stride for stride, _ in steps), [low for _, low in steps]
+        ones, picked = (1,) * len(spatial), places[channel]
+        kernel = np.where(picked >= 0, np.eye(source.shape[channel])[:, np.maximum(picked, 0)], 0)
+        return self._filter(signal, source, kernel.reshape(*ones, *kernel.shape), strides, lows, ones, False)
 
     def _sum(self, signal: Signal, part: Part) -> int:
         sources = tuple(map(self.read, part.sources))
@@ -503,10 +499,10 @@ class _Carrier:
         signal = self.cuts[at + 1]
         part = self.parts[id(signal)]
         if layout and layout.spatial and self.roots is not None:
-            axes = self._summed(signal, part, layout)
+            all_summed = set(self._summed(signal, part, layout)) == set(layout.spatial)
             channels_last = signal.shape[-1:] == (self.cuts[at].shape[layout.channel],)
-            if axes == layout.spatial and channels_last:
-                image = tuple(self.cuts[at].shape[axis] for axis in axes)
+            if all_summed and channels_last:
+                image = tuple(self.cuts[at].shape[axis] for axis in layout.spatial)
                 root = summed(self.roots, image, self.grid, self.dtype)
                 channels = root.shape[-1]
                 stage = Stage(channels, (Step("sum", (0,), channels, signs=(1,)),), (), ())
@@ -522,7 +518,7 @@ class _Carrier:
     def _summed(self, signal: Signal, part: Part, layout: Layout) -> tuple[int, ...]:
         """Returns the axes over the whole of which a signal is summed."""
         if part.kind == "total":
-            return tuple(sorted(part.data))
+            return part.data
         if part.kind == "pool" and math.prod(signal.shape[n] for n in layout.spatial) == 1:
             params, shape = part.data.params, part.sources[0].shape
             whole = tuple(n if axis in layout.spatial else 1 for axis, n in enumerate(shape))

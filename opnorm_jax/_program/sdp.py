@@ -296,14 +296,10 @@ def _forms(arithmetic, stage, arrays, roots, k):
     other variables are zero.
     """
     xp, dtype, mul = arithmetic.xp, arithmetic.dtype, arithmetic.mul
-    copies, many, channels = math.prod(stage.strides), len(k), stage.channels
+    copies, many = math.prod(stage.strides), len(k)
     aliases = np.moveaxis(np.indices(stage.strides), 0, -1).reshape(copies, len(stage.strides))
     fine = k[:, None] + (aliases * np.asarray(stage.coarse_grid, int)).astype(np.int32)
-    eye = xp.asarray(np.eye(copies), dtype)[:, None, :, None]
-    own = xp.asarray(np.eye(channels), _complex(dtype)) if roots is None else roots[_flat(fine, stage.grid)]
-    start = eye * xp.reshape(own, (-1, *((1,) if roots is None else (copies,)), channels, 1, channels))
-    start = xp.broadcast_to(start, (many, copies, channels, copies, channels))
-    values: list[Any] = [({0: xp.reshape(start, (many, copies, channels, copies * channels))}, {})]
+    values: list[Any] = [({0: _input(arithmetic, stage, roots, fine)}, {})]
     forms = []
     for step in stage.steps:
         parts = [values[n] for n in step.sources]
@@ -322,7 +318,7 @@ def _forms(arithmetic, stage, arrays, roots, k):
         elif step.kind == "sum":
             values.append(tuple(_sum(each, step.signs) for each in zip(*parts)))
         elif step.kind == "concatenate":
-            rows = [stage.steps[n - 1].channels if n else channels for n in step.sources]
+            rows = [stage.steps[n - 1].channels if n else stage.channels for n in step.sources]
             values.append(tuple(_concatenate(xp, each, rows) for each in zip(*parts)))
         else:
             z = pending if step.kind == "mask" else _sum([done, pending])
@@ -333,6 +329,16 @@ def _forms(arithmetic, stage, arrays, roots, k):
             values.append((_sum([diagonal, done if step.kind == "mask" else {}]), {}))
     out = {n: xp.reshape(part, (many, -1, part.shape[-1])) for n, part in _sum(values[-1]).items()}
     return [*forms, out]
+
+
+def _input(arithmetic, stage, roots, fine):
+    """Returns the stage's input in u: each alias' root, (frequencies, aliases, channels, aliases times channels)."""
+    xp, dtype, channels, (many, copies) = arithmetic.xp, arithmetic.dtype, stage.channels, fine.shape[:2]
+    eye = xp.asarray(np.eye(copies), dtype)[:, None, :, None]
+    own = xp.asarray(np.eye(channels), _complex(dtype)) if roots is None else roots[_flat(fine, stage.grid)]
+    start = eye * xp.reshape(own, (-1, *((1,) if roots is None else (copies,)), channels, 1, channels))
+    start = xp.broadcast_to(start, (many, copies, channels, copies, channels))
+    return xp.reshape(start, (many, copies, channels, copies * channels))
 
 
 def _system(arithmetic, stage, arrays, forms, multipliers):

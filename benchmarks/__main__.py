@@ -3,12 +3,13 @@
     python -m benchmarks [NAME ...] [--quick] [--repeats 7] [--out benchmarks/results] [--data-dir CIFAR10]
 
 NAME: spectrum (the paper's section 4.1), claims (one kernel), projection (in units of a clip), lipschitz (bounds on
-whole networks), training (shares of a step), spectral_norm (what Flax's SpectralNorm leaves of a norm), optimizers
-(Muon for convolutions and others, on digits and CIFAR-10), scaling (map, channels, layers, devices, memory), throughput
-(of the trainer), gpu (all that is claimed of accelerators, throughput included, in one run of under 9 minutes); without
-one, all that suit this machine. Each writes NAME.jsonl, with versions and hardware on every line.
-``--table`` prints the tables of docs/speed.md from the files that are there, draws the pictures beside them, and
-measures nothing.
+whole networks), real_networks (the same on published ones, in the folder --weights), training (shares of a step),
+spectral_norm (what Flax's SpectralNorm leaves of a norm), optimizers (Muon for convolutions and others, on digits and
+CIFAR-10), scaling (map, channels, layers, devices, memory), throughput (of the trainer), gpu (all that is claimed of
+accelerators, throughput included, in one run of under 9 minutes); without one, all that suit this machine but
+real_networks. Each writes NAME.jsonl, with versions and hardware on every line.
+``--table`` prints the tables of docs/speed.md and docs/which_bound.md from the files that are there, draws the pictures
+beside them, and measures nothing.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from benchmarks.measure import CORES, RESULTS, write
 import jax  # isort: skip  (after benchmarks.measure, which sets what is read when the libraries load)
 
 CPU = ("spectrum", "claims", "projection", "lipschitz", "training", "spectral_norm", "optimizers", "scaling")
-NAMES = (*CPU, "throughput", "gpu")
+NAMES = (*CPU, "real_networks", "throughput", "gpu")
 
 
 def main():
@@ -30,6 +31,9 @@ def main():
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--data-dir", type=Path, help="where CIFAR-10 is, for optimizers")
+    parser.add_argument("--weights", type=Path, help="a folder of networks, for real_networks")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[32], help="sides of images, for real_networks")
+    parser.add_argument("--inputs", type=Path, help="an .npy of images, for real_networks; otherwise random ones")
     parser.add_argument("--seconds", type=float, help="stop gpu before so long")
     parser.add_argument(
         "--parts",

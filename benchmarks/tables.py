@@ -1,4 +1,4 @@
-"""The tables of docs/speed.md, in Markdown, from the JSON lines in results/."""
+"""The tables of docs/speed.md, and one of docs/which_bound.md, in Markdown, from the JSON lines in results/."""
 
 import json
 
@@ -16,6 +16,7 @@ def read(folder, name):
 def tables(folder):
     """All of them, each with the versions and hardware it was measured with."""
     makers = {"claims": claims, "projection": projection, "training": training, "scaling": scaling, "gpu": gpu}
+    makers["real_networks"] = real_networks
     parts = []
     for name, maker in makers.items():
         if rows := read(folder, name):
@@ -81,6 +82,25 @@ def scaling(rows):
     keys = ["channels", "map", "GiB of all blocks", "GiB before", "GiB at most"]
     lines = [[row[key] if isinstance(row[key], int) else f"{row[key]:.2f}" for key in keys] for row in chosen]
     return "\n\n".join([*parts, markdown(keys, lines)])
+
+
+def real_networks(rows):
+    """Bounds on published networks, seconds and memory."""
+    lines = [
+        [
+            f"{row['network'].rsplit('-', 1)[0]}, {row['size']} x {row['size']}",
+            *map(power, (row["product"], row["sdp"])),
+        ]
+        + [f"{row['seen']:.3g}", f"{row['sdp_seconds']:.2g}", f"{row['GiB at most']:.2g}"]
+        for row in rows
+    ]
+    return markdown(["network", "images", "product", "sdp", "largest Jacobian seen", "sdp, s", "GiB"], lines)
+
+
+def power(value):
+    """A number in Markdown, as a power of ten if it is large."""
+    digits, exponent = f"{value:.1e}".split("e")
+    return f"{value:.3g}" if value < 1e4 else f"{digits} · 10<sup>{int(exponent)}</sup>"
 
 
 def gpu(rows):

@@ -1,6 +1,6 @@
 """Every allowance for rounding errors, in one place, each with its reason. Certificates rest on these numbers.
 
-All are relative, and eps is that of the computing dtype (float32 or float64).
+All but :func:`product_rounding` are relative, and eps is that of the computing dtype (float32 or float64).
 """
 
 from __future__ import annotations
@@ -30,6 +30,16 @@ def rounding(kernel_shape: Sequence[int], dtype: Any) -> float:
     """
     *taps, i, o = kernel_shape
     return eps(dtype) * (16 + math.prod(taps) ** 0.5 + 4 * min(i, o) ** 0.5)
+
+
+def product_rounding(kernel: np.ndarray) -> float:
+    """Returns by how much a layer's norm may differ because its kernel was multiplied by factors of its channels.
+
+    Factor and product are each rounded by half an eps, or by less than the smallest normal number. A layer's norm is at
+    most the sum of its taps' Frobenius norms. Unlike the others this allowance is absolute.
+    """
+    taps = np.sqrt(np.sum(kernel.astype(np.float64) ** 2, axis=(-2, -1)))
+    return eps(kernel.dtype) * (1 + 1e-6) * float(np.sum(taps)) + tiny(kernel.dtype) * kernel.size
 
 
 def dense_rounding(side: int, terms: int, dtype: Any) -> float:

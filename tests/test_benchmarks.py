@@ -1,10 +1,12 @@
 """The benchmarks run, at sizes that take seconds; their figures are not judged here."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import THOROUGH
 
@@ -20,6 +22,37 @@ def test_benchmark_runs(name):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=dict(os.environ))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "ms:" in done.stdout
+
+
+@pytest.mark.slow
+def test_real_networks_are_read_from_a_folder(tmp_path):
+    """Small networks with the keys of the published ones; without a folder, or with another network, a line says so."""
+    rng = np.random.default_rng(0)
+    kernel = lambda o, i: (rng.standard_normal((o, i, 3, 3)) / np.sqrt(9 * i)).astype(np.float32)
+    resnet = {"linear.weight": rng.standard_normal((10, 8)).astype(np.float32), "linear.bias": np.zeros(10, np.float32)}
+    layers = {"conv1": kernel(4, 3), "layer1.0.conv1": kernel(4, 4), "layer1.0.conv2": kernel(4, 4)}
+    layers |= {"layer2.0.conv1": kernel(8, 4), "layer2.0.conv2": kernel(8, 8)}
+    for name, weight in layers.items():
+        resnet[f"{name}.weight"] = weight
+        for key in ("weight", "bias", "running_mean", "running_var"):
+            resnet[f"{name.replace('conv', 'bn')}.{key}"] = np.ones(len(weight), np.float32)
+    dncnn = {f"model.{n}.weight": kernel(o, i) for n, (o, i) in zip((0, 2, 10), ((4, 1), (4, 4), (1, 4)))}
+    dncnn |= {name.replace("weight", "bias"): np.zeros(len(weight), np.float32) for name, weight in dncnn.items()}
+    np.savez(tmp_path / "resnet.npz", **resnet)
+    np.savez(tmp_path / "dncnn.npz", **dncnn)
+
+    def run(*options):
+        command = [sys.executable, "-m", "benchmarks", "real_networks", "--out", str(tmp_path / "out"), *options]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    assert "needs --weights FOLDER" in run().stderr
+    done = run("--weights", str(tmp_path), "--sizes", "8")
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "out" / "real_networks.jsonl").read_text().splitlines()]
+    assert [row["network"] for row in rows] == ["dncnn", "resnet"]
+    assert all(row["seen"] < row["sdp"] < row["product"] for row in rows)
+    np.savez(tmp_path / "other.npz", odd=np.zeros(3))
+    assert "no network that is known here" in run("--weights", str(tmp_path), "--sizes", "8").stderr
 
 
 def test_tables_are_made_from_the_results():

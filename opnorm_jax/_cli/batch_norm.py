@@ -60,41 +60,47 @@ def _rest(name: str, word: str) -> str | None:
     return rest if found else None
 
 
-def fold(
+def factors(
     checkpoint: Checkpoint,
-    kernels: Mapping[str, np.ndarray],
     convs: Mapping[str, Conv],
     norms: Mapping[str, str],
     epsilon: float,
 ) -> dict[str, np.ndarray]:
-    """Multiplies the output channels of kernels by their batch normalisations' scale / sqrt(variance + epsilon).
+    """Returns what batch normalisations multiply output channels by: scale / sqrt(variance + epsilon).
 
     Args:
-      checkpoint: where the normalisations' arrays are.
-      kernels, convs: all kernels, by name.
+      checkpoint: where the arrays are.
+      convs: what the kernels are, by name.
       norms: the layer of the batch normalisation behind a kernel, by the kernel's name.
       epsilon: what the normalisation adds to the variance. Files do not hold it.
+
+    Returns:
+      The factors of some of the kernels, by name.
     """
     found = variances(checkpoint.names)
     scales = {match[1]: name for name in checkpoint.entries if (match := _SCALE.match(name)) and match[1] in found}
-    folded = dict(kernels)
+    result = {}
     for name, norm in norms.items():
         if norm not in found:
             known = f"; found {', '.join(sorted(found)[:4])}" if found else "; found none"
             raise UserError(f"{name}: expected {norm!r} to be a batch normalisation, a layer with a variance{known}.")
         wanted = [found[norm], *([scales[norm]] if norm in scales else [])]
         variance, *scale = checkpoint.read(wanted).values()
-        kernel, conv = kernels[name], convs[name]
-        axis = conv.stacked + conv.kernel_layout.index("O")
-        if any(array.shape != (kernel.shape[axis],) for array in (variance, *scale)):
+        shape, conv = checkpoint.entries[name].shape, convs[name]
+        expected = (*shape[: conv.stacked], shape[conv.stacked + conv.kernel_layout.index("O")])
+        if any(array.shape != expected for array in (variance, *scale)):
             raise UserError(
-                f"{name}: expected the batch normalisation {norm!r} to have {kernel.shape[axis]} channels, got shape "
+                f"{name}: expected the batch normalisation {norm!r} to have {expected[-1]} channels, got shape "
                 f"{variance.shape}."
             )
         factor = 1 / np.sqrt(variance.astype(np.float64) + epsilon)
         for array in scale:
             factor = factor * array.astype(np.float64)
-        shape = [1] * kernel.ndim
-        shape[axis] = -1
-        folded[name] = (kernel.astype(np.float64) * factor.reshape(shape)).astype(np.result_type(kernel, np.float32))
-    return folded
+        result[name] = factor
+    return result
+
+
+def folded(kernel: np.ndarray, conv: Conv, factor: np.ndarray) -> np.ndarray:
+    """Multiplies a kernel's output channels by factors."""
+    shape = [*factor.shape[:-1], *(-1 if letter == "O" else 1 for letter in conv.kernel_layout)]
+    return (kernel * factor.reshape(shape)).astype(np.result_type(kernel, np.float32))

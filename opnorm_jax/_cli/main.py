@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 import opnorm_jax as oj
-from opnorm_jax._cli.batch_norm import EPSILON, fold
+from opnorm_jax._cli.batch_norm import EPSILON, factors, folded
 from opnorm_jax._cli.checkpoint import UserError, open_checkpoint
 from opnorm_jax._cli.hints import hints
 from opnorm_jax._cli.layers import Kernels, add_arguments, find_kernels, positive
@@ -81,15 +81,18 @@ def _report(options: argparse.Namespace) -> None:
     found = find_kernels(checkpoint, options)
     _print_notes(found)
     kernels = checkpoint.read(found.convs)
-    kernels = fold(checkpoint, kernels, found.convs, found.batch_norms, options.fold_batch_norm or EPSILON)
+    scales = factors(checkpoint, found.convs, found.batch_norms, options.fold_batch_norm or EPSILON)
     with _wide_enough(kernels.values()):
         shapes = {name: checkpoint.entries[name].shape for name in found.unknown}
         params = kernels | {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
         convs = found.convs | found.unknown
-        report = oj.spectral_report(params, convs, smallest=options.smallest, progress=_progress())
+        report = oj.spectral_report(
+            params, convs, scales=dict.fromkeys(params) | scales, smallest=options.smallest, progress=_progress()
+        )
         if options.plot:
+            drawn = {name: folded(params[name], found.convs[name], factor) for name, factor in scales.items()}
             try:
-                oj.plot_spectra(params, convs, path=options.plot, title=Path(options.checkpoint).name)
+                oj.plot_spectra(params | drawn, convs, path=options.plot, title=Path(options.checkpoint).name)
             except OSError as error:
                 raise UserError(f"{options.plot}: cannot be written ({error}).") from None
     guesses = hints(found.convs, {name: checkpoint.entries[name].shape for name in found.convs})

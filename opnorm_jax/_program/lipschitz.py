@@ -52,9 +52,9 @@ def lipschitz_bound(fn: Callable[..., Any], params: Any, x: Any, *, method: str 
     With ``method="sdp"``, the default, what is known of a map is carried from layer to layer at every frequency, not as
     one number: a semidefinite bound, LipSDP, cut into small matrices by the Fourier transform. It is never above the
     product, and often far below. It carries convolutions (circular or zero-padded, strided, dilated, grouped), sums of
-    paths with the identity, concatenated channels, factors per channel, activations of any interval of slopes, average
-    pools, sums over all pixels, and dense layers. Linear networks of circular layers come out exactly. What it does
-    not carry counts as in the product; then it begins anew.
+    paths with the identity or with a strided slice, channels that are concatenated, picked or constant, factors per
+    channel, activations of any interval of slopes, average pools, sums over all pixels, and dense layers. Linear
+    networks of circular layers come out exactly. What it does not carry counts as in the product; then it begins anew.
 
     It is an upper bound, and can still be far above the truth.
 

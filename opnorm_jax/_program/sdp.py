@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -90,6 +90,7 @@ class Arithmetic(NamedTuple):
     cholesky: Callable[[Any], Any]  # lower factors; NaN where a matrix is not positive definite
     solve: Callable[[Any, Any], Any]  # L^-1 B
     top: Callable[[Any], tuple[Any, Any]]  # the largest eigenvalue and its vector
+    largest: Callable[[Any], Any]  # the largest eigenvalue
     still: Callable[[Any], Any]  # takes no part in derivatives
     chunk: int | None  # frequencies at a time; None: as many as fit
 
@@ -120,13 +121,17 @@ def _numpy_top(matrices):
     return values[:, -1], vectors[:, :, -1]
 
 
-_NUMPY = Arithmetic(np, np.float64, _numpy_cholesky, np.linalg.solve, _numpy_top, lambda x: x, None)
+def _numpy_largest(matrices):
+    return np.linalg.eigvalsh(matrices)[:, -1] if np.isfinite(matrices).all() else np.full(len(matrices), np.nan)
+
+
+_NUMPY = Arithmetic(np, np.float64, _numpy_cholesky, np.linalg.solve, _numpy_top, _numpy_largest, lambda x: x, None)
 
 
 def _jax_arithmetic(dtype):
     # One matrix a call: see _blocks/factor.py.
     solve = lambda factor, b: lax.linalg.triangular_solve(factor[0], b[0], left_side=True, lower=True)[None]
-    return Arithmetic(jnp, dtype, _jax_cholesky, solve, _jax_top, lax.stop_gradient, 1)
+    return Arithmetic(jnp, dtype, _jax_cholesky, solve, _jax_top, lambda q: _jax_top(q)[0], lax.stop_gradient, 1)
 
 
 def certify(stage: Stage, arrays: Sequence[Any], multipliers: Any, roots: Any, dtype: Any) -> tuple[Any, Any]:
@@ -150,7 +155,11 @@ def certify(stage: Stage, arrays: Sequence[Any], multipliers: Any, roots: Any, d
 
 def _certify(arithmetic, stage, arrays, multipliers, roots):
     xp, half = arithmetic.xp, half_grid(stage.coarse_grid)
-    one = lambda k: _certified(arithmetic, stage, *_system(arithmetic, stage, arrays, multipliers, roots, k))
+
+    def one(k):
+        forms = _forms(arithmetic, stage, arrays, roots, k)
+        return _certified(arithmetic, stage, *_system(arithmetic, stage, arrays, forms, multipliers))
+
     outs, tops = _mapped(arithmetic, stage, one, half.frequencies)
     points = np.moveaxis(np.indices(stage.coarse_grid), 0, -1).reshape(len(half.expand), -1)
     mirrored = (half.frequencies[half.expand] != points).any(-1)[:, None, None]
@@ -175,17 +184,51 @@ def _promotion():
         yield
 
 
-def _mapped(arithmetic, stage, function, frequencies):
-    """Maps a function of stacks of frequencies over all of them, in chunks."""
+def _mapped(arithmetic, stage, function, stacks):
+    """Maps a function of stacks, one entry a frequency, over all of them, in chunks."""
     if arithmetic.xp is jnp:
-        outs = lax.map(lambda k: function(k[None]), jnp.asarray(frequencies))
+        outs = lax.map(lambda k: function(jax.tree.map(lambda x: x[None], k)), jax.tree.map(jnp.asarray, stacks))
         return jax.tree.map(lambda out: out[:, 0], outs)
-    chunk = max(1, _CHUNK_BYTES // (16 * 8 * sum(stage.sides) ** 2))
-    parts = [function(frequencies[n : n + chunk]) for n in range(0, len(frequencies), chunk)]
-    return tuple(np.concatenate(each) for each in zip(*parts))
+    chunk, many = max(1, _CHUNK_BYTES // (16 * 8 * sum(stage.sides) ** 2)), len(jax.tree.leaves(stacks)[0])
+    part = lambda n: jax.tree.map(lambda x: x[n : n + chunk], stacks)
+    parts = [function(part(n)) for n in range(0, many, chunk)]
+    return jax.tree.map(lambda *each: np.concatenate(each), *parts)
 
 
 _CHUNK_BYTES = 2**27
+
+
+def summed(roots: Any, image: tuple[int, ...], grid: tuple[int, ...], dtype: Any) -> Any:
+    r"""Computes a root of the sum over all pixels of an image on a circle, rounded outwards.
+
+    The sum is the inner product with the image's indicator function, whose transform w has the squared length of the
+    number of pixels: :math:`\sum_\omega |w|^2 G G^H` is at most that times the largest of all.
+
+    Args:
+      roots: of the image, (points of the grid, c, c).
+      image: its pixels, an axis. Outside, it is zero.
+      grid: pixels of the circle, an axis.
+      dtype: what is computed in where the roots are traced.
+
+    Returns:
+      An array (1, c, c).
+    """
+    traced = isinstance(roots, jax.core.Tracer)
+    with _promotion():
+        return _summed(_jax_arithmetic(dtype) if traced else _NUMPY, roots, image, grid)
+
+
+def _summed(arithmetic, roots, image, grid):
+    xp, weights = arithmetic.xp, np.ones(())
+    for n, m in zip(image, grid, strict=True):
+        turns = np.outer(np.arange(m), np.arange(n)) % m
+        weights = np.multiply.outer(weights, abs(np.exp(2j * np.pi * turns / m).sum(1)) ** 2 / m)
+    weights = xp.asarray(np.sqrt(weights).reshape(-1, 1, 1), roots.real.dtype)
+    rows = xp.reshape(xp.swapaxes(weights * roots, 0, 1), (roots.shape[-1], -1))
+    gram = arithmetic.mul(rows, adjoint(rows)).real[None]
+    rounding = semidefinite_rounding(rows.shape[-1], gram.dtype) * xp.max(xp.sum(xp.abs(gram), axis=-1))
+    eye = xp.asarray(np.eye(len(rows)), gram.dtype)
+    return arithmetic.cholesky(gram + arithmetic.still(rounding) * eye).astype(roots.dtype)
 
 
 def search(stage: Stage, arrays: Sequence[Any], multipliers: Any, roots: Any, dtype: Any, *, last: bool = False) -> Any:
@@ -210,13 +253,15 @@ def _search(arithmetic, stage, last, arrays, multipliers, roots):
     xp, frequencies = arithmetic.xp, half_grid(stage.coarse_grid).frequencies
     frequencies = frequencies[:: -(-len(frequencies) // _sample(stage))]
 
-    def value(multipliers):
-        def one(k):
-            q, b = _system(arithmetic, stage, arrays, multipliers, roots, k)
-            return arithmetic.top(_gram(arithmetic, arithmetic.solve(arithmetic.cholesky(q), adjoint(b))))[:1]
+    forms = _mapped(arithmetic, stage, lambda k: _forms(arithmetic, stage, arrays, roots, k), frequencies)
 
-        (tops,) = _mapped(arithmetic, stage, one, frequencies)
-        return xp.where(xp.isnan(xp.max(tops)), xp.inf, xp.max(tops))
+    def value(multipliers):
+        def one(forms):
+            q, b = _system(arithmetic, stage, arrays, forms, multipliers)
+            return arithmetic.largest(_schur(arithmetic, arithmetic.cholesky(q), b))
+
+        top = xp.max(_mapped(arithmetic, stage, one, forms))
+        return xp.where(xp.isnan(top), xp.inf, top)
 
     def move(carry, factors):
         best, multipliers = carry
@@ -244,60 +289,95 @@ def _sample(stage: Stage) -> int:
     return max(8, int(1e9 / (60 * sum(stage.sides) ** 3)))
 
 
-def _system(arithmetic, stage, arrays, multipliers, roots, k):
-    """Returns Q and B at frequencies of the coarse grid, where each diagonal is divided by the root of 2 lambda."""
+def _forms(arithmetic, stage, arrays, roots, k):
+    """Returns the linear form before each diagonal, and the output, at frequencies of the coarse grid.
+
+    A form is a dictionary: the number of a variable, 0 for u and n for the n-th diagonal, and its matrices. Those of
+    other variables are zero.
+    """
     xp, dtype, mul = arithmetic.xp, arithmetic.dtype, arithmetic.mul
-    copies, ends, many = math.prod(stage.strides), np.cumsum(stage.sides), len(k)
+    copies, many = math.prod(stage.strides), len(k)
     aliases = np.moveaxis(np.indices(stage.strides), 0, -1).reshape(copies, len(stage.strides))
     fine = k[:, None] + (aliases * np.asarray(stage.coarse_grid, int)).astype(np.int32)
-    total, offsets = int(ends[-1]), iter(ends[:-1])
-    complex_dtype = _complex(dtype)
-    eye = xp.asarray(np.eye(copies), dtype)[:, None, :, None]
-    own = xp.asarray(np.eye(stage.channels), complex_dtype) if roots is None else roots[_flat(fine, stage.grid)]
-    start = eye * xp.reshape(own, (-1, *((1,) if roots is None else (copies,)), stage.channels, 1, stage.channels))
-    start = xp.broadcast_to(start, (many, copies, stage.channels, copies, stage.channels))
-    start = xp.reshape(start, (many, copies, stage.channels, copies * stage.channels))
-    widened = lambda part, before: _pad(xp, part, before, total - before - part.shape[-1])
-    values: list[Any] = [(widened(start, 0), None)]
-    below, quadratic = [xp.zeros((many, int(ends[0]), total), complex_dtype)], 0
+    values: list[Any] = [({0: _input(arithmetic, stage, roots, fine)}, {})]
+    forms = []
     for step in stage.steps:
         parts = [values[n] for n in step.sources]
         done, pending = parts[0]
         if step.kind == "conv":
             coarse = step.coarse and not step.strided
             at, grid = (k[:, None], stage.coarse_grid) if coarse else (fine, stage.grid)
-            matrix = _symbol(arithmetic, arrays[step.array], at, grid, step)
-            out = mul(xp.swapaxes(matrix, -1, -2), _sum([done, pending]))
+            matrix = xp.swapaxes(_symbol(arithmetic, arrays[step.array], at, grid, step), -1, -2)
+            out = {n: mul(matrix, part) for n, part in _sum([done, pending]).items()}
             if step.strided:
-                out = xp.sum(out, axis=1, keepdims=True) / math.sqrt(copies)
-            values.append((None, out) if step.masked else (out, None))
+                out = {n: xp.sum(part, axis=1, keepdims=True) / math.sqrt(copies) for n, part in out.items()}
+            values.append(({}, out) if step.masked else (out, {}))
         elif step.kind == "scale":
             factor = xp.asarray(arrays[step.array], dtype)[:, None]
-            values.append(tuple(None if part is None else factor * part for part in parts[0]))
+            values.append(tuple({n: factor * part for n, part in each.items()} for each in parts[0]))
         elif step.kind == "sum":
-            signed = lambda part, sign: None if part is None else sign * part
-            every = [zip(each, step.signs, strict=True) for each in zip(*parts)]
-            values.append(tuple(_sum([signed(part, sign) for part, sign in each]) for each in every))
+            values.append(tuple(_sum(each, step.signs) for each in zip(*parts)))
         elif step.kind == "concatenate":
-            values.append(tuple(_concatenate(xp, each, parts) for each in zip(*parts)))
+            rows = [stage.steps[n - 1].channels if n else stage.channels for n in step.sources]
+            values.append(tuple(_concatenate(xp, each, rows) for each in zip(*parts)))
         else:
-            mask = step.kind == "mask"
-            z = pending if mask else _sum([done, pending])
-            low, high = (0.0, 1.0) if mask else xp.asarray(arrays[step.array], dtype)
-            multiplier = multipliers[len(below) - 1]
+            z = pending if step.kind == "mask" else _sum([done, pending])
             length = stage.side(step)
-            z = xp.reshape(z, (many, length, total))
-            below.append(-xp.sqrt(multiplier / 2) * (low + high) * z)
-            if not mask:
-                quadratic = quadratic + 2 * multiplier * low * high * _gram(arithmetic, z)
-            diagonal = xp.asarray(np.eye(length).reshape(1, -1, step.channels, length), complex_dtype)
-            diagonal = widened(
-                xp.broadcast_to(diagonal / xp.sqrt(2 * multiplier), (many, *diagonal.shape[1:])), int(next(offsets))
-            )
-            values.append((_sum([diagonal, done if mask else None]), None))
-    lower = xp.concatenate(below, axis=1)
-    q = xp.asarray(np.eye(total), complex_dtype) + lower + adjoint(lower) + quadratic
-    return q, xp.reshape(_sum(list(values[-1])), (many, -1, total))
+            forms.append({n: xp.reshape(part, (many, length, -1)) for n, part in z.items()})
+            diagonal = xp.asarray(np.eye(length).reshape(1, -1, step.channels, length), _complex(dtype))
+            diagonal = {len(forms): xp.broadcast_to(diagonal, (many, *diagonal.shape[1:]))}
+            values.append((_sum([diagonal, done if step.kind == "mask" else {}]), {}))
+    out = {n: xp.reshape(part, (many, -1, part.shape[-1])) for n, part in _sum(values[-1]).items()}
+    return [*forms, out]
+
+
+def _input(arithmetic, stage, roots, fine):
+    """Returns the stage's input in u: each alias' root, (frequencies, aliases, channels, aliases times channels)."""
+    xp, dtype, channels, (many, copies) = arithmetic.xp, arithmetic.dtype, stage.channels, fine.shape[:2]
+    eye = xp.asarray(np.eye(copies), dtype)[:, None, :, None]
+    own = xp.asarray(np.eye(channels), _complex(dtype)) if roots is None else roots[_flat(fine, stage.grid)]
+    start = eye * xp.reshape(own, (-1, *((1,) if roots is None else (copies,)), channels, 1, channels))
+    start = xp.broadcast_to(start, (many, copies, channels, copies, channels))
+    return xp.reshape(start, (many, copies, channels, copies * channels))
+
+
+def _system(arithmetic, stage, arrays, forms, multipliers):
+    """Returns Q, where each diagonal is divided by the root of 2 lambda, and B from its first column that is not zero.
+
+    The forms are those of ``_forms``. Variables that none of them reads have no blocks to compute.
+    """
+    xp, dtype, sides = arithmetic.xp, arithmetic.dtype, stage.sides
+    scaled = lambda form: {n: part / xp.sqrt(2 * multipliers[n - 1]) if n else part for n, part in form.items()}
+    *forms, out = map(scaled, forms)
+    many = len(next(iter(out.values())))
+    blocks = {(n, n): xp.asarray(np.eye(side), _complex(dtype)) for n, side in enumerate(sides)}
+    for n, (form, place) in enumerate(zip(forms, stage.diagonals), 1):
+        step, multiplier = stage.steps[place], multipliers[n - 1]
+        low, high = (0.0, 1.0) if step.kind == "mask" else xp.asarray(arrays[step.array], dtype)
+        for i, part in form.items():
+            blocks[n, i] = -xp.sqrt(multiplier / 2) * (low + high) * part
+            blocks[i, n] = adjoint(blocks[n, i])
+        if step.kind == "slope" and (xp is jnp or low * high):
+            for i, j in itertools.product(form, repeat=2):
+                product = 2 * multiplier * low * high * arithmetic.mul(adjoint(form[i]), form[j])
+                blocks[i, j] = product + blocks.get((i, j), 0)
+    q = _joined(xp, blocks, [sides, sides], many, dtype)
+    columns = {(0, n - min(out)): part for n, part in out.items()}
+    return q, _joined(xp, columns, [[stage.side(stage.steps[-1])], sides[min(out) :]], many, dtype)
+
+
+def _joined(xp, blocks, sides, many, dtype):
+    """Returns stacks of matrices that are made of blocks; those that are missing are zero."""
+    zeros = lambda i, j: xp.zeros((1, sides[0][i], sides[1][j]), _complex(dtype))
+    block = lambda i, j: xp.broadcast_to(part := blocks.get((i, j), zeros(i, j)), (many, *part.shape[-2:]))
+    rows = [[block(i, j) for j in range(len(sides[1]))] for i in range(len(sides[0]))]
+    return xp.concatenate([xp.concatenate(row, axis=-1) for row in rows], axis=-2)
+
+
+def _schur(arithmetic, factor, b):
+    """Returns B Q^-1 Bᴴ; B's columns before the last ones, which are given, are zero."""
+    columns = b.shape[-1]
+    return _gram(arithmetic, arithmetic.solve(factor[:, -columns:, -columns:], adjoint(b)))
 
 
 def _certified(arithmetic, stage, q, b):
@@ -312,7 +392,7 @@ def _certified(arithmetic, stage, q, b):
     size = (1 + len(sizes)) * functools.reduce(xp.maximum, sizes)
     slack = still(semidefinite_rounding(side + rows, arithmetic.dtype) * size)
     factor = arithmetic.cholesky(q - by_matrix(slack) * identity(side))
-    found = _gram(arithmetic, arithmetic.solve(factor, adjoint(b)))
+    found = _schur(arithmetic, factor, b)
     top, vector = arithmetic.top(still(found))
     smallest = xp.diagonal(factor, axis1=-2, axis2=-1).real.min(-1) ** 2
     found = found + by_matrix(still((2 + 1 / smallest) * slack * top)) * identity(rows)
@@ -320,6 +400,7 @@ def _certified(arithmetic, stage, q, b):
     positive = by_matrix(top > 0)
     scale = xp.where(positive, 1 / xp.sqrt(xp.where(positive, by_matrix(top), 1)), 0)
     unit = xp.where(positive, scale * found * scale, identity(rows))
+    b = _pad(xp, b, side - b.shape[-1], 0)
     rows_above = xp.concatenate([q, adjoint(scale * b)], axis=-1)
     whole = xp.concatenate([rows_above, xp.concatenate([scale * b, unit], axis=-1)], axis=-2)
     checked = arithmetic.cholesky(still(whole - by_matrix(slack) * identity(side + rows)))
@@ -365,17 +446,24 @@ def _pad(xp, part, before, after):
     return xp.pad(part, [(0, 0)] * (part.ndim - 1) + [(before, after)])
 
 
-def _sum(parts):
-    parts = [part for part in parts if part is not None]
-    return functools.reduce(operator.add, parts) if parts else None
+def _sum(forms, signs=None):
+    """Adds forms."""
+    total: dict[int, Any] = {}
+    for form, sign in zip(forms, signs or [1] * len(forms), strict=True):
+        for n, part in form.items():
+            part = part if sign == 1 else -part
+            total[n] = total[n] + part if n in total else part
+    return total
 
 
-def _concatenate(xp, parts, pairs):
-    if all(part is None for part in parts):
-        return None
-    alike = [pair[1] if pair[0] is None else pair[0] for pair in pairs]
-    filled = [xp.zeros_like(other) if part is None else part for part, other in zip(parts, alike, strict=True)]
-    return xp.concatenate(filled, axis=-2)
+def _concatenate(xp, forms, rows):
+    """Concatenates forms of so many rows each."""
+    found = {}
+    for n in sorted(set().union(*forms)):
+        shape = next(form[n].shape for form in forms if n in form)
+        parts = [form.get(n, xp.zeros((*shape[:-2], many, shape[-1]))) for form, many in zip(forms, rows, strict=True)]
+        found[n] = xp.concatenate(parts, axis=-2)
+    return found
 
 
 def _complex(dtype):

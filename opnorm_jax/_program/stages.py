@@ -19,10 +19,10 @@ import numpy as np
 from opnorm_jax._conv import canonical_kernel
 from opnorm_jax._geometry import fills
 from opnorm_jax._program import slopes
-from opnorm_jax._program.movement import HOLE, ElementMap, NotUnderstood, Source, identity
+from opnorm_jax._program.movement import HOLE, MOVES, ElementMap, NotUnderstood, Source, identity
 from opnorm_jax._program.numbers import Number, times
 from opnorm_jax._program.rules import Refused, is_signal
-from opnorm_jax._program.sdp import Stage, Step, certify, search
+from opnorm_jax._program.sdp import Stage, Step, certify, search, summed
 from opnorm_jax._program.signals import Signal
 
 _LARGEST_SIDE = 2048
@@ -41,6 +41,15 @@ class Layout(NamedTuple):
 
     channel: int
     spatial: tuple[int, ...]
+
+
+class Window(NamedTuple):
+    """How a convolution moves over a map: of each spatial axis."""
+
+    strides: Sequence[int]
+    lows: Sequence[int]  # padding at the beginning
+    dilation: Sequence[int]
+    circles: Sequence[bool]  # whether the axis wraps around
 
 
 class Part(NamedTuple):
@@ -62,7 +71,7 @@ def semidefinite_bound(x: Signal, out: Signal, dtype: Any) -> Number | None:
     return _Carrier(cuts, parts, dtype).run()
 
 
-def _part(signal: Signal) -> Part:
+def _part(signal: Signal, x: Signal) -> Part:
     """Reads a signal as an operation of a stage, or as one that none describes."""
     eqn = signal.eqn
     if eqn is None:
@@ -93,6 +102,8 @@ def _part(signal: Signal) -> Part:
         return Part("pool", signals[:1], eqn)
     if name in ("reshape", "squeeze", "transpose", "broadcast_in_dim", "copy") and (source := _unmoved(signal)):
         return Part("same", [source])
+    if name in MOVES and (source := _only_source(signal, x)):
+        return Part("moved", [source], signal.elements)
     return Part("unknown", signals)
 
 
@@ -113,6 +124,14 @@ def _unmoved(signal: Signal) -> Signal | None:
         return None
 
 
+def _only_source(signal: Signal, x: Signal) -> Signal | None:
+    """Returns the input, or an operation's result, that all elements but the constants are elements of."""
+    if len(signal.elements.sources) != 1:
+        return None
+    owner = signal.elements.sources[0].owner
+    return owner if owner is not signal and (owner is x or owner.eqn is not None) else None
+
+
 def _cuts(x: Signal, out: Signal, parts: dict[int, Part]) -> list[Signal] | None:
     """Finds the signals through which every path from ``x`` to ``out`` goes, in order; None if a path is not known."""
     order, done, stack = [], set(), [(out, False)]
@@ -129,7 +148,7 @@ def _cuts(x: Signal, out: Signal, parts: dict[int, Part]) -> list[Signal] | None
             parts[id(x)] = Part("input", [])
             continue
         try:
-            part = _part(signal)
+            part = _part(signal, x)
         except NotAStage:
             return None
         if not part.sources:
@@ -237,6 +256,21 @@ class _Reader:
             raise NotAStage
         return self.read(source)
 
+    def _moved(self, signal: Signal, part: Part) -> int:
+        """Strided slices, channels that are picked, and constants around: a convolution with a kernel of one tap."""
+        (source,) = part.sources
+        places, spatial = _coordinates(part.data), self.layout.spatial
+        channel = self.layout.channel % len(places)
+        for axis, length in enumerate(source.shape):
+            if axis not in (channel, *spatial) and not np.array_equal(places[axis], np.arange(length)):
+                raise NotAStage
+        steps = [_progression(places[axis], source.shape[axis]) for axis in spatial]
+        strides, lows = tuple(stride for stride, _ in steps), [low for _, low in steps]
+        ones, picked = (1,) * len(spatial), places[channel]
+        kernel = np.where(picked >= 0, np.eye(source.shape[channel])[:, np.maximum(picked, 0)], 0)
+        window = Window(strides, lows, ones, [False] * len(ones))
+        return self._filter(signal, source, kernel.reshape(*ones, *kernel.shape), window)
+
     def _sum(self, signal: Signal, part: Part) -> int:
         sources = tuple(map(self.read, part.sources))
         states = [self.states[n] for n in sources]
@@ -329,7 +363,7 @@ class _Reader:
             kernel = kernel.reshape(*taps, i, groups, o // groups)
             kernel = kernel[..., None, :, :, :] * np.eye(groups, dtype=kernel.dtype)[:, None, :, None]
             kernel = kernel.reshape(*taps, groups * i, o)
-        return self._filter(signal, before, kernel, conv.strides, lows, conv.kernel_dilation, circles)
+        return self._filter(signal, before, kernel, Window(conv.strides, lows, conv.kernel_dilation, circles))
 
     def _pool(self, signal: Signal, part: Part) -> int:
         """Sums over windows are a convolution by ones, of each channel by itself."""
@@ -347,9 +381,12 @@ class _Reader:
         kernel = np.broadcast_to(np.eye(channels), (*taps, channels, channels))
         of = lambda values: tuple(values[n] for n in self.layout.spatial)
         lows = [low for low, _ in of(pads)]
-        return self._filter(signal, before, kernel, of(strides), lows, (1,) * len(taps), [False] * len(taps))
+        window = Window(of(strides), lows, (1,) * len(taps), [False] * len(taps))
+        return self._filter(signal, before, kernel, window)
 
-    def _filter(self, signal, before, kernel, strides, lows, dilation, circles) -> int:
+    def _filter(self, signal: Signal, before: Signal, kernel: Any, window: Window) -> int:
+        """Adds a convolution."""
+        strides, lows, dilation, circles = window
         source = self.whole(before)
         image, _, coarse = self.states[source]
         out, strided = self._image(signal), math.prod(strides) > 1
@@ -421,6 +458,21 @@ def _coordinates(elements: ElementMap) -> list[np.ndarray]:
     return found
 
 
+def _progression(places: np.ndarray, length: int) -> tuple[int, int]:
+    """Returns s and l such that element t is element s t - l of an axis of that length, a constant where that is none.
+
+    Of a single element, s is the length.
+    """
+    (held,) = np.nonzero(places >= 0)
+    stride = int(places[held[1]] - places[held[0]]) if len(held) > 1 else length
+    low = stride * int(held[0]) - int(places[held[0]])
+    expected = stride * np.arange(len(places)) - low
+    inside = (expected >= 0) & (expected < length)
+    if stride < 1 or not np.array_equal(places, np.where(inside, expected, HOLE)):
+        raise NotAStage
+    return stride, low
+
+
 class _Read(NamedTuple):
     """A stage that was read: up to which cut, and whether its output is cropped, so that another may follow."""
 
@@ -455,15 +507,15 @@ class _Carrier:
         return self.scale
 
     def _across(self, at: int, layout: Layout | None) -> tuple[int, Layout | None]:
-        """Goes to the next cut by the product's rules; a sum over all pixels keeps what is known of frequency 0."""
+        """Goes to the next cut by the product's rules; a sum over all pixels keeps a root."""
         signal = self.cuts[at + 1]
         part = self.parts[id(signal)]
         if layout and layout.spatial and self.roots is not None:
-            axes = self._summed(signal, part, layout)
+            all_summed = set(self._summed(signal, part, layout)) == set(layout.spatial)
             channels_last = signal.shape[-1:] == (self.cuts[at].shape[layout.channel],)
-            if axes == layout.spatial and channels_last:
-                # A sum over all pixels is frequency 0, times the root of the number of the circle's points.
-                root = math.sqrt(math.prod(self.grid)) * self.roots[:1].real.astype(self.roots.dtype)
+            if all_summed and channels_last:
+                image = tuple(self.cuts[at].shape[axis] for axis in layout.spatial)
+                root = summed(self.roots, image, self.grid, self.dtype)
                 channels = root.shape[-1]
                 stage = Stage(channels, (Step("sum", (0,), channels, signs=(1,)),), (), ())
                 self._accept(*certify(stage, (), np.zeros(0), root, self.dtype), self._ratio(at, at + 1))
@@ -478,7 +530,7 @@ class _Carrier:
     def _summed(self, signal: Signal, part: Part, layout: Layout) -> tuple[int, ...]:
         """Returns the axes over the whole of which a signal is summed."""
         if part.kind == "total":
-            return tuple(sorted(part.data))
+            return part.data
         if part.kind == "pool" and math.prod(signal.shape[n] for n in layout.spatial) == 1:
             params, shape = part.data.params, part.sources[0].shape
             whole = tuple(n if axis in layout.spatial else 1 for axis, n in enumerate(shape))

@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 
 from opnorm_jax._conv import canonical_shape
 from opnorm_jax._kernel.compiled import place
-from opnorm_jax._tree.layers import Layer, broadcast, find_layers, is_masked
+from opnorm_jax._tree.layers import Layer, broadcast, check_convs, find_layers, is_masked, layer_path
 
 
 def map_alike(
@@ -66,6 +67,19 @@ def map_kernels(function: Callable[..., Any], tree: Any, convs: Any, scales: Any
     for (n, _), (kernel, *_), out in zip(found, arrays, outs, strict=True):
         leaves[n] = place(out, kernel)
     return treedef.unflatten(leaves)
+
+
+def list_factors(params: Any, convs: Any, scales: Any) -> dict[str, np.ndarray]:
+    """Returns the factors of output channels, by the paths that ``list_layers`` gives; members of stacks each alone."""
+    found = {}
+    leaves = broadcast(scales, params, "scales", lambda node: node is None)
+    for (path, _, factor), layer in zip(leaves, find_layers(params, check_convs(convs)), strict=True):
+        if layer is None or factor is None:
+            continue
+        (array,) = _factor(factor, layer)
+        for index in np.ndindex(*layer.stack):
+            found[layer_path(path, index)] = np.asarray(array)[index]
+    return found
 
 
 def _factor(factor: Any, layer: Layer) -> tuple[jax.Array, ...]:

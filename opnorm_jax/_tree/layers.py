@@ -107,9 +107,8 @@ def list_layers(params: Any, convs: Any) -> list[tuple[str, Any, Conv | Unknown]
     for path, kernel, conv in broadcast(convs, params, "convs", lambda node: node is None):
         if conv is None or is_masked(kernel):
             continue
-        name = jax.tree_util.keystr(path, simple=True, separator="/") or "params"
         if isinstance(conv, Unknown):
-            rows.append((name, kernel, conv))
+            rows.append((layer_path(path), kernel, conv))
             continue
         layer = Layer("params" + jax.tree_util.keystr(path), kernel, conv)
         layer.check()
@@ -120,9 +119,14 @@ def list_layers(params: Any, convs: Any) -> list[tuple[str, Any, Conv | Unknown]
             )
         member = dataclasses.replace(conv, stacked=0)
         for index in np.ndindex(*layer.stack):
-            suffix = "[" + ",".join(map(str, index)) + "]" if index else ""
-            rows.append((name + suffix, kernel[index] if index else kernel, member))
+            rows.append((layer_path(path, index), kernel[index] if index else kernel, member))
     return sorted(rows, key=lambda row: natural_key(row[0]))
+
+
+def layer_path(path: tuple, index: tuple[int, ...] = ()) -> str:
+    """Returns a layer's path as reports show it; of a member of a stack, with its index."""
+    suffix = "[" + ",".join(map(str, index)) + "]" if index else ""
+    return (jax.tree_util.keystr(path, simple=True, separator="/") or "params") + suffix
 
 
 def natural_key(path: str) -> list[list[Any]]:

@@ -8,12 +8,15 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from opnorm_jax._conv import Conv, Unknown, canonical_kernel
 from opnorm_jax._execution import Execution, check_decomposes
 from opnorm_jax._geometry import Geometry, met_pixels, resolve
 from opnorm_jax._kernel.bounds import NormStatistics, norm_statistics
+from opnorm_jax._rounding import product_rounding
+from opnorm_jax._tree.alike import list_factors
 from opnorm_jax._tree.layers import list_layers
 
 _HEADER = ("layer", "kernel", "convolution", "lower", "upper", "smallest", "condition", "stable rank")
@@ -98,6 +101,7 @@ def spectral_report(
     params: Any,
     convs: Any,
     *,
+    scales: Any = None,
     smallest: bool = False,
     progress: bool = False,
     execution: Execution = Execution(),
@@ -116,6 +120,10 @@ def spectral_report(
       params: a tree of arrays of any real floating dtype.
       convs: a tree shaped like ``params``, or a prefix, with a :class:`Conv` at each kernel, and
         ``None`` elsewhere. An :class:`Unknown` gives a row with its reason.
+      scales: folds what follows a layer into its row, such as batch normalisation on running statistics. A tree shaped
+        like ``params``, or a prefix: the factor of each output channel at a kernel, shape ``(out_channels,)`` after any
+        stacked axes, and ``None`` elsewhere. All numbers are then those of the layer and the factors together, and
+        the bounds allow for the rounding of their product.
       smallest: find the smallest singular values of zero-padded layers themselves, where their sparse matrices fit in
         memory (up to 64 channels on 16 x 16, 16 on 32 x 32).
       progress: show a progress bar (needs rich).
@@ -125,7 +133,8 @@ def spectral_report(
       A :class:`SpectralReport`, plain data: a row per layer, and per member of a stack, in natural order of the paths.
 
     Raises:
-      ValueError, TypeError: ``convs`` does not fit the parameters (with the path), or the call is under ``jit``.
+      ValueError, TypeError: ``convs`` or ``scales`` does not fit the parameters (with the path), or the call is under
+        ``jit``.
       ImportError: ``progress`` without rich.
 
     Cost: one layer at a time: the spectrum of its circulant embedding, of which only the extremes are kept, and for
@@ -149,8 +158,10 @@ def spectral_report(
     if not isinstance(smallest, bool):
         raise TypeError(f"expected smallest to be True or False, got {smallest!r}.")
     rows = list_layers(params, convs)
+    factors = {} if scales is None else list_factors(params, convs, scales)
     rows = show_progress(rows, "norms") if progress else rows
-    return SpectralReport(tuple(_layer(path, kernel, conv, smallest, execution) for path, kernel, conv in rows))
+    one = lambda path, kernel, conv: _layer(path, kernel, conv, factors.get(path), smallest, execution)
+    return SpectralReport(tuple(one(*row) for row in rows))
 
 
 def frobenius_norm(kernel: np.ndarray, conv: Conv) -> float:
@@ -165,13 +176,17 @@ def frobenius_norm(kernel: np.ndarray, conv: Conv) -> float:
     return scale * math.sqrt(max(np.sum(kernel * correlated), 0.0))
 
 
-def _layer(path: str, kernel: Any, conv: Conv | Unknown, smallest: bool, execution: Execution) -> LayerReport:
+def _layer(
+    path: str, kernel: Any, conv: Conv | Unknown, factor: Any, smallest: bool, execution: Execution
+) -> LayerReport:
     shape = tuple(map(int, getattr(kernel, "shape", ())))
     if isinstance(conv, Unknown):
         return LayerReport(path, shape, None, reason=conv.reason)
     wide = canonical_kernel(kernel, conv)
     plain = dataclasses.replace(conv, kernel_layout=None)  # layers that differ only in their layout are alike
+    wide = wide if factor is None else wide * jnp.broadcast_to(jnp.asarray(factor, wide.dtype), wide.shape)
     host = np.asarray(wide)
+    slack = 0.0 if factor is None else product_rounding(host)
     if not np.isfinite(host).all():
         return LayerReport(path, shape, conv, reason=_NOT_FINITE)
     geometry = resolve(plain, host.shape)
@@ -181,30 +196,30 @@ def _layer(path: str, kernel: Any, conv: Conv | Unknown, smallest: bool, executi
         path,
         shape,
         conv,
-        lower=found.bounds.lower,
-        upper=found.bounds.upper,
+        lower=max(found.bounds.lower - slack, 0.0),
+        upper=found.bounds.upper + slack,
         norm=found.norm,
-        **_smallest(host, geometry, found, smallest),
+        **_smallest(host, geometry, found, smallest, slack),
         frobenius=frobenius,
         stable_rank=(frobenius / found.norm) ** 2 if found.norm else 0.0,
         exact=geometry.exact,
     )
 
 
-def _smallest(kernel: np.ndarray, geometry: Geometry, found: NormStatistics, own: bool) -> dict[str, Any]:
+def _smallest(kernel: np.ndarray, geometry: Geometry, found: NormStatistics, own: bool, slack: float) -> dict[str, Any]:
     """Returns what a report says of the smallest singular value; ``found`` is of the circulant embedding."""
     from opnorm_jax._kernel.smallest import smallest_singular_value  # loads SciPy, hence OpenBLAS: not before its use
 
     resolved = found.smallest > found.resolution
-    certified = found.smallest - found.resolution if resolved and (geometry.exact or geometry.full) else 0.0
+    certified = found.smallest - found.resolution - slack if resolved and (geometry.exact or geometry.full) else 0.0
     if own and not geometry.exact and (layers := smallest_singular_value(kernel, geometry)) is not None:
         condition = found.norm / layers.value if layers.lower > 0 else math.inf
-        lower = max(certified, layers.lower)
+        lower = max(certified, layers.lower - slack, 0.0)
         return dict(smallest=layers.value, smallest_of="layer", smallest_lower=lower, condition=condition)
     return dict(
         smallest=found.smallest,
         smallest_of="layer" if geometry.exact else "embedding",
-        smallest_lower=certified,
+        smallest_lower=max(certified, 0.0),
         condition=found.largest / found.smallest if resolved else math.inf,
     )
 

@@ -278,8 +278,9 @@ def test_batch_norm_is_folded_on_request(tmp_path, capsys):
     for row in facts["layers"]:
         assert row["lower"] <= true[row["path"]] * (1 + 1e-6) and true[row["path"]] <= row["upper"]
         assert row["norm"] == pytest.approx(true[row["path"]], rel=1e-5)
-    assert main(["report", *map(str, common), "--fold-batch-norm"]) == 0
-    assert "conv1.weight is folded with bn1" in capsys.readouterr().out
+    picture = tmp_path / "net.svg"
+    assert main(["report", *map(str, common), "--fold-batch-norm", "--plot", str(picture)]) == 0
+    assert picture.exists() and "conv1.weight is folded with bn1" in capsys.readouterr().out
     rules.write_text('{"conv1": {"batch_norm": "other"}, "block.0": {"batch_norm": null}}')
     facts, _ = report(capsys, *common, "--fold-batch-norm", "1e-3", "--layers", rules)
     assert facts["batch_norms"] == {"conv1.weight": "other"}

@@ -75,6 +75,8 @@ class Network:
                 values.append(summed / math.prod(window))
             elif name == "mean":
                 values.append(jnp.mean(one, axis=tuple(range(1, one.ndim - 1))))
+            elif name == "moved":
+                values.append(_moved(one, options, jnp))
             else:
                 values.append(one @ params[options["kernel"]] + 0.5)
         return values[-1]
@@ -109,6 +111,9 @@ class Network:
             elif name == "mean":
                 pixels = size // before[-1]
                 out.append([np.tile(np.eye(before[-1]) / pixels, pixels)])
+            elif name == "moved":
+                columns = _moved(np.eye(size).reshape(size, *before), options | {"fill": 0.0}, np)
+                out.append([columns.reshape(size, -1).T])
             else:
                 out.append([self.params[options["kernel"]].astype(np.float64).T])
         return out
@@ -172,6 +177,88 @@ def _convolve(x, kernel, options):
         feature_group_count=options["feature_group_count"],
         dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
     )
+
+
+def _moved(x, options, xp):
+    """Slices of every axis, with constants around."""
+    x = x[(slice(None), *(slice(*ends) for ends in options["slices"]))]
+    if options["spelling"] == "pad":
+        return xp.pad(x, ((0, 0), *options["pads"]), constant_values=options["fill"])
+    for axis, pads in enumerate(options["pads"], 1):
+        low, high = (xp.full((*x.shape[:axis], n, *x.shape[axis + 1 :]), options["fill"], x.dtype) for n in pads)
+        x = xp.concatenate([low, x, high], axis)
+    return x
+
+
+def generate_shortcuts(seed, *, linear=False):
+    """A random network of residual blocks whose shortcut is a strided slice with constant channels around.
+
+    Some slices are shifted, cropped, padded or reversed besides; then a stage may end there. Most have a pooled head. Linear ones are circular, with one stride.
+    """
+    rng = np.random.default_rng(seed)
+    rank = int(rng.choice([1, 2], p=[0.4, 0.6]))
+    sides = tuple(int(rng.integers(4, 9) if rank == 1 else rng.integers(3, 7)) for _ in range(rank))
+    net = Network((*sides, int(rng.integers(1, 4))))
+    style = "CIRCULAR" if linear else str(rng.choice(["SAME", "CIRCULAR"], p=[0.7, 0.3]))
+    names = list(rng.choice(list(ACTIVATIONS), 2)) if rng.random() < 0.4 else ["relu"]
+    names = names if rng.random() < 0.9 and not linear else []
+
+    def act(value):
+        return net.add(("act", (value,), {"name": str(rng.choice(names))}), net.shapes[value]) if names else value
+
+    def conv(value, channels, stride):
+        *spatial, c = net.shapes[value]
+        taps = [int(rng.choice([k for k in (1, 2, 3) if k <= n + 1])) for n in spatial]
+        net.params.append(1.5 * rng.standard_normal((*taps, c, channels)) / math.sqrt(math.prod(taps) * c))
+        net.params[-1] = net.params[-1].astype(np.float32)
+        options = dict(padding=style, strides=[stride] * rank, kernel_dilation=[1] * rank, feature_group_count=1)
+        shape = (*_output(spatial, taps, options), channels)
+        return net.add(("conv", (value,), options | {"kernel": len(net.params) - 1}), shape)
+
+    def shortcut(value, channels, stride):
+        *spatial, c = net.shapes[value]
+        slices, pads = [], []
+        for n in spatial:
+            kind = rng.choice(["plain", "shifted", "cropped", "reversed"], p=[0.7, 0.1, 0.15, 0.05])
+            kind = "plain" if linear else kind
+            start = stride - 1 if kind == "shifted" else 0
+            stop = n - int(rng.integers(0, n)) if kind == "cropped" else n
+            ends = (None, None, -stride) if kind == "reversed" else (start, stop, stride)
+            missing = -(-n // stride) - len(range(n)[slice(*ends)])
+            low = int(rng.integers(0, missing + 1))
+            slices.append(ends)
+            pads.append((low, missing - low))
+        step = -1 if rng.random() < 0.2 else 1
+        low = int(rng.integers(0, channels - c + 1))
+        options = dict(slices=[*slices, (None, None, step)], pads=[*pads, (low, channels - c - low)])
+        options |= dict(
+            spelling=str(rng.choice(["pad", "concatenate"])), fill=float(rng.choice([0, 0.7], p=[0.8, 0.2]))
+        )
+        shape = (*(-(-n // stride) for n in spatial), channels)
+        return net.add(("moved", (value,), options), shape)
+
+    value = act(conv(0, int(rng.integers(1, 3)), 1)) if rng.random() < 0.6 else 0
+    for _ in range(int(rng.integers(1, 4))):
+        *spatial, c = net.shapes[value]
+        stride = int(rng.choice([1, 2, 3], p=[0.3, 0.6, 0.1]))
+        channels = min(c + int(rng.integers(0, 3)), 5)
+        if style == "CIRCULAR" and any(n % stride for n in spatial):
+            stride = 1
+        if linear and any(max(options.get("strides", [1])) > 1 for *_, options in net.ops):
+            stride = 1
+        before = act(value) if rng.random() < 0.3 else value
+        inner = act(conv(before, int(rng.integers(1, 4)), stride))
+        inner = conv(inner, channels, 1) if rng.random() < 0.7 else conv(before, channels, stride)
+        pair = (inner, shortcut(before if rng.random() < 0.8 else value, channels, stride))
+        pair = pair if rng.random() < 0.5 else pair[::-1]
+        value = net.add((str(rng.choice(["sum", "difference"])), pair, {}), net.shapes[inner])
+        value = act(value) if rng.random() < 0.7 else value
+    if rng.random() < 0.7:
+        value = net.add(("mean", (value,), {}), net.shapes[value][-1:])
+        net.params.append(rng.standard_normal((net.shapes[value][-1], 3)).astype(np.float32))
+        value = net.add(("product", (value,), {"kernel": len(net.params) - 1}), (3,))
+        value = act(value) if rng.random() < 0.2 else value
+    return net
 
 
 def generate(seed):

@@ -17,7 +17,9 @@ import opnorm_jax as oj
 from opnorm_jax._program import signals
 
 CASES = 2000 if THOROUGH else 80
+SHORTCUTS = 1000 if THOROUGH else 40
 BATCH = 20
+SMALL_BATCH = 10
 
 
 def loose(kernel, conv):
@@ -48,6 +50,35 @@ def test_no_diagonal_of_slopes_is_steeper_than_the_bound(start, monkeypatch):
     assert np.mean(ratios) < 0.75  # the test would be weak if most bounds were the product
 
 
+@pytest.mark.parametrize(
+    "start", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(SMALL_BATCH, SHORTCUTS, SMALL_BATCH))]
+)
+def test_shortcuts_and_pooled_heads(start, monkeypatch, x64):
+    """Networks of the kind of a CIFAR ResNet: also against their own Jacobians at random points."""
+    monkeypatch.setattr(signals, "_upper", loose)
+    failures, ratios = [], []
+    for seed in range(start, start + SMALL_BATCH):
+        net, rng = random_networks.generate_shortcuts(seed), np.random.default_rng(seed)
+        product, bound = bounds(net, "product"), bounds(net, "sdp")
+        found = max(net.steepest(rng), jacobian_norm(net, rng) * (1 - 1e-7))
+        count_case("random networks", "with shortcuts")
+        if not found * (1 - 1e-12) <= bound <= product:
+            failures.append(f"seed {seed}: {found} found, bound {bound}, product {product}\n{net}")
+        ratios.append(bound / product)
+    forget()
+    assert not failures, "\n\n".join(failures)
+    assert np.mean(ratios) < 0.65  # the test would be weak if most bounds were the product
+
+
+def jacobian_norm(net, rng, points=8, step=1e-6):
+    """The largest norm of the network's Jacobian at random points, by differences in double precision."""
+    params = [param.astype(np.float64) for param in net.params]
+    at, side = rng.standard_normal((points, 1, *net.shape)), math.prod(net.shape)
+    steps = step * np.concatenate([np.eye(side), -np.eye(side)]).reshape(2 * side, *net.shape)
+    outs = np.asarray(jax.jit(net.fn)(params, (at + steps).reshape(-1, *net.shape))).reshape(points, 2, side, -1)
+    return np.linalg.norm((outs[:, 0] - outs[:, 1]) / (2 * step), 2, (1, 2)).max()
+
+
 def test_linear_circular_networks_are_exact(monkeypatch):
     """Without activations the semidefinite bound is the norm of the whole, not a product."""
     monkeypatch.setattr(signals, "_upper", loose)
@@ -63,6 +94,51 @@ def test_linear_circular_networks_are_exact(monkeypatch):
             found[bool(norm * (1 - 1e-12) <= bounds(net, "sdp") <= norm * (1 + 1e-6))] += 1
     forget()
     assert not found[False] and found[True] > 5, found
+
+
+def test_linear_circular_shortcuts_are_exact(monkeypatch):
+    monkeypatch.setattr(signals, "_upper", loose)
+    wrong, strided = [], 0
+    for seed in range(200 if THOROUGH else 20):
+        net = random_networks.generate_shortcuts(seed, linear=True)
+        norm, bound = net.steepest(np.random.default_rng(seed)), bounds(net, "sdp")
+        strided += any(max(options.get("strides", [1])) > 1 for *_, options in net.ops)
+        if not norm * (1 - 1e-12) <= bound <= norm * (1 + 1e-6):
+            wrong.append(f"seed {seed}: {norm} is the norm, bound {bound}\n{net}")
+    forget()
+    assert not wrong and strided > 5, "\n\n".join(wrong)
+
+
+def test_a_shortcut_in_any_layout_and_spelling():
+    """Other layouts, channels set in place, lines picked by their numbers, and a batch give the bound of the plain one."""
+    rng = np.random.default_rng(0)
+    shapes = ((3, 3, 2, 4), (3, 3, 4, 4), (4, 3))
+    params = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
+
+    def net(params, x, shortcut, layout):
+        conv = lambda x, kernel, stride: jax.lax.conv_general_dilated(
+            x, kernel, (stride, 1), [(1, 1), (1, 1)], dimension_numbers=(layout, "HWIO", layout)
+        )
+        x = jax.nn.relu(conv(jax.nn.relu(conv(x, params[0], 2)), params[1], 1) + shortcut(x))
+        return x.mean((layout.index("H"), layout.index("W"))) @ params[2]
+
+    pad = lambda x, axis: jnp.pad(x, [(1, 1) if n == axis else (0, 0) for n in range(4)])
+    rows = jnp.arange(0, 6, 2)
+    spellings = {
+        "plain": ((1, 6, 5, 2), "NHWC", lambda x: pad(x[:, ::2], 3)),
+        "torch": ((1, 2, 6, 5), "NCHW", lambda x: pad(x[:, :, ::2], 1)),
+        "turned": ((1, 5, 6, 2), "NWHC", lambda x: pad(x[:, :, ::2], 3)),
+        "set": ((2, 6, 5, 2), "NHWC", lambda x: jnp.zeros((2, 3, 5, 4)).at[..., 1:3].set(x[:, rows])),
+        "padded first": ((1, 6, 5, 2), "NHWC", lambda x: pad(x, 3)[:, ::2]),
+        "reshaped": ((1, 6, 5, 2), "NHWC", lambda x: pad(x.reshape(1, 3, 2, 5, 2)[:, :, 0], 3)),
+    }
+    found = {}
+    for name, (shape, layout, shortcut) in spellings.items():
+        fn = lambda params, x, shortcut=shortcut, layout=layout: net(params, x, shortcut, layout)
+        found[name] = float(oj.lipschitz_bound(fn, params, jax.ShapeDtypeStruct(shape, jnp.float32)))
+    assert max(found.values()) <= min(found.values()) * (1 + 1e-5), found
+    fn = lambda params, x: net(params, x, *spellings["plain"][:0:-1])
+    assert found["plain"] < 0.9 * oj.lipschitz_bound(fn, params, jnp.ones((1, 6, 5, 2)), method="product")
 
 
 @pytest.mark.slow
@@ -181,9 +257,10 @@ def test_traced_bounds_hold_too(x64):
 
 
 @pytest.mark.slow
-def test_single_precision_certificates_hold():
-    for seed in range(100 if THOROUGH else 4):
-        net = random_networks.generate(seed)
+@pytest.mark.parametrize("generate, cases", [(random_networks.generate, 4), (random_networks.generate_shortcuts, 2)])
+def test_single_precision_certificates_hold(generate, cases):
+    for seed in range(100 if THOROUGH else cases):
+        net = generate(seed)
         params, x = [jnp.asarray(param) for param in net.params], jax.ShapeDtypeStruct((1, *net.shape), jnp.float32)
         bound = float(jax.jit(lambda params, x=x, net=net: oj.lipschitz_bound(net.fn, params, x))(params))
         known = float(oj.lipschitz_bound(net.fn, params, x))

@@ -89,6 +89,34 @@ def test_bounds_are_those_of_operator_norm_bounds():
     assert (row.lower, row.upper) == pytest.approx((float(lower), float(upper)), rel=1e-6)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_batch_norm_is_folded_on_request(seed):
+    """The bounds and norms of layer and factors together, against the dense matrix with its rows multiplied."""
+    geometry, rng = geometries.generate(500 + seed, exact=seed % 2 == 0), np.random.default_rng(seed)
+    (canonical,), (kernel,) = geometry.kernels(rng, 1)
+    factor = (rng.standard_normal(canonical.shape[-1]) * 10.0 ** rng.integers(-2, 3)).astype(np.float32)
+    row = only(kernel, geometry.conv, scales={"kernel": factor})
+    matrix = oracle.dense_matrix(canonical * factor.astype(np.float64), geometry.conv.input_shape, **geometry.options)
+    norm = np.linalg.norm(matrix, 2)
+    assert row.lower <= norm <= row.upper
+    np.testing.assert_allclose(row.norm, norm, rtol=1e-5)
+    np.testing.assert_allclose(row.frobenius, np.linalg.norm(matrix), rtol=1e-6)
+    plain = only(kernel, geometry.conv)
+    assert only(kernel, geometry.conv, scales={"kernel": None}) == plain
+    assert plain.norm != row.norm
+
+
+def test_factors_of_stacks_and_what_has_none():
+    stacked, factors = np.stack([K, K]), np.stack([np.full(4, 2.0, np.float32), np.full(4, -0.5, np.float32)])
+    params = {"blocks": {"kernel": stacked, "bias": np.zeros(4)}, "alone": K, "odd": K}
+    convs = {"blocks": {"kernel": oj.Conv((8, 8), stacked=1, padding="CIRCULAR"), "bias": None}, "alone": CIRCLE}
+    convs["odd"] = oj.Unknown("standardised")
+    scales = {"blocks": {"kernel": factors, "bias": None}, "alone": None, "odd": None}
+    alone, first, second, odd = oj.spectral_report(params, convs, scales=scales).layers
+    assert (first.norm, second.norm) == pytest.approx((2 * alone.norm, 0.5 * alone.norm), rel=1e-6)
+    assert odd.reason == "standardised"
+
+
 def test_zero_padding_is_marked_not_claimed():
     conv = oj.Conv((8, 8), padding="SAME")
     row = only(K, conv)
@@ -191,6 +219,12 @@ ERRORS = {
     ),
     "no convs": (lambda: oj.spectral_report({"a": K}, {"a": None}), ValueError, "holds no Conv at all"),
     "structure": (lambda: oj.spectral_report({"a": K}, {"b": CIRCLE}), ValueError, "structure of the parameters"),
+    "factors": (lambda: only(K, CIRCLE, scales={"kernel": jnp.ones(3)}), ValueError, r"float32 of shape \(3,\)"),
+    "places of factors": (
+        lambda: only(K, CIRCLE, scales={"k": None}),
+        ValueError,
+        "expected scales to have the struct",
+    ),
     "no numbers": (
         lambda: only(jax.ShapeDtypeStruct(K.shape, K.dtype), CIRCLE),
         TypeError,

@@ -90,7 +90,7 @@ def _report(options: argparse.Namespace) -> None:
             params, convs, scales=dict.fromkeys(params) | scales, smallest=options.smallest, progress=_progress()
         )
         if options.plot:
-            drawn = {name: folded(params[name], found.convs[name], factor) for name, factor in scales.items()}
+            drawn = {name: folded(kernels[name], found.convs[name], factor) for name, factor in scales.items()}
             try:
                 oj.plot_spectra(params | drawn, convs, path=options.plot, title=Path(options.checkpoint).name)
             except OSError as error:

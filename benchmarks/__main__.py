@@ -4,7 +4,7 @@
 
 NAME: spectrum (the paper's section 4.1), claims (one kernel), projection (in units of a clip), lipschitz (bounds on
 whole networks), training (shares of a step), spectral_norm (what Flax's SpectralNorm leaves of a norm), optimizers
-(Muon for convolutions and others, on digits and CIFAR-10), scaling (map, channels, layers, devices, memory), throughput
+(Muon for convolutions and others, on digits and CIFAR-10), rivals (published norms and clips), scaling (map, channels, layers, devices, memory), throughput
 (of the trainer), gpu (all that is claimed of accelerators, throughput included, in one run of under 9 minutes); without
 one, all that suit this machine. Each writes NAME.jsonl, with versions and hardware on every line.
 ``--table`` prints the tables of docs/speed.md from the files that are there, draws the pictures beside them, and
@@ -19,7 +19,7 @@ from benchmarks.measure import CORES, RESULTS, write
 
 import jax  # isort: skip  (after benchmarks.measure, which sets what is read when the libraries load)
 
-CPU = ("spectrum", "claims", "projection", "lipschitz", "training", "spectral_norm", "optimizers", "scaling")
+CPU = ("spectrum", "claims", "projection", "lipschitz", "training", "spectral_norm", "optimizers", "rivals", "scaling")
 NAMES = (*CPU, "throughput", "gpu")
 
 
@@ -30,6 +30,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--data-dir", type=Path, help="where CIFAR-10 is, for optimizers")
+    parser.add_argument("--kernels", type=Path, help="a folder of trained kernels, for rivals")
     parser.add_argument("--seconds", type=float, help="stop gpu before so long")
     parser.add_argument(
         "--parts",

@@ -1,0 +1,228 @@
+"""Norms and clips by what others published, on the shapes of their own tables, beside ours.
+
+    python -m benchmarks rivals [--quick] [--kernels FOLDER]
+
+lip4conv    a random 5x5 kernel, 64 -> 64 channels, on 12x12 pixels, with circular and with zero padding (the notebook of
+            Delattre et al.)
+ResNet-18, VGG-19   the convolutions of the tables of Grishina et al. for images of 224x224 pixels, each shape once, with
+            the networks' zero padding and strides and random kernels; without 1x1 kernels, which are matrices, and
+            without maps above 56x56 in VGG-19, where the truth takes too long
+FOLDER      trained kernels: .npz files as for benchmarks/trained_networks.py, whose maps begin at 32x32 pixels
+clip        the norm that is left of twice the bound, and how far the kernel moved
+
+The truth of zero padding is a converged Lanczos iteration in float64 through the layer itself, that of circular padding
+the largest of all singular values in float64. Every method gets float32 kernels, and a strided layer as the equal one
+without strides (space_to_depth), except ours and power iteration. Medians of interleaved runs, compilation apart; a
+method that takes more than two seconds is timed once, after one run that compiles it.
+"""
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import opnorm_jax as oj
+from benchmarks import renderings
+from benchmarks.measure import compile_seconds, interleaved, show
+from benchmarks.trained_networks import describe
+
+LIP4CONV = (5, 64, 64, 12, 1)  # taps, channels in and out, map, stride
+NETWORKS = {
+    "ResNet-18": [
+        (7, 3, 64, 224, 2),
+        (3, 64, 64, 56, 1),
+        (3, 64, 128, 56, 2),
+        (3, 128, 128, 28, 1),
+        (3, 128, 256, 28, 2),
+        (3, 256, 256, 14, 1),
+        (3, 256, 512, 14, 2),
+        (3, 512, 512, 7, 1),
+    ],
+    "VGG-19": [(3, 128, 256, 56, 1), (3, 256, 256, 56, 1), (3, 256, 512, 28, 1), (3, 512, 512, 14, 1)],
+}
+QUICK = (3, 4, 6, 8, 1)
+SLOW = 2.0  # seconds
+MOST_WORK = 1e10  # frequencies x channels^3 of what factorises every frequency; more takes minutes
+
+METHODS = {  # what each is: a bound for every padding, for circular padding only, or an estimate
+    "SpectralNorm": "estimate",
+    "SpectralNorm x sqrt(hw)": "bound",
+    "four unfoldings": "bound",
+    "tensor norm": "bound",
+    "Gram, circular": "circular",
+    "Gram, zero padding": "bound",
+    "power iteration": "estimate",
+    "FFT and SVD": "circular",
+    "operator_norm": "estimate",
+    "operator_norm_bounds, lower": "lower bound",
+    "operator_norm_bounds": "bound",
+    "operator_norm_upper_bound": "bound",
+}
+OURS = [name for name in METHODS if name.startswith("operator_norm")]
+
+
+def normal(taps, i, o, n=None, stride=None):
+    """A random kernel."""
+    return np.random.default_rng(0).standard_normal((taps, taps, i, o)).astype(np.float32)
+
+
+def lanczos_norm(kernel, size, stride=1, steps=400, tolerance=1e-6):
+    """The zero-padded layer's norm in float64, from below, by Golub and Kahan's bidiagonalisation.
+
+    Every vector is made orthogonal to all before it. It ends when twenty steps add less than ``tolerance``.
+    """
+    with jax.enable_x64(True):
+        kernel = jnp.asarray(kernel, jnp.float64)
+        shape = (1, *size, kernel.shape[2])
+        forward = jax.jit(lambda x: renderings.zero_padded(x, kernel, stride))
+        transpose = jax.linear_transpose(forward, jax.ShapeDtypeStruct(shape, jnp.float64))
+        backward = jax.jit(lambda y: transpose(y)[0])
+        x = np.random.default_rng(0).standard_normal(shape)
+        basis = np.empty((steps, x.size))
+        y, diagonal, above, norms = 0.0, [], [np.linalg.norm(x)], []
+        for step in range(steps):
+            basis[step] = x.ravel() / above[-1]
+            x = basis[step].reshape(shape)
+            y = np.asarray(forward(x)) - (above[-1] * y if step else 0)
+            diagonal.append(np.linalg.norm(y))
+            y /= diagonal[-1]
+            norms.append(np.linalg.norm(np.diag(diagonal) + np.diag(above[1:], 1), 2))
+            if step >= 20 and norms[-1] < (1 + tolerance) * norms[-21]:
+                break
+            x = np.array(backward(y)).ravel()
+            for _ in range(2):
+                x -= basis[: step + 1].T @ (basis[: step + 1] @ x)
+            above.append(np.linalg.norm(x))
+    return float(norms[-1])
+
+
+def methods(kernel, conv, iterations):
+    """Each method that can be run as (jitted function, *arguments); ``iterations`` are Gram's."""
+    (n, _), stride = conv.input_shape, conv.strides[0]
+    flat = renderings.space_to_depth(kernel, stride)
+    size = (-(-n // stride),) * 2
+    h, w, i, o = flat.shape
+    root = np.sqrt(h * w).astype(np.float32)
+    calls = {
+        "SpectralNorm": (renderings.flattened_norm, kernel),
+        "SpectralNorm x sqrt(hw)": (jax.jit(lambda kernel: root * renderings.flattened_norm(kernel)), flat),
+        "four unfoldings": (renderings.four_unfoldings, flat),
+        "tensor norm": (renderings.tensor_norm, flat),
+        "Gram, zero padding": (renderings.gram_zero_padded, flat, iterations[1]),
+        "Gram, circular": (renderings.gram_circular, flat, size, iterations[0]),
+        "FFT and SVD": (jax.jit(lambda kernel: jnp.max(renderings.plain_spectrum(kernel, size))), flat),
+        "power iteration": (renderings.power_iteration, kernel, (n, n), 100, stride),
+        "operator_norm": (jax.jit(functools.partial(oj.operator_norm, conv=conv)), kernel),
+        "operator_norm_bounds": (jax.jit(functools.partial(oj.operator_norm_bounds, conv=conv)), kernel),
+        "operator_norm_upper_bound": (jax.jit(functools.partial(oj.operator_norm_upper_bound, strides=stride)), kernel),
+    }
+    if conv.padding == "CIRCULAR":
+        del calls["power iteration"]  # the rendering pads with zeros
+    if size[0] ** 2 * min(i, o) ** 2 * max(i, o) > MOST_WORK:
+        del calls["FFT and SVD"]
+    return calls
+
+
+def timed(calls, repeats):
+    """Values, seconds, and seconds of compilation of each of ``methods``."""
+    functions = {name: functools.partial(*call) for name, call in calls.items()}
+    compiled = {name: compile_seconds(*call) for name, call in calls.items()}
+    values, seconds = {}, {}
+    for name, function in functions.items():
+        values[name] = jax.device_get(function())
+        began = time.perf_counter()
+        jax.block_until_ready(function())
+        seconds[name] = time.perf_counter() - began
+    quick = {name: function for name, function in functions.items() if seconds[name] < SLOW}
+    return values, {**seconds, **interleaved(quick, repeats)}, compiled
+
+
+def norms(label, kernel, conv, repeats, iterations=(7, 4)):
+    """A row: every method's value over the truth, and its time."""
+    kernel = jnp.asarray(kernel)
+    if conv.padding == "CIRCULAR":
+        truth = renderings.paper_spectrum(np.asarray(kernel, np.float64), conv.input_shape).max()
+    else:
+        truth = lanczos_norm(kernel, conv.input_shape, conv.strides[0])
+    values, seconds, compiled = timed(methods(kernel, conv, iterations), repeats)
+    values["operator_norm_bounds, lower"], values["operator_norm_bounds"] = values["operator_norm_bounds"]
+    return {
+        **label,
+        "padding": "circular" if conv.padding == "CIRCULAR" else "zero",
+        "truth": float(truth),
+        "ratio": {name: float(values[name] / truth) for name in METHODS if name in values},
+        "seconds": seconds,
+        "compile_seconds": compiled,
+    }
+
+
+def clips(label, kernel, conv, repeats):
+    """A row: what each leaves of a kernel of norm 2 for a bound of 1, and how far it moves it."""
+    size = conv.input_shape
+    kernel = jnp.asarray(2 / lanczos_norm(kernel, size) * kernel, jnp.float32)
+    calls = {
+        "SpectralNorm": (jax.jit(lambda kernel: kernel / jnp.maximum(renderings.flattened_norm(kernel), 1)), kernel),
+        "FFT, SVD and crop": (renderings.plain_clip, kernel, size, 1.0),
+        "FastClip": (renderings.fast_clip, kernel, size, 1.0),
+    }
+    for name in ("clip", "rescale", "project"):
+        function = functools.partial(getattr(oj, f"{name}_operator_norm"), conv=conv, max_norm=1.0)
+        calls[f"{name}_operator_norm"] = (jax.jit(function), kernel)
+    values, seconds, compiled = timed(calls, repeats)
+    return {
+        **label,
+        "padding": "zero",
+        "norm": {name: lanczos_norm(value, size) for name, value in values.items()},
+        "moved": {name: float(jnp.linalg.norm((value - kernel).ravel())) for name, value in values.items()},
+        "seconds": seconds,
+        "compile_seconds": compiled,
+    }
+
+
+def layer(case, padding=None):
+    """The label, the kernel and the description of a case."""
+    taps, i, o, n, stride = case
+    pads = ((taps - 1) // 2, taps // 2)
+    conv = oj.Conv((n, n), strides=stride, padding=padding or (pads, pads))
+    return {"layer": f"{taps}x{taps}, {i} -> {o}, {n}x{n}" + f", stride {stride}" * (stride > 1)}, normal(*case), conv
+
+
+def trained(folder):
+    """(network, layer, kernel, description) of every convolution with more than one tap in the files of ``folder``."""
+    for path in sorted(folder.glob("*.npz")):
+        with np.load(path, allow_pickle=False) as weights:
+            for name in weights.files:
+                if weights[name].ndim == 4 and weights[name].shape[2] > 1:
+                    kernel = weights[name].astype(np.float32).transpose(2, 3, 1, 0)
+                    conv = describe(name, kernel.shape[:2], 32)
+                    conv = oj.Conv(conv.input_shape, strides=conv.strides, padding=conv.padding)
+                    yield path.stem, name, kernel, conv
+
+
+def run(options):
+    """All rows."""
+    rows, repeats = [], options.repeats
+    networks = {"quick": [QUICK]} if options.quick else NETWORKS
+    first = QUICK if options.quick else LIP4CONV
+
+    def add(row):
+        rows.append(row)
+        show({key: value for key, value in row.items() if key not in ("moved", "compile_seconds")})
+
+    for padding in ("CIRCULAR", None):
+        label, kernel, conv = layer(first, padding)
+        label = {"claim": "norm", "set": "lip4conv", **label}
+        add(norms(label, kernel, conv, repeats, (5, 2) if options.quick else (5, 5)))
+    for network, cases in networks.items():
+        for case in cases:
+            label, kernel, conv = layer(case)
+            add(norms({"claim": "norm", "set": network, **label}, kernel, conv, repeats))
+    for network, name, kernel, conv in trained(options.kernels) if options.kernels else ():
+        label = {"claim": "norm", "set": network, "layer": name}
+        add(norms(label, kernel, conv, repeats))
+    for case in (QUICK,) if options.quick else (LIP4CONV, NETWORKS["ResNet-18"][3]):
+        label, kernel, conv = layer(case)
+        add(clips({"claim": "clip", **label}, kernel, conv, repeats))
+    return rows

@@ -4,11 +4,12 @@
 
 NAME: spectrum (the paper's section 4.1), claims (one kernel), projection (in units of a clip), lipschitz (bounds on
 whole networks), training (shares of a step), spectral_norm (what Flax's SpectralNorm leaves of a norm), optimizers
-(Muon for convolutions and others, on digits and CIFAR-10), rivals (published norms and clips), scaling (map, channels, layers, devices, memory), throughput
-(of the trainer), gpu (all that is claimed of accelerators, throughput included, in one run of under 9 minutes); without
-one, all that suit this machine. Each writes NAME.jsonl, with versions and hardware on every line.
-``--table`` prints the tables of docs/speed.md from the files that are there, draws the pictures beside them, and
-measures nothing.
+(Muon for convolutions and others, on digits and CIFAR-10), rivals (published norms and clips), scaling (map, channels,
+layers, devices, memory), throughput (of the trainer), gpu (all that is claimed of accelerators, throughput included, in
+one run of under 9 minutes), tpu-aot (programs compiled for a TPU, which needs none); without one, all that suit this
+machine but the last. Each writes NAME.jsonl, with versions and hardware on every line.
+``--table`` prints the tables of docs/speed.md from the files that are there, writes those of other pages into them,
+draws the pictures, and measures nothing.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from benchmarks.measure import CORES, RESULTS, write
 import jax  # isort: skip  (after benchmarks.measure, which sets what is read when the libraries load)
 
 CPU = ("spectrum", "claims", "projection", "lipschitz", "training", "spectral_norm", "optimizers", "rivals", "scaling")
-NAMES = (*CPU, "throughput", "gpu")
+NAMES = (*CPU, "throughput", "gpu", "tpu-aot")
 
 
 def main():
@@ -41,15 +42,18 @@ def main():
     options = parser.parse_args()
     if options.table:
         from benchmarks.figures import draw
-        from benchmarks.tables import tables
+        from benchmarks.tables import tables, write_pages
 
-        print(tables(options.out), *(f"drawn: {path}" for path in draw(options.out)), sep="\n\n")
+        written = [f"written: {path}" for path in write_pages(options.out)]
+        print(tables(options.out), *written, *(f"drawn: {path}" for path in draw(options.out)), sep="\n\n")
         return
+    if options.names == ["tpu-aot"]:
+        jax.config.update("jax_platforms", "cpu")  # libtpu is there, but no TPU
     jax.config.update("jax_num_cpu_devices", CORES)
     accelerated = jax.default_backend() != "cpu"
     for name in options.names or (["gpu"] if accelerated else CPU):
         print(f"== {name}", flush=True)
-        rows = importlib.import_module(f"benchmarks.{name}").run(options)
+        rows = importlib.import_module(f"benchmarks.{name.replace('-', '_')}").run(options)
         if not options.quick:
             write(rows, name, options.out)
 

@@ -67,7 +67,7 @@ def power_iteration(kernel, size, steps=100, stride=1):
 def space_to_depth(kernel, stride):
     """The kernel of a strided layer as that of one without strides, whose input channels are the stride's phases.
 
-    The norm is the same (Senderovich et al. 2022, Grishina et al. 2024), so every formula for stride 1 has a strided form.
+    The norm is the same (Senderovich et al. 2022, Grishina et al. 2024): every formula then has a strided form.
     """
     h, w, i, o = kernel.shape
     rows, columns = -(-h // stride), -(-w // stride)

@@ -2,13 +2,13 @@
 
     python -m benchmarks rivals [--quick] [--kernels FOLDER]
 
-lip4conv    a random 5x5 kernel, 64 -> 64 channels, on 12x12 pixels, with circular and with zero padding (the notebook of
-            Delattre et al.)
-ResNet-18, VGG-19   the convolutions of the tables of Grishina et al. for images of 224x224 pixels, each shape once, with
-            the networks' zero padding and strides and random kernels; without 1x1 kernels, which are matrices, and
-            without maps above 56x56 in VGG-19, where the truth takes too long
-FOLDER      trained kernels: .npz files as for benchmarks/trained_networks.py, whose maps begin at 32x32 pixels
-clip        the norm that is left of twice the bound, and how far the kernel moved
+lip4conv   a random 5x5 kernel, 64 -> 64 channels, on 12x12 pixels, with circular and with zero padding (the notebook
+           of Delattre et al.)
+ResNet-18, VGG-19   the convolutions in the tables of Grishina et al., for images of 224x224 pixels: each shape once,
+           with the networks' strides and zero padding, and random kernels. 1x1 kernels are left out, as they are
+           matrices, and so are VGG-19's maps above 56x56, where the truth takes too long
+FOLDER     trained kernels: .npz files as for benchmarks/trained_networks.py, whose maps begin at 32x32 pixels
+clip       the norm that is left of twice the bound, and how far the kernel moved
 
 The truth of zero padding is a converged Lanczos iteration in float64 through the layer itself, that of circular padding
 the largest of all singular values in float64. Every method gets float32 kernels, and a strided layer as the equal one

@@ -33,7 +33,7 @@ def tables(folder):
 
 
 def filled(page, folder):
-    """The text of a page whose tables, each between two comments that name its results and its function, are made anew."""
+    """The text of a page, whose tables are made anew. The comment before each names its results and its function."""
 
     def table(found):
         name, maker = found.groups()
@@ -151,17 +151,14 @@ def rival_norms(rows):
     """Of each set of layers with zero padding: each method's value over the norm, and its time over ours."""
     rows = [row for row in rows if row["claim"] == "norm" and row["padding"] == "zero"]
     sets = list(dict.fromkeys(row["set"] for row in rows))
+    time = lambda row, method: row["seconds"][method] / row["seconds"]["operator_norm_bounds"]
     lines = []
     for method in METHODS:
         cells = []
         for name in sets:
             own = [row for row in rows if row["set"] == name and method in row["ratio"]]
             ratios = [row["ratio"][method] for row in own]
-            times = [
-                row["seconds"][method] / row["seconds"]["operator_norm_bounds"]
-                for row in own
-                if method in row["seconds"]
-            ]
+            times = [time(row, method) for row in own if method in row["seconds"]]
             spread = f" ({min(ratios):.4g} to {max(ratios):.4g})" if len(ratios) > 1 else ""
             cells.append(f"{geometric_mean(ratios):.4g}{spread}" if own else "-")
             cells.append(f"{geometric_mean(times):.2g}" if times else "-")
@@ -183,13 +180,10 @@ def rival_clips(rows):
     """What each leaves of the norm, how far the kernel moved, and milliseconds."""
     rows = [row for row in rows if row["claim"] == "clip"]
     header = ["method", *(f"{row['layer']}: {what}" for row in rows for what in ("norm", "moved", "ms"))]
-    lines = []
-    for name in rows[0]["norm"]:
-        cells = [
-            (f"{row['norm'][name]:.4f}", f"{row['moved'][name]:.4g}", f"{1e3 * row['seconds'][name]:.3g}")
-            for row in rows
-        ]
-        lines.append([code(name), *(cell for group in cells for cell in group)])
+    cells = lambda row, name: (row["norm"][name], row["moved"][name], 1e3 * row["seconds"][name])
+    lines = [
+        [code(name), *(f"{cell:.4g}" for row in rows for cell in cells(row, name))] for name in rows[0]["norm"]
+    ]
     return markdown(header, lines)
 
 

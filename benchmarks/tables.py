@@ -181,9 +181,7 @@ def rival_clips(rows):
     rows = [row for row in rows if row["claim"] == "clip"]
     header = ["method", *(f"{row['layer']}: {what}" for row in rows for what in ("norm", "moved", "ms"))]
     cells = lambda row, name: (row["norm"][name], row["moved"][name], 1e3 * row["seconds"][name])
-    lines = [
-        [code(name), *(f"{cell:.4g}" for row in rows for cell in cells(row, name))] for name in rows[0]["norm"]
-    ]
+    lines = [[code(name), *(f"{cell:.4g}" for row in rows for cell in cells(row, name))] for name in rows[0]["norm"]]
     return markdown(header, lines)
 
 

@@ -103,18 +103,14 @@ def four_unfoldings(kernel, steps=50):
     return math.sqrt(h * w) * jnp.min(jnp.stack([matrix_norm(matrix, steps) for matrix in unfoldings]))
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def tensor_norm(kernel, steps=100):
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def tensor_norm(kernel, steps=100, starts=1):
     """The norm of the kernel as a complex tensor of four modes, times sqrt(h w) (Grishina et al. 2024).
 
-    The tensor's norm is found by alternating maximisation from one random start, which can end below it.
+    The tensor's norm is found by alternating maximisation from random starts, which can end below it.
     """
-    normalised = lambda v: jnp.conj(v) / jnp.linalg.norm(v)
-    h, w, i, o = (
-        normalised(jax.random.normal(jax.random.key(n), (size,), jnp.result_type(kernel, jnp.complex64)))
-        for n, size in enumerate(kernel.shape)
-    )
-    kernel = kernel.astype(h.dtype)
+    normalised = lambda v: jnp.conj(v) / jnp.linalg.norm(v).astype(v.dtype)
+    kernel = kernel.astype(jnp.complex64)
 
     def step(_, vectors):
         h, w, i, o = vectors
@@ -125,9 +121,13 @@ def tensor_norm(kernel, steps=100):
         h = normalised(seen @ o)
         return h, w, i, normalised(h @ seen)
 
-    h, w, i, o = jax.lax.fori_loop(0, steps, step, (h, w, i, o))
-    value = jnp.abs(jnp.einsum("hwio,h,w,i,o->", kernel, h, w, i, o))
-    return math.sqrt(kernel.shape[0] * kernel.shape[1]) * value
+    def value(key):
+        vectors = (jax.random.normal(k, (n,), jnp.complex64) for k, n in zip(jax.random.split(key, 4), kernel.shape))
+        vectors = jax.lax.fori_loop(0, steps, step, tuple(map(normalised, vectors)))
+        return jnp.abs(jnp.einsum("hwio,h,w,i,o->", kernel, *vectors))
+
+    best = jnp.max(jax.lax.map(value, jax.random.split(jax.random.key(0), starts)))
+    return math.sqrt(kernel.shape[0] * kernel.shape[1]) * best
 
 
 def smaller_side(kernel):
@@ -141,7 +141,7 @@ def gram_circular(kernel, size, steps=5):
     gram, log = jnp.fft.rfft2(smaller_side(kernel), size, axes=(0, 1)), 0.0
     for _ in range(steps):
         norm = jnp.linalg.norm(gram, axis=(2, 3), keepdims=True)
-        gram, log = gram / norm, 2 * (log + jnp.log(norm))
+        gram, log = gram / norm.astype(gram.dtype), 2 * (log + jnp.log(norm))
         gram = jnp.conj(gram).swapaxes(2, 3) @ gram
     norm = jnp.linalg.norm(gram, axis=(2, 3), keepdims=True)
     return jnp.exp(jnp.max(log + jnp.log(norm)) / 2**steps)
@@ -159,7 +159,7 @@ def gram_zero_padded(kernel, steps=4):
     gram, log = jnp.fft.rfft2(smaller_side(kernel), grid, axes=(0, 1)), 0.0
     for _ in range(steps):
         norm = jnp.linalg.norm(gram.ravel())
-        gram, log = gram / norm, 2 * (log + jnp.log(norm))
+        gram, log = gram / norm.astype(gram.dtype), 2 * (log + jnp.log(norm))
         gram = jnp.conj(gram).swapaxes(2, 3) @ gram
     sums = jnp.abs(jnp.fft.irfft2(gram, grid, axes=(0, 1))).sum((0, 1, 2))
     return jnp.exp((log + jnp.log(jnp.max(sums))) / 2**steps)

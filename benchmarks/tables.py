@@ -148,10 +148,10 @@ def gpu(rows):
 
 
 def rival_norms(rows):
-    """Of each set of layers with zero padding: each method's value over the norm, and its time over ours."""
+    """Of each set of layers with zero padding: each value over the norm, and its time over that of our upper bound."""
     rows = [row for row in rows if row["claim"] == "norm" and row["padding"] == "zero"]
     sets = list(dict.fromkeys(row["set"] for row in rows))
-    time = lambda row, method: row["seconds"][method] / row["seconds"]["operator_norm_bounds"]
+    time = lambda row, method: row["seconds"][method] / row["seconds"]["operator_norm_bounds, upper alone"]
     lines = []
     for method in METHODS:
         cells = []
@@ -186,5 +186,18 @@ def rival_clips(rows):
 
 
 def code(name):
-    """A method's name, as code if it is a function of the library."""
-    return "`" + name.replace(",", "`,", 1) + ("" if "," in name else "`") if "operator_norm" in name else name
+    """A name with those of functions as code."""
+    return re.sub(r"\b[a-z]+(_[a-z]+)+\b", r"`\g<0>`", name)
+
+
+def tpu_programs(rows):
+    """What XLA counts of each program, on one chip and on four."""
+    lines = []
+    for row in (row for row in rows if row["chips"] == 1):
+        four = next((other for other in rows if (other["program"], other["chips"]) == (row["program"], 4)), None)
+        counts = [f"{row[key]:.3g}" for key in ("GFLOP", "MB accessed", "MiB temporary", "compile_seconds")]
+        collectives = ", ".join(f"{count} {kind}" for kind, count in four["collectives"].items()) if four else ""
+        divided = [f"{four[key]:.3g}" for key in ("GFLOP", "MiB temporary")] if four else ["-", "-"]
+        lines.append([code(row["program"]), *counts, *divided, collectives or ("none" if four else "-")])
+    header = ["program", "GFLOP", "MB accessed", "MiB temporary", "compilation, s"]
+    return markdown([*header, "4 chips: GFLOP each", "4 chips: MiB each", "4 chips: collectives"], lines)

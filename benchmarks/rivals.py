@@ -13,10 +13,11 @@ clip       the norm that is left of twice the bound, and how far the kernel move
 The truth of zero padding is a converged Lanczos iteration in float64 through the layer itself, that of circular padding
 the largest of all singular values in float64. Every method gets float32 kernels, and a strided layer as the equal one
 without strides (space_to_depth), except ours and power iteration. Medians of interleaved runs, compilation apart; a
-method that takes more than two seconds is timed once, after one run that compiles it.
+method that takes more than a second is timed once.
 """
 
 import functools
+import math
 import time
 
 import jax
@@ -25,7 +26,7 @@ import numpy as np
 
 import opnorm_jax as oj
 from benchmarks import renderings
-from benchmarks.measure import compile_seconds, interleaved, show
+from benchmarks.measure import interleaved, show
 from benchmarks.trained_networks import describe
 
 LIP4CONV = (5, 64, 64, 12, 1)  # taps, channels in and out, map, stride
@@ -43,7 +44,7 @@ NETWORKS = {
     "VGG-19": [(3, 128, 256, 56, 1), (3, 256, 256, 56, 1), (3, 256, 512, 28, 1), (3, 512, 512, 14, 1)],
 }
 QUICK = (3, 4, 6, 8, 1)
-SLOW = 2.0  # seconds
+SLOW = 1.0  # seconds
 MOST_WORK = 1e10  # frequencies x channels^3 of what factorises every frequency; more takes minutes
 
 METHODS = {  # what each is: a bound for every padding, for circular padding only, or an estimate
@@ -98,47 +99,61 @@ def lanczos_norm(kernel, size, stride=1, steps=400, tolerance=1e-6):
     return float(norms[-1])
 
 
-def methods(kernel, conv, iterations):
-    """Each method that can be run as (jitted function, *arguments); ``iterations`` are Gram's."""
+def methods(shape, conv, iterations):
+    """Functions of the kernel, and functions of the equal kernel without strides; ``iterations`` are Gram's."""
     (n, _), stride = conv.input_shape, conv.strides[0]
-    flat = renderings.space_to_depth(kernel, stride)
+    h, w, i, o = renderings.space_to_depth(jnp.empty(shape), stride).shape
     size = (-(-n // stride),) * 2
-    h, w, i, o = flat.shape
-    root = np.sqrt(h * w).astype(np.float32)
-    upper = lambda kernel: oj.operator_norm_bounds(kernel, conv).upper  # under jit the other is then not computed
-    calls = {
-        "SpectralNorm": (renderings.flattened_norm, kernel),
-        "SpectralNorm x sqrt(hw)": (jax.jit(lambda kernel: root * renderings.flattened_norm(kernel)), flat),
-        "four unfoldings": (renderings.four_unfoldings, flat),
-        "tensor norm": (renderings.tensor_norm, flat),
-        "Gram, zero padding": (renderings.gram_zero_padded, flat, iterations[1]),
-        "Gram, circular": (renderings.gram_circular, flat, size, iterations[0]),
-        "FFT and SVD": (jax.jit(lambda kernel: jnp.max(renderings.plain_spectrum(kernel, size))), flat),
-        "power iteration": (renderings.power_iteration, kernel, (n, n), 100, stride),
-        "operator_norm": (jax.jit(functools.partial(oj.operator_norm, conv=conv)), kernel),
-        "operator_norm_bounds": (jax.jit(functools.partial(oj.operator_norm_bounds, conv=conv)), kernel),
-        "operator_norm_bounds, upper alone": (jax.jit(upper), kernel),
-        "operator_norm_upper_bound": (jax.jit(functools.partial(oj.operator_norm_upper_bound, strides=stride)), kernel),
+    own = {
+        "SpectralNorm": renderings.flattened_norm,
+        "power iteration": lambda kernel: renderings.power_iteration(kernel, (n, n), 100, stride),
+        "operator_norm": lambda kernel: oj.operator_norm(kernel, conv),
+        "operator_norm_bounds": lambda kernel: oj.operator_norm_bounds(kernel, conv),
+        "operator_norm_bounds, upper alone": lambda kernel: oj.operator_norm_bounds(kernel, conv).upper,
+        "operator_norm_upper_bound": lambda kernel: oj.operator_norm_upper_bound(kernel, strides=stride),
+    }
+    unstrided = {
+        "SpectralNorm x sqrt(hw)": lambda kernel: math.sqrt(h * w) * renderings.flattened_norm(kernel),
+        "four unfoldings": renderings.four_unfoldings,
+        "tensor norm": renderings.tensor_norm,
+        "Gram, circular": lambda kernel: renderings.gram_circular(kernel, size, iterations[0]),
+        "Gram, zero padding": lambda kernel: renderings.gram_zero_padded(kernel, iterations[1]),
+        "FFT and SVD": lambda kernel: jnp.max(renderings.plain_spectrum(kernel, size)),
     }
     if conv.padding == "CIRCULAR":
-        del calls["power iteration"]  # the rendering pads with zeros
+        del own["power iteration"]  # the rendering pads with zeros
     if size[0] ** 2 * min(i, o) ** 2 * max(i, o) > MOST_WORK:
-        del calls["FFT and SVD"]
-    return calls
+        del unstrided["FFT and SVD"]
+    return own, unstrided
 
 
-def timed(calls, repeats):
-    """Values, seconds, and seconds of compilation of each of ``methods``."""
-    functions = {name: functools.partial(*call) for name, call in calls.items()}
-    compiled = {name: compile_seconds(*call) for name, call in calls.items()}
+def compiled(functions, kernel):
+    """Each function compiled for such a kernel, and the seconds that it took."""
+    programs, seconds = {}, {}
+    for name, function in functions.items():
+        began = time.perf_counter()
+        programs[name] = jax.jit(function).lower(kernel).compile()
+        seconds[name] = time.perf_counter() - began
+    return programs, seconds
+
+
+@functools.cache
+def compiled_norms(shape, conv, iterations):
+    """The methods compiled once for all layers of a shape."""
+    own, unstrided = methods(shape, conv, iterations)
+    kernel = jnp.empty(shape)
+    return compiled(own, kernel), compiled(unstrided, renderings.space_to_depth(kernel, conv.strides[0]))
+
+
+def timed(functions, repeats):
+    """The values of functions of nothing, and their seconds."""
     values, seconds = {}, {}
     for name, function in functions.items():
-        values[name] = jax.device_get(function())
         began = time.perf_counter()
-        jax.block_until_ready(function())
+        values[name] = jax.device_get(function())
         seconds[name] = time.perf_counter() - began
     quick = {name: function for name, function in functions.items() if seconds[name] < SLOW}
-    return values, {**seconds, **interleaved(quick, repeats)}, compiled
+    return values, {**seconds, **interleaved(quick, repeats)}
 
 
 def norms(label, kernel, conv, repeats, iterations=(7, 4)):
@@ -148,7 +163,11 @@ def norms(label, kernel, conv, repeats, iterations=(7, 4)):
         truth = renderings.paper_spectrum(np.asarray(kernel, np.float64), conv.input_shape).max()
     else:
         truth = lanczos_norm(kernel, conv.input_shape, conv.strides[0])
-    values, seconds, compiled = timed(methods(kernel, conv, iterations), repeats)
+    flat = renderings.space_to_depth(kernel, conv.strides[0])
+    (own, own_seconds), (unstrided, unstrided_seconds) = compiled_norms(kernel.shape, conv, iterations)
+    functions = {name: functools.partial(program, kernel) for name, program in own.items()}
+    functions |= {name: functools.partial(program, flat) for name, program in unstrided.items()}
+    values, seconds = timed(functions, repeats)
     values["operator_norm_bounds, lower"], values["operator_norm_bounds"] = values["operator_norm_bounds"]
     return {
         **label,
@@ -156,7 +175,7 @@ def norms(label, kernel, conv, repeats, iterations=(7, 4)):
         "truth": float(truth),
         "ratio": {name: float(values[name] / truth) for name in METHODS if name in values},
         "seconds": seconds,
-        "compile_seconds": compiled,
+        "compile_seconds": own_seconds | unstrided_seconds,
     }
 
 
@@ -164,22 +183,22 @@ def clips(label, kernel, conv, repeats):
     """A row: what each leaves of a kernel of norm 2 for a bound of 1, and how far it moves it."""
     size = conv.input_shape
     kernel = jnp.asarray(2 / lanczos_norm(kernel, size) * kernel, jnp.float32)
-    calls = {
-        "SpectralNorm": (jax.jit(lambda kernel: kernel / jnp.maximum(renderings.flattened_norm(kernel), 1)), kernel),
-        "FFT, SVD and crop": (renderings.plain_clip, kernel, size, 1.0),
-        "FastClip": (renderings.fast_clip, kernel, size, 1.0),
+    functions = {
+        "SpectralNorm": lambda kernel: kernel / jnp.maximum(renderings.flattened_norm(kernel), 1),
+        "FFT, SVD and crop": lambda kernel: renderings.plain_clip(kernel, size, 1.0),
+        "FastClip": lambda kernel: renderings.fast_clip(kernel, size, 1.0),
     }
-    for name in ("clip", "rescale", "project"):
-        function = functools.partial(getattr(oj, f"{name}_operator_norm"), conv=conv, max_norm=1.0)
-        calls[f"{name}_operator_norm"] = (jax.jit(function), kernel)
-    values, seconds, compiled = timed(calls, repeats)
+    for function in (oj.clip_operator_norm, oj.rescale_operator_norm, oj.project_operator_norm):
+        functions[function.__name__] = functools.partial(function, conv=conv, max_norm=1.0)
+    programs, compile_seconds = compiled(functions, kernel)
+    values, seconds = timed({name: functools.partial(program, kernel) for name, program in programs.items()}, repeats)
     return {
         **label,
         "padding": "zero",
         "norm": {name: lanczos_norm(value, size) for name, value in values.items()},
         "moved": {name: float(jnp.linalg.norm((value - kernel).ravel())) for name, value in values.items()},
         "seconds": seconds,
-        "compile_seconds": compiled,
+        "compile_seconds": compile_seconds,
     }
 
 

@@ -26,7 +26,7 @@ import numpy as np
 
 import opnorm_jax as oj
 from benchmarks import renderings
-from benchmarks.measure import interleaved, show
+from benchmarks.measure import interleaved, show, write
 from benchmarks.trained_networks import describe
 
 LIP4CONV = (5, 64, 64, 12, 1)  # taps, channels in and out, map, stride
@@ -224,12 +224,14 @@ def trained(folder):
 
 def run(options):
     """All rows."""
-    rows, repeats = [], options.repeats
+    rows, repeats = [], min(options.repeats, 3)
     networks = {"quick": [QUICK]} if options.quick else NETWORKS
     first = QUICK if options.quick else LIP4CONV
 
     def add(row):
         rows.append(row)
+        if not options.quick:
+            write(rows, "rivals", options.out)  # as they come
         show({key: value for key, value in row.items() if key not in ("moved", "compile_seconds")})
 
     for padding in ("CIRCULAR", None):
@@ -242,7 +244,7 @@ def run(options):
             add(norms({"claim": "norm", "set": network, **label}, kernel, conv, repeats))
     for network, name, kernel, conv in trained(options.kernels) if options.kernels else ():
         label = {"claim": "norm", "set": network, "layer": name}
-        add(norms(label, kernel, conv, repeats))
+        add(norms(label, kernel, conv, 1))
     for case in (QUICK,) if options.quick else (LIP4CONV, NETWORKS["ResNet-18"][3]):
         label, kernel, conv = layer(case)
         add(clips({"claim": "clip", **label}, kernel, conv, repeats))

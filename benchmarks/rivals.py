@@ -47,24 +47,24 @@ QUICK = (3, 4, 6, 8, 1)
 SLOW = 1.0  # seconds
 MOST_WORK = 1e10  # frequencies x channels^3 of what factorises every frequency; more takes minutes
 
-METHODS = {  # what each is: a bound for every padding, for circular padding only, or an estimate
-    "SpectralNorm": "estimate",
-    "SpectralNorm x sqrt(hw)": "bound",
-    "four unfoldings": "bound",
-    "tensor norm": "bound",
-    "Gram, circular": "circular",
-    "Gram, zero padding": "bound",
-    "power iteration": "estimate",
-    "FFT and SVD": "circular",
-    "operator_norm": "estimate",
-    "operator_norm_bounds, lower": "lower bound",
-    "operator_norm_bounds": "bound",
-    "operator_norm_bounds, upper alone": "bound",
-    "operator_norm_upper_bound": "bound",
+METHODS = {  # whether each is an upper bound, in exact arithmetic
+    "SpectralNorm": "no",
+    "SpectralNorm x sqrt(hw)": "yes, converged",
+    "four unfoldings": "yes, converged",
+    "tensor norm": "yes, if the maximum is found",
+    "Gram, circular": "circular padding only",
+    "Gram, zero padding": "yes",
+    "power iteration": "no",
+    "FFT and SVD": "circular padding only",
+    "operator_norm": "no",
+    "operator_norm_bounds, lower": "a lower bound",
+    "operator_norm_bounds": "yes",
+    "operator_norm_bounds, upper alone": "yes",
+    "operator_norm_upper_bound": "yes",
 }
 
 
-def normal(taps, i, o, n=None, stride=None):
+def normal(taps, i, o):
     """A random kernel."""
     return np.random.default_rng(0).standard_normal((taps, taps, i, o)).astype(np.float32)
 
@@ -207,7 +207,11 @@ def layer(case, padding=None):
     taps, i, o, n, stride = case
     pads = ((taps - 1) // 2, taps // 2)
     conv = oj.Conv((n, n), strides=stride, padding=padding or (pads, pads))
-    return {"layer": f"{taps}x{taps}, {i} -> {o}, {n}x{n}" + f", stride {stride}" * (stride > 1)}, normal(*case), conv
+    return (
+        {"layer": f"{taps}x{taps}, {i} -> {o}, {n}x{n}" + f", stride {stride}" * (stride > 1)},
+        normal(taps, i, o),
+        conv,
+    )
 
 
 def trained(folder):

@@ -170,7 +170,8 @@ def fast_clip(kernel, size, bound, rounds=200):
     """Clips the layer's largest singular value again and again (Ebrahimpour-Boroojeny et al. 2024).
 
     Each round takes ten power steps through the layer for its leading vector v and, if the value s found is above the
-    bound, one gradient step of 0.35 on |layer(v) - (bound / s) layer_before(v)|^2 in the kernel.
+    bound, one gradient step of 0.35 on |layer(v) - (bound / s) layer_before(v)|^2 in the kernel. The authors' code sums
+    that over channels and rows, and averages over columns.
     """
     normalised = lambda x: x / jnp.linalg.norm(x)
 
@@ -180,7 +181,7 @@ def fast_clip(kernel, size, bound, rounds=200):
         x = jax.lax.fori_loop(0, 10, lambda _, x: normalised(jax.vjp(layer, x)[1](layer(x))[0]), x)
         y = layer(x)
         wanted = jnp.minimum(bound / jnp.linalg.norm(y), 1) * y
-        slope = jax.grad(lambda kernel: jnp.sum((zero_padded(x, kernel) - wanted) ** 2))(kernel)
+        slope = jax.grad(lambda kernel: jnp.sum((zero_padded(x, kernel) - wanted) ** 2) / size[1])(kernel)
         return kernel - 0.35 * slope, x
 
     x = normalised(jax.random.normal(jax.random.key(0), (1, *size, kernel.shape[2])))

@@ -30,6 +30,7 @@ from benchmarks.measure import interleaved, show, write
 from benchmarks.trained_networks import describe
 
 LIP4CONV = (5, 64, 64, 12, 1)  # taps, channels in and out, map, stride
+SMALL = (3, 32, 32, 16, 1)  # of ResNet-32
 NETWORKS = {
     "ResNet-18": [
         (7, 3, 64, 224, 2),
@@ -186,7 +187,8 @@ def clips(label, kernel, conv, repeats):
     functions = {
         "SpectralNorm": lambda kernel: kernel / jnp.maximum(renderings.flattened_norm(kernel), 1),
         "FFT, SVD and crop": lambda kernel: renderings.plain_clip(kernel, size, 1.0),
-        "FastClip": lambda kernel: renderings.fast_clip(kernel, size, 1.0),
+        "FastClip, 200 rounds": lambda kernel: renderings.fast_clip(kernel, size, 1.0, 200),
+        "FastClip, 1000 rounds": lambda kernel: renderings.fast_clip(kernel, size, 1.0, 1000),
     }
     for function in (oj.clip_operator_norm, oj.rescale_operator_norm, oj.project_operator_norm):
         functions[function.__name__] = functools.partial(function, conv=conv, max_norm=1.0)
@@ -242,6 +244,9 @@ def run(options):
         label, kernel, conv = layer(first, padding)
         label = {"claim": "norm", "set": "lip4conv", **label}
         add(norms(label, kernel, conv, repeats, (5, 2) if options.quick else (5, 5)))
+    for case in (QUICK,) if options.quick else (LIP4CONV, SMALL):
+        label, kernel, conv = layer(case)
+        add(clips({"claim": "clip", **label}, kernel, conv, repeats))
     for network, cases in networks.items():
         for case in cases:
             label, kernel, conv = layer(case)
@@ -249,7 +254,4 @@ def run(options):
     for network, name, kernel, conv in trained(options.kernels) if options.kernels else ():
         label = {"claim": "norm", "set": network, "layer": name}
         add(norms(label, kernel, conv, 1))
-    for case in (QUICK,) if options.quick else (LIP4CONV, NETWORKS["ResNet-18"][3]):
-        label, kernel, conv = layer(case)
-        add(clips({"claim": "clip", **label}, kernel, conv, repeats))
     return rows

@@ -25,6 +25,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDev
 
 import opnorm_jax as oj
 from benchmarks import renderings
+from benchmarks.measure import write
 
 LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
 COLLECTIVES = re.compile(r" (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(?:-start)?\(")
@@ -124,6 +125,8 @@ def run(options):
         }
         row |= dict(zip(("taps", "channels", "map"), size)) | compiled(function, arguments, where[chips][0])
         rows.append(row)
+        if not options.quick:
+            write(rows, "tpu-aot", options.out)  # as they come
         print(row, flush=True)
 
     for chips in where:

@@ -194,12 +194,20 @@ def code(name):
 
 def tpu_programs(rows):
     """What XLA counts of each program, on one chip and on four."""
+    of = {(row["program"], row["chips"]): row for row in rows}
+    shown = {1: ("GFLOP", "MB accessed", "MiB temporary", "compile_seconds"), 4: ("GFLOP", "MiB temporary")}
     lines = []
-    for row in (row for row in rows if row["chips"] == 1):
-        four = next((other for other in rows if (other["program"], other["chips"]) == (row["program"], 4)), None)
-        counts = [f"{row[key]:.3g}" for key in ("GFLOP", "MB accessed", "MiB temporary", "compile_seconds")]
-        collectives = ", ".join(f"{count} {kind}" for kind, count in four["collectives"].items()) if four else ""
-        divided = [f"{four[key]:.3g}" for key in ("GFLOP", "MiB temporary")] if four else ["-", "-"]
-        lines.append([code(row["program"]), *counts, *divided, collectives or ("none" if four else "-")])
+    for name in dict.fromkeys(row["program"] for row in rows):
+        cells = []
+        for chips, keys in (
+            (1, ("GFLOP", "MB accessed", "MiB temporary", "compile_seconds")),
+            (4, ("GFLOP", "MiB temporary")),
+        ):
+            row = of.get((name, chips), {"error": ""})
+            cells += ["-" if "error" in row else f"{row[key]:.3g}" for key in keys]
+        kinds = row["error"] or "-" if "error" in row else row["collectives"]
+        if isinstance(kinds, dict):
+            kinds = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "none"
+        lines.append([code(name), *cells, kinds])
     header = ["program", "GFLOP", "MB accessed", "MiB temporary", "compilation, s"]
     return markdown([*header, "4 chips: GFLOP each", "4 chips: MiB each", "4 chips: collectives"], lines)

@@ -5,66 +5,72 @@
 Every public function of one kernel (3x3, 64 channels, 32x32 pixels), a gradient, a training step of one layer with the
 optax transformation, a training step of a ResNet-32 if Flax is installed, and the plain two-liners in jax.numpy. On
 four chips the frequencies are divided over a mesh, and the collective operations are counted. libtpu compiles without
-a TPU.
+a TPU. Each program has a process of its own, as libtpu can end it.
 
 FLOPs and bytes are XLA's own counts, which take the body of a loop once, however often it runs.
 """
 
 import functools
 import importlib.util
+import json
 import os
 import re
+import subprocess
+import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import opnorm_jax as oj
 from benchmarks import renderings
 from benchmarks.measure import write
 
+ROOT = Path(__file__).parent.parent
 LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
 COLLECTIVES = re.compile(r" (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(?:-start)?\(")
-PLAIN = ("plain FFT and SVD", "plain clip", "plain training step")
+MINUTES = 5  # at most, for one program
 
 
-def programs(taps, channels, n, execution):
-    """Functions of one kernel."""
+def programs(taps, channels, n, mesh):
+    """Functions of one kernel by name, and its shape."""
     size, same = (n, n), oj.Conv((n, n))
+    execution, products = (oj.Execution(mesh=mesh, factorization=name) for name in ("auto", "products"))
     upper = lambda kernel: oj.operator_norm_bounds(kernel, same, execution=execution).upper
     functions = {
-        "plain FFT and SVD": lambda kernel: renderings.plain_spectrum(kernel, size),
         "singular_values": functools.partial(oj.singular_values, conv=size, execution=execution),
         "operator_norm": functools.partial(oj.operator_norm, conv=size, execution=execution),
         "operator_norm_bounds": functools.partial(oj.operator_norm_bounds, conv=same, execution=execution),
         "operator_norm_upper_bound": functools.partial(oj.operator_norm_upper_bound, execution=execution),
         "gradient of operator_norm_bounds": jax.grad(upper),
-        "plain clip": lambda kernel: renderings.plain_clip(kernel, size, 1.0),
+        "clip_singular_values": functools.partial(
+            oj.clip_singular_values, conv=size, lower=0.5, upper=1.0, execution=execution
+        ),
+        "log_abs_det": functools.partial(oj.log_abs_det, conv=size, execution=execution),
+        "solve": lambda kernel: oj.solve(kernel, size, jnp.ones((1, n, n, channels)), execution=execution),
+        "steepest_direction": functools.partial(oj.steepest_direction, conv=same, execution=execution),
     }
-    for name in ("clip", "rescale", "project"):
-        function = getattr(oj, f"{name}_operator_norm")
-        functions[function.__name__] = functools.partial(function, conv=same, max_norm=1.0, execution=execution)
-    functions["clip_singular_values"] = functools.partial(
-        oj.clip_singular_values, conv=size, lower=0.5, upper=1.0, execution=execution
-    )
-    functions["steepest_direction"] = functools.partial(oj.steepest_direction, conv=same, execution=execution)
-    functions["log_abs_det"] = functools.partial(oj.log_abs_det, conv=size, execution=execution)
-    functions["solve"] = lambda kernel: oj.solve(kernel, size, jnp.ones((1, n, n, channels)), execution=execution)
-    functions["plain training step"] = layer_step(n, channels, optax.sgd(0.1))
-    constrained = optax.chain(optax.sgd(0.1), oj.constrain_operator_norm(1.0, same, execution=execution))
-    functions["training step with constrain_operator_norm"] = layer_step(n, channels, constrained)
+    for label, how in (("", execution), (", products", products)):
+        for function in (oj.clip_operator_norm, oj.rescale_operator_norm, oj.project_operator_norm):
+            functions[function.__name__ + label] = functools.partial(function, conv=same, max_norm=1.0, execution=how)
+        constraint = oj.constrain_operator_norm(1.0, same, execution=how)
+        functions["step with constrain_operator_norm" + label] = layer_step(n, optax.chain(optax.sgd(0.1), constraint))
+    functions["plain FFT and SVD"] = lambda kernel: renderings.plain_spectrum(kernel, size)
+    functions["plain clip"] = lambda kernel: renderings.plain_clip(kernel, size, 1.0)
+    functions["plain step"] = layer_step(n, optax.sgd(0.1))
     return functions, jax.ShapeDtypeStruct((taps, taps, channels, channels), jnp.float32)
 
 
-def layer_step(n, channels, tx):
+def layer_step(n, tx):
     """A step of one layer on 128 images."""
 
     def step(kernel):
-        x = jnp.ones((128, n, n, channels))
+        x = jnp.ones((128, n, n, kernel.shape[2]))
         gradient = jax.grad(lambda kernel: jnp.square(jax.nn.relu(renderings.zero_padded(x, kernel))).mean())(kernel)
         updates, _ = tx.update(gradient, tx.init(kernel), kernel)
         return optax.apply_updates(kernel, updates)
@@ -72,22 +78,33 @@ def layer_step(n, channels, tx):
     return step
 
 
-def network_steps():
-    """A ResNet-32's step with and without the constraint: functions, each with the shapes of its arguments."""
+def network_step(constraint):
+    """A ResNet-32's step, and the shapes of its arguments."""
     from benchmarks.networks import Training
 
     training = Training("ResNet-32", 128)
-    shapes = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
-    for name, tx in (("plain ResNet-32 step", None), ("ResNet-32 step, rescale", training.constraint("rescale", 1))):
-        step, state = training.step(tx)
-        yield name, step, shapes((training.params, state))
+    step, state = training.step(training.constraint(constraint, 1) if constraint else None)
+    return step, (training.params, state)
 
 
-def compiled(function, arguments, sharding):
-    """What XLA counts of a function compiled for the chips of ``sharding``."""
-    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
+NETWORK_STEPS = {"ResNet-32, plain step": None, "ResNet-32, step with rescale": "rescale"}
+
+
+def compiled(name, size, chips):
+    """What XLA counts of a program."""
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[:chips]
+    mesh = Mesh(np.array(devices), ("frequency",), axis_types=(AxisType.Auto,))
+    if name in NETWORK_STEPS:
+        function, arguments = network_step(NETWORK_STEPS[name])
+    else:
+        functions, kernel = programs(*size, mesh if chips > 1 else None)
+        function, arguments = functions[name], (kernel,)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), arguments)
     began = time.perf_counter()
-    program = jax.jit(function).lower(*placed).compile()
+    program = jax.jit(function).lower(*arguments).compile()
     counts, memory = program.cost_analysis(), program.memory_analysis()
     return {
         "compile_seconds": time.perf_counter() - began,
@@ -99,42 +116,38 @@ def compiled(function, arguments, sharding):
     }
 
 
+def in_a_process(name, size, chips):
+    """The same, or the error that ended the process."""
+    command = [sys.executable, "-m", "benchmarks.tpu_aot", name, *map(str, size), str(chips)]
+    environment = {**LIBTPU, **os.environ, "JAX_PLATFORMS": "cpu"}
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=60 * MINUTES)
+    except subprocess.TimeoutExpired:
+        return {"error": f"not compiled in {MINUTES} minutes"}
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    fatal = re.search(r"^F\d.*\] (.*)$", done.stderr, re.MULTILINE)
+    return {"error": fatal[1] if fatal else done.stderr.strip().splitlines()[-1]}
+
+
 def run(options):
     """All rows."""
-    from jax.experimental import topologies
-
-    for name, value in LIBTPU.items():
-        os.environ.setdefault(name, value)
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-    mesh = Mesh(np.array(topology.devices), ("frequency",), axis_types=(AxisType.Auto,))
-    where = {
-        1: (SingleDeviceSharding(topology.devices[0]), oj.Execution()),
-        4: (NamedSharding(mesh, PartitionSpec()), oj.Execution(mesh=mesh)),
-    }
     size = (3, 4, 8) if options.quick else (3, 64, 32)
-    rows = []
-
-    def add(name, function, arguments, chips):
-        row = {
-            "program": name,
-            "compiled for": "TPU v5e",
-            "chips": chips,
-            "taps": size[0],
-            "channels": size[1],
-            "map": size[2],
-        }
-        row |= dict(zip(("taps", "channels", "map"), size)) | compiled(function, arguments, where[chips][0])
-        rows.append(row)
-        if not options.quick:
-            write(rows, "tpu-aot", options.out)  # as they come
-        print(row, flush=True)
-
-    for chips in where:
-        functions, kernel = programs(*size, where[chips][1])
-        for name, function in functions.items():
-            if chips == 1 or name not in PLAIN:
-                add(name, function, (kernel,), chips)
+    one = list(programs(*size, None)[0])
+    names = {1: one, 4: [name for name in one if not name.startswith("plain")]}
     if importlib.util.find_spec("flax") and not options.quick:
-        for name, function, arguments in network_steps():
-            add(name, function, arguments, 1)
+        names[1] += NETWORK_STEPS
+    rows = []
+    for chips, wanted in names.items():
+        for name in wanted:
+            row = {"program": name, "compiled for": "TPU v5e", "chips": chips}
+            row |= dict(zip(("taps", "channels", "map"), size)) | in_a_process(name, size, chips)
+            rows.append(row)
+            if not options.quick:
+                write(rows, "tpu-aot", options.out)  # as they come
+            print(row, flush=True)
     return rows
+
+
+if __name__ == "__main__":
+    print(json.dumps(compiled(sys.argv[1], tuple(map(int, sys.argv[2:5])), int(sys.argv[5]))))

@@ -198,16 +198,10 @@ def tpu_programs(rows):
     shown = {1: ("GFLOP", "MB accessed", "MiB temporary", "compile_seconds"), 4: ("GFLOP", "MiB temporary")}
     lines = []
     for name in dict.fromkeys(row["program"] for row in rows):
-        cells = []
-        for chips, keys in (
-            (1, ("GFLOP", "MB accessed", "MiB temporary", "compile_seconds")),
-            (4, ("GFLOP", "MiB temporary")),
-        ):
-            row = of.get((name, chips), {"error": ""})
-            cells += ["-" if "error" in row else f"{row[key]:.3g}" for key in keys]
-        kinds = row["error"] or "-" if "error" in row else row["collectives"]
-        if isinstance(kinds, dict):
-            kinds = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "none"
-        lines.append([code(name), *cells, kinds])
+        one, four = (of.get((name, chips), {}) for chips in shown)
+        counts = [(row, key) for row, keys in zip((one, four), shown.values()) for key in keys]
+        cells = [f"{row[key]:.3g}" if key in row else "-" for row, key in counts]
+        kinds = ", ".join(f"{count} {kind}" for kind, count in four.get("collectives", {}).items())
+        lines.append([code(name), *cells, kinds or four.get("error", "none" if four else "-")])
     header = ["program", "GFLOP", "MB accessed", "MiB temporary", "compilation, s"]
     return markdown([*header, "4 chips: GFLOP each", "4 chips: MiB each", "4 chips: collectives"], lines)

@@ -43,11 +43,21 @@ def programs(taps, channels, n, mesh):
     execution, products = (oj.Execution(mesh=mesh, factorization=name) for name in ("auto", "products"))
     upper = lambda kernel: oj.operator_norm_bounds(kernel, same, execution=execution).upper
     functions = {
+        "plain FFT and SVD": lambda kernel: renderings.plain_spectrum(kernel, size),
+        "plain clip": lambda kernel: renderings.plain_clip(kernel, size, 1.0),
+        "plain step": layer_step(n, optax.sgd(0.1)),
         "singular_values": functools.partial(oj.singular_values, conv=size, execution=execution),
         "operator_norm": functools.partial(oj.operator_norm, conv=size, execution=execution),
         "operator_norm_bounds": functools.partial(oj.operator_norm_bounds, conv=same, execution=execution),
         "operator_norm_upper_bound": functools.partial(oj.operator_norm_upper_bound, execution=execution),
         "gradient of operator_norm_bounds": jax.grad(upper),
+    }
+    for label, how in (("", execution), (", products", products)):
+        for function in (oj.clip_operator_norm, oj.rescale_operator_norm, oj.project_operator_norm):
+            functions[function.__name__ + label] = functools.partial(function, conv=same, max_norm=1.0, execution=how)
+        constraint = oj.constrain_operator_norm(1.0, same, execution=how)
+        functions["step with constrain_operator_norm" + label] = layer_step(n, optax.chain(optax.sgd(0.1), constraint))
+    functions |= {
         "clip_singular_values": functools.partial(
             oj.clip_singular_values, conv=size, lower=0.5, upper=1.0, execution=execution
         ),
@@ -55,14 +65,6 @@ def programs(taps, channels, n, mesh):
         "solve": lambda kernel: oj.solve(kernel, size, jnp.ones((1, n, n, channels)), execution=execution),
         "steepest_direction": functools.partial(oj.steepest_direction, conv=same, execution=execution),
     }
-    for label, how in (("", execution), (", products", products)):
-        for function in (oj.clip_operator_norm, oj.rescale_operator_norm, oj.project_operator_norm):
-            functions[function.__name__ + label] = functools.partial(function, conv=same, max_norm=1.0, execution=how)
-        constraint = oj.constrain_operator_norm(1.0, same, execution=how)
-        functions["step with constrain_operator_norm" + label] = layer_step(n, optax.chain(optax.sgd(0.1), constraint))
-    functions["plain FFT and SVD"] = lambda kernel: renderings.plain_spectrum(kernel, size)
-    functions["plain clip"] = lambda kernel: renderings.plain_clip(kernel, size, 1.0)
-    functions["plain step"] = layer_step(n, optax.sgd(0.1))
     return functions, jax.ShapeDtypeStruct((taps, taps, channels, channels), jnp.float32)
 
 
@@ -133,13 +135,12 @@ def in_a_process(name, size, chips):
 def run(options):
     """All rows."""
     size = (3, 4, 8) if options.quick else (3, 64, 32)
-    one = list(programs(*size, None)[0])
-    names = {1: one, 4: [name for name in one if not name.startswith("plain")]}
+    names = [*programs(*size, None)[0]]
     if importlib.util.find_spec("flax") and not options.quick:
-        names[1] += NETWORK_STEPS
+        names += NETWORK_STEPS
     rows = []
-    for chips, wanted in names.items():
-        for name in wanted:
+    for name in names:
+        for chips in (1,) if "plain" in name or name in NETWORK_STEPS else (1, 4):
             row = {"program": name, "compiled for": "TPU v5e", "chips": chips}
             row |= dict(zip(("taps", "channels", "map"), size)) | in_a_process(name, size, chips)
             rows.append(row)

@@ -46,7 +46,7 @@ NETWORKS = {
 }
 QUICK = (3, 4, 6, 8, 1)
 SLOW = 1.0  # seconds
-MOST_WORK = 1e10  # frequencies x channels^3 of what factorises every frequency; more takes minutes
+MOST_WORK = {"FFT and SVD": 1e10, "Gram, circular": 4e10, "Gram, zero padding": 4e10}  # more takes minutes
 
 METHODS = {  # whether each is an upper bound, in exact arithmetic
     "SpectralNorm": "no",
@@ -123,8 +123,11 @@ def methods(shape, conv, iterations):
     }
     if conv.padding == "CIRCULAR":
         del own["power iteration"]  # the rendering pads with zeros
-    if size[0] ** 2 * min(i, o) ** 2 * max(i, o) > MOST_WORK:
-        del unstrided["FFT and SVD"]
+    work = min(i, o) ** 2 * max(i, o)  # of one frequency
+    grid = ((h - 1) * 2 ** iterations[1] + 1) * ((w - 1) * 2 ** iterations[1] + 1)
+    for name, most in MOST_WORK.items():
+        if work * (grid if "zero" in name else size[0] ** 2) > most:
+            del unstrided[name]
     return own, unstrided
 
 

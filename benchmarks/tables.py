@@ -13,7 +13,7 @@ VERSIONS = ("device", "cores", "python", "jax", "numpy", "flax", "optax", "torch
 
 
 DOCS = Path(__file__).parent.parent / "docs"
-MARKED = re.compile(r"(?<=<!-- table: )([\w-]+), (\w+) -->\n.*?\n(?=<!-- end of table -->)", re.DOTALL)
+MARKED = re.compile(r"(?<=<!-- table: )([\w-]+), (\w+) -->\n.*?(?=<!-- end of table -->)", re.DOTALL)
 
 
 def read(folder, name):

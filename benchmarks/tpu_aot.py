@@ -129,7 +129,7 @@ def in_a_process(name, size, chips):
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
     fatal = re.search(r"^F\d.*\] (.*)$", done.stderr, re.MULTILINE)
-    return {"error": fatal[1] if fatal else done.stderr.strip().splitlines()[-1]}
+    return {"error": fatal[1].strip() if fatal else done.stderr.strip().splitlines()[-1]}
 
 
 def run(options):

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import opnorm_jax as oj
-from benchmarks import rivals
+from benchmarks import renderings
 from benchmarks.measure import CORES, geometric_mean, interleaved, show
 
 SIZES = [(16, 32), (32, 16), (64, 8), (64, 32), (128, 16), (256, 8), (512, 7)]  # channels, map
@@ -50,27 +50,27 @@ def measure(channels, n, repeats, mesh):
         rows.append({"claim": claim, "channels": channels, "map": n, "seconds": seconds, **more})
         show(rows[-1])
 
-    torch = rivals.torch_rivals(kernel, size, norm / 2)
+    torch = renderings.torch_rivals(kernel, size, norm / 2)
     named = lambda what: {"torch": torch[what]} if torch else {}
     spectra = {
-        "NumPy": lambda: rivals.paper_spectrum(kernel, size),
-        "jax.numpy": lambda: rivals.plain_spectrum(k, size),
+        "NumPy": lambda: renderings.paper_spectrum(kernel, size),
+        "jax.numpy": lambda: renderings.plain_spectrum(k, size),
     }
     check_spectra({**spectra, **named("spectrum"), **ours(oj.singular_values, k, size, mesh)}, norm)
     row("spectrum", {**spectra, **named("spectrum"), **ours(oj.singular_values, k, size, mesh)})
-    normalise, variables = rivals.flax_spectral_norm(kernel)
+    normalise, variables = renderings.flax_spectral_norm(kernel)
     row(
         "norm",
         {
             **spectra,
-            "power iteration": lambda: rivals.power_iteration(k, size),
+            "power iteration": lambda: renderings.power_iteration(k, size),
             "Flax SpectralNorm": lambda: normalise(variables),
             **ours(oj.operator_norm, k, size, mesh),
         },
     )
     clips = lambda bound: {
-        "NumPy": lambda: rivals.paper_clip(kernel, size, bound),
-        "jax.numpy": lambda: rivals.plain_clip(k, size, bound),
+        "NumPy": lambda: renderings.paper_clip(kernel, size, bound),
+        "jax.numpy": lambda: renderings.plain_clip(k, size, bound),
     }
     row("clip", {**clips(norm / 2), **named("clip"), **ours(oj.clip_operator_norm, k, size, mesh, max_norm=norm / 2)})
     for name, function in (("clip", oj.clip_operator_norm), ("rescale", oj.rescale_operator_norm)):
@@ -102,7 +102,7 @@ def any_size(repeats, channels=64, n=224):
     bound = jax.jit(oj.operator_norm_upper_bound)
     exact = jax.jit(functools.partial(oj.operator_norm, conv=(n, n)))
     began = time.perf_counter()
-    largest = rivals.paper_spectrum(kernel, (n, n)).max()
+    largest = renderings.paper_spectrum(kernel, (n, n)).max()
     seconds = {"NumPy": time.perf_counter() - began}
     value = float(bound(kernel))
     assert largest <= value <= largest * 1.02

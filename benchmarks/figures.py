@@ -1,21 +1,25 @@
 """The pictures of the documentation, from the JSON lines in results/."""
 
+from benchmarks.rivals import METHODS as NORMS
 from benchmarks.spectrum import METHODS
-from benchmarks.tables import read
+from benchmarks.tables import DOCS, read
+
+MAKERS = ("spectrum", "scaling", "optimizers", "rivals")
+ON_THE_SITE = ("optimizers", "rivals")
 
 
 def draw(folder):
-    """Those whose results are there, beside them; returns their paths."""
+    """Those whose results are there, beside them or on the site; returns their paths."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     drawn = []
-    for name, maker in {"spectrum": spectrum, "scaling": scaling, "optimizers": optimizers}.items():
+    for name in MAKERS:
         if rows := read(folder, name):
-            drawn.append(folder / f"{name}.png")
-            figure = maker(rows, plt)
+            drawn.append((DOCS if name in ON_THE_SITE else folder) / f"{name}.png")
+            figure = globals()[name](rows, plt)
             figure.savefig(drawn[-1], dpi=120)
             plt.close(figure)
     return drawn
@@ -64,6 +68,32 @@ def optimizers(rows, plt):
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize="small")
+    return figure
+
+
+def rivals(rows, plt):
+    """Value over the norm against time over that of our upper bound: each layer with zero padding."""
+    rows = [row for row in rows if row["claim"] == "norm" and row["padding"] == "zero"]
+    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
+    for number, name in enumerate(name for name in NORMS if name in rows[0]["seconds"]):
+        points = [
+            (row["seconds"][name] / row["seconds"]["operator_norm_bounds, upper alone"], row["ratio"][name])
+            for row in rows
+            if name in row["seconds"]
+        ]
+        axis.scatter(*zip(*points), label=name, color=f"C{number % 10}", marker="os"[number // 10], alpha=0.7)
+    axis.axhline(1, color="black", linewidth=0.8)
+    axis.set(
+        xscale="log",
+        yscale="log",
+        xlabel="time, upper bound of operator_norm_bounds = 1",
+        ylabel="value over the true norm",
+    )
+    ticks = [0.3, 0.5, 0.7, 1, 1.5, 2, 3]
+    axis.set_yticks(ticks, map(str, ticks))
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="small")
     return figure
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import opnorm_jax as oj
-from benchmarks import rivals, throughput, training
+from benchmarks import renderings, throughput, training
 from benchmarks.measure import show, write
 from opnorm_jax._blocks import factor
 
@@ -55,7 +55,7 @@ def kernels(channels, n, repeats):
     """The row of one size."""
     kernel = np.random.default_rng(0).standard_normal((3, 3, channels, channels)).astype(np.float32)
     size, k = (n, n), jax.device_put(kernel)
-    truth = np.sort(rivals.paper_spectrum(kernel.astype(np.float64), size).ravel())
+    truth = np.sort(renderings.paper_spectrum(kernel.astype(np.float64), size).ravel())
     norm = float(truth[-1])
     jit = lambda function, **options: functools.partial(jax.jit(functools.partial(function, conv=size, **options)), k)
     both = lambda name, function, **options: {
@@ -63,8 +63,8 @@ def kernels(channels, n, repeats):
         for by in ("decompose", "products")
     }
     functions = {
-        "spectrum, jax.numpy": lambda: rivals.plain_spectrum(k, size),
-        "clip, jax.numpy": lambda: rivals.plain_clip(k, size, norm / 2),
+        "spectrum, jax.numpy": lambda: renderings.plain_spectrum(k, size),
+        "clip, jax.numpy": lambda: renderings.plain_clip(k, size, norm / 2),
         "spectrum, ours": jit(oj.singular_values),
         **both("norm", oj.operator_norm),
         **both("bounds", oj.operator_norm_bounds),
@@ -74,7 +74,7 @@ def kernels(channels, n, repeats):
     }
     seconds, compiling = timed(functions, repeats, limit=20)
     host = {name: np.asarray(jax.device_get(function()), np.float64) for name, function in functions.items()}
-    clipped = rivals.paper_clip(kernel.astype(np.float64), size, norm / 2)
+    clipped = renderings.paper_clip(kernel.astype(np.float64), size, norm / 2)
     errors = {}
     for name, found in host.items():
         if name.startswith("spectrum"):

@@ -27,7 +27,7 @@ def environment():
         "machine": platform.machine(),
         "python": platform.python_version(),
     }
-    for name in ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "opnorm-jax"):
+    for name in ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "libtpu", "opnorm-jax"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -20,7 +20,7 @@ import numpy as np
 
 import opnorm_jax as oj
 from benchmarks.measure import compile_seconds, geometric_mean, interleaved, show
-from benchmarks.rivals import paper_clip
+from benchmarks.renderings import paper_clip
 
 SIZES = [(16, 32), (32, 16), (64, 8), (64, 16)]  # channels, map
 QUICK = [(16, 8)]

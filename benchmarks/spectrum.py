@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 import opnorm_jax as oj
-from benchmarks import rivals
+from benchmarks import renderings
 from benchmarks.measure import compile_seconds, geometric_mean, interleaved, show
 
 CASES = [((3, 3), (16, 16), c) for c in (2, 4, 8, 16, 32, 64, 128)] + [
@@ -23,9 +23,9 @@ LARGEST_MATRIX = 2048  # side; beyond it the full matrix takes minutes
 
 ours = jax.jit(oj.singular_values, static_argnums=1)
 METHODS = {
-    "full matrix": rivals.full_matrix_spectrum,
-    "paper, NumPy": rivals.paper_spectrum,
-    "plain jax.numpy": rivals.plain_spectrum,
+    "full matrix": renderings.full_matrix_spectrum,
+    "paper, NumPy": renderings.paper_spectrum,
+    "plain jax.numpy": renderings.plain_spectrum,
     "opnorm_jax": ours,
 }
 
@@ -36,12 +36,12 @@ def measure(taps, size, channels, repeats):
     methods = dict(METHODS)
     if size[0] * size[1] * channels > LARGEST_MATRIX:
         del methods["full matrix"]
-    reference = np.sort(rivals.paper_spectrum(kernel.astype(np.float64), size).ravel())
+    reference = np.sort(renderings.paper_spectrum(kernel.astype(np.float64), size).ravel())
     for name, method in methods.items():
         values = np.sort(np.ravel(jax.device_get(method(kernel, size))))
         assert np.abs(values - reference).max() < 1e-4 * reference[-1], name
     jax.clear_caches()
-    jitted = {"plain jax.numpy": rivals.plain_spectrum, "opnorm_jax": ours}
+    jitted = {"plain jax.numpy": renderings.plain_spectrum, "opnorm_jax": ours}
     row = {
         "claim": "section 4.1",
         "taps": taps,

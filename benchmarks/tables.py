@@ -1,11 +1,19 @@
-"""The tables of docs/speed.md, and one of docs/which_bound.md, in Markdown, from the JSON lines in results/."""
+"""The tables of the documentation, in Markdown, from the JSON lines in results/."""
 
 import json
+import re
+from pathlib import Path
 
 from benchmarks.claims import summary
+from benchmarks.measure import geometric_mean
 from benchmarks.projection import inside
+from benchmarks.rivals import METHODS
 
 VERSIONS = ("device", "cores", "python", "jax", "numpy", "flax", "optax", "torch")
+
+
+DOCS = Path(__file__).parent.parent / "docs"
+MARKED = re.compile(r"(?<=<!-- table: )([\w-]+), (\w+) -->\n.*?(?=<!-- end of table -->)", re.DOTALL)
 
 
 def read(folder, name):
@@ -23,6 +31,25 @@ def tables(folder):
             where = ", ".join(f"{key} {rows[0][key]}" for key in VERSIONS if key in rows[0])
             parts.append(f"## {name} ({where})\n\n{maker(rows)}")
     return "\n\n".join(parts)
+
+
+def filled(page, folder):
+    """The text of a page, whose tables are made anew. The comment before each names its results and its function."""
+
+    def table(found):
+        name, maker = found.groups()
+        rows = read(folder, name)
+        return f"{name}, {maker} -->\n{globals()[maker](rows)}\n" if rows else found[0]
+
+    return MARKED.sub(table, page.read_text())
+
+
+def write_pages(folder):
+    """Those pages of the documentation whose tables are no longer those of the results; returns their paths."""
+    changed = [(page, text) for page in sorted(DOCS.glob("*.md")) if (text := filled(page, folder)) != page.read_text()]
+    for page, text in changed:
+        page.write_text(text)
+    return [page for page, _ in changed]
 
 
 def markdown(header, rows):
@@ -138,3 +165,63 @@ def gpu(rows):
     ]
     parts.append(markdown(["side", "matrices", *(f"{call}, ms" for call in calls), "eigenvalues' error, eps"], lines))
     return "\n\n".join([*parts, training(rows)] if of("training") else parts)
+
+
+def rival_norms(rows):
+    """Of each set of layers with zero padding: each value over the norm, and its time over that of our upper bound."""
+    rows = [row for row in rows if row["claim"] == "norm" and row["padding"] == "zero"]
+    sets = list(dict.fromkeys(row["set"] for row in rows))
+    time = lambda row, method: row["seconds"][method] / row["seconds"]["operator_norm_bounds, upper alone"]
+    lines = []
+    for method, bound in METHODS.items():
+        everywhere = [row["ratio"][method] for row in rows if method in row["ratio"]]
+        cells = [bound, f"{sum(ratio < 1 for ratio in everywhere)} of {len(everywhere)}"]
+        for name in sets:
+            own = [row for row in rows if row["set"] == name and method in row["ratio"]]
+            ratios = [row["ratio"][method] for row in own]
+            times = [time(row, method) for row in own if method in row["seconds"]]
+            spread = f" ({min(ratios):.4g} to {max(ratios):.4g})" if len(ratios) > 1 else ""
+            cells.append(f"{geometric_mean(ratios):.4g}{spread}" if own else "-")
+            cells.append(f"{geometric_mean(times):.2g}" if times else "-")
+        lines.append([code(method), *cells])
+    header = ["method", "an upper bound?", "below the truth"]
+    return markdown([*header, *(f"{name}{what}" for name in sets for what in ("", ", time"))], lines)
+
+
+def rival_circular(rows):
+    """Of the layer with circular padding: each method's value over the norm, and milliseconds."""
+    row = next(row for row in rows if row["claim"] == "norm" and row["padding"] == "circular")
+    lines = [
+        [code(name), f"{ratio:.5f}", f"{1e3 * row['seconds'][name]:.3g}" if name in row["seconds"] else ""]
+        for name, ratio in row["ratio"].items()
+    ]
+    return markdown(["method", "value over the norm", "ms"], lines)
+
+
+def rival_clips(rows):
+    """What each leaves of the norm, how far the kernel moved, and milliseconds."""
+    rows = [row for row in rows if row["claim"] == "clip"]
+    header = ["method", *(f"{row['layer']}: {what}" for row in rows for what in ("norm", "moved", "ms"))]
+    cells = lambda row, name: (row["norm"][name], row["moved"][name], 1e3 * row["seconds"][name])
+    lines = [[code(name), *(f"{cell:.4g}" for row in rows for cell in cells(row, name))] for name in rows[0]["norm"]]
+    return markdown(header, lines)
+
+
+def code(name):
+    """A name with those of functions as code."""
+    return re.sub(r"\b[a-z]+(_[a-z]+)+\b", r"`\g<0>`", name)
+
+
+def tpu_programs(rows):
+    """What XLA counts of each program, on one chip and on four."""
+    of = {(row["program"], row["chips"]): row for row in rows}
+    shown = {1: ("GFLOP", "MB accessed", "MiB temporary", "compile_seconds"), 4: ("GFLOP", "MiB temporary")}
+    lines = []
+    for name in dict.fromkeys(row["program"] for row in rows):
+        one, four = (of.get((name, chips), {}) for chips in shown)
+        counts = [(row, key) for row, keys in zip((one, four), shown.values()) for key in keys]
+        cells = [f"{row[key]:.3g}" if key in row else "-" for row, key in counts]
+        kinds = ", ".join(f"{count} {kind}" for kind, count in four.get("collectives", {}).items())
+        lines.append([code(name), *cells, kinds or four.get("error", "none" if four else "-")])
+    header = ["program", "GFLOP", "MB accessed", "MiB temporary", "compilation, s"]
+    return markdown([*header, "4 chips: GFLOP each", "4 chips: MiB each", "4 chips: collectives"], lines)

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 from conftest import THOROUGH
 
+from benchmarks.measure import RESULTS
+from benchmarks.tables import DOCS, filled
+
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["spectrum", *(["claims", "gpu", "training", "scaling", "throughput"] if THOROUGH else [])]
+    "name", ["spectrum", *(["claims", "gpu", "training", "scaling", "throughput", "rivals"] if THOROUGH else [])]
 )
 def test_benchmark_runs(name):
     command = [sys.executable, "-m", "benchmarks", name, "--quick", "--repeats", "1"]
@@ -53,6 +56,11 @@ def test_real_networks_are_read_from_a_folder(tmp_path):
     assert all(row["seen"] < row["sdp"] < row["product"] for row in rows)
     np.savez(tmp_path / "other.npz", odd=np.zeros(3))
     assert "no network that is known here" in run("--weights", str(tmp_path), "--sizes", "8").stderr
+
+
+def test_pages_hold_the_tables_of_the_results():
+    for page in DOCS.glob("*.md"):
+        assert filled(page, RESULTS) == page.read_text(), "python -m benchmarks --table writes them"
 
 
 def test_tables_are_made_from_the_results():

@@ -6,9 +6,9 @@ NAME: spectrum (the paper's section 4.1), claims (one kernel), projection (in un
 whole networks), real_networks (the same on published ones, in the folder --weights), training (shares of a step),
 spectral_norm (what Flax's SpectralNorm leaves of a norm), optimizers (Muon for convolutions and others, on digits and
 CIFAR-10), rivals (published norms and clips), scaling (map, channels, layers, devices, memory), throughput (of the
-trainer), gpu (all that is claimed of accelerators, throughput included, in one run of under 9 minutes), tpu-aot (programs
-compiled for a TPU, which needs none); without one, spectrum to scaling, but not real_networks. Each writes NAME.jsonl,
-with versions and hardware on every line.
+trainer), gpu (all that is claimed of accelerators, throughput included, in one run of under 9 minutes), tpu-aot
+(programs compiled for a TPU, which needs none); without one, spectrum to scaling, but not real_networks. Each writes
+NAME.jsonl, with versions and hardware on every line.
 ``--table`` prints the tables of docs/speed.md from the files that are there, writes those of other pages into them,
 draws the pictures, and measures nothing.
 """

@@ -114,8 +114,24 @@ def is_below(matrix: Complex[Array, "*c r r"], limit: Float[Array, "*c"]) -> Boo
     diagonal = jnp.broadcast_to(limit[..., None, None].astype(matrix.dtype), matrix.shape)
     identity = jnp.broadcast_to(np.eye(matrix.shape[-1], dtype=bool), matrix.shape)
     shifted = jnp.where(identity, diagonal, 0) - matrix
-    factor = lax.linalg.cholesky(shifted, symmetrize_input=False)
-    return jnp.isfinite(factor).all((-1, -2))
+    return lax.platform_dependent(shifted, tpu=_is_definite_as_real, default=_is_definite)
+
+
+def _is_definite(matrix: Complex[Array, "*c r r"]) -> Bool[Array, "*c"]:
+    """Decides for each Hermitian matrix of a batch whether it is positive definite."""
+    return jnp.isfinite(lax.linalg.cholesky(matrix, symmetrize_input=False)).all((-1, -2))
+
+
+def _is_definite_as_real(matrix: Complex[Array, "*c r r"]) -> Bool[Array, "*c"]:
+    """Does the same by the real matrix [[Re, -Im], [Im, Re]], which has the same eigenvalues, each twice.
+
+    libtpu (0.0.42 and 0.0.50) ends the process where it compiles a complex Cholesky factorisation for several chips.
+    """
+    if not jnp.iscomplexobj(matrix):
+        return _is_definite(matrix)
+    real, imaginary = matrix.real, matrix.imag
+    rows = jnp.concatenate([real, -imaginary], axis=-1), jnp.concatenate([imaginary, real], axis=-1)
+    return _is_definite(jnp.concatenate(rows, axis=-2))
 
 
 def batched_eigh(matrix: Complex[Array, "*c r r"]) -> tuple[Float[Array, "*c r"], Complex[Array, "*c r r"]]:

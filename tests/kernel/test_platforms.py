@@ -87,6 +87,28 @@ def test_everything_lowers_for_accelerators(name):
     )
 
 
+@pytest.mark.parametrize("name", ["clip_operator_norm", "project_operator_norm", "constrain_operator_norm"])
+def test_no_complex_cholesky_factorisation_on_a_tpu(name):
+    """libtpu ends the process where it compiles one for several chips."""
+    function, *operands = FUNCTIONS[name]
+    module = export.export(jax.jit(function), platforms=["tpu"])(*operands).mlir_module()
+    factorisations = [line for line in module.splitlines() if "stablehlo.cholesky" in line]
+    assert factorisations and not any("complex" in line for line in factorisations)
+
+
+def test_definite_as_real_matrices():
+    rng = np.random.default_rng(0)
+    half = rng.standard_normal((200, 6, 6)) + 1j * rng.standard_normal((200, 6, 6))
+    matrices = (half @ half.conj().swapaxes(1, 2)).astype(np.complex64)
+    matrices -= rng.choice([0, 1.0, 3.0], (200, 1, 1)).astype(np.float32) * np.eye(6, dtype=np.complex64)
+    values = np.linalg.eigvalsh(matrices)[:, 0]
+    clear = abs(values) > 1e-4
+    for decide in (factor._is_definite, factor._is_definite_as_real):
+        assert np.array_equal(np.asarray(decide(jnp.asarray(matrices)))[clear], values[clear] > 0)
+    assert 20 < np.sum(values[clear] > 0) < 180
+    assert not factor._is_definite_as_real(jnp.full((1, 2, 2), jnp.nan, jnp.complex64)).any()
+
+
 def test_every_function_that_can_be_traced_is_among_them():
     reads_programs_or_prints = {"find_convs", "plot_spectra", "spectral_report", "scale_by_conv_muon"}
     named = {word for name in FUNCTIONS for word in name.replace(",", "").split()}

@@ -114,10 +114,7 @@ def scaling(rows):
 def real_networks(rows):
     """Bounds on published networks, seconds and memory."""
     lines = [
-        [
-            f"{row['network'].rsplit('-', 1)[0]}, {row['size']} x {row['size']}",
-            *map(power, (row["product"], row["sdp"])),
-        ]
+        [row["network"], f"{row['size']} x {row['size']}", power(row["product"]), power(row["sdp"])]
         + [f"{row['seen']:.3g}", f"{row['sdp_seconds']:.2g}", f"{row['GiB at most']:.2g}"]
         for row in rows
     ]

@@ -24,7 +24,6 @@ def read(folder, name):
 def tables(folder):
     """All of them, each with the versions and hardware it was measured with."""
     makers = {"claims": claims, "projection": projection, "training": training, "scaling": scaling, "gpu": gpu}
-    makers["real_networks"] = real_networks
     parts = []
     for name, maker in makers.items():
         if rows := read(folder, name):

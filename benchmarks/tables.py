@@ -217,6 +217,8 @@ def tpu_programs(rows):
         one, four = (of.get((name, chips), {}) for chips in shown)
         counts = [(row, key) for row, keys in zip((one, four), shown.values()) for key in keys]
         cells = [f"{row[key]:.3g}" if key in row else "-" for row, key in counts]
+        if "error" in one:
+            cells[3] = one["error"]
         kinds = ", ".join(f"{count} {kind}" for kind, count in four.get("collectives", {}).items())
         lines.append([code(name), *cells, kinds or four.get("error", "none" if four else "-")])
     header = ["program", "GFLOP", "MB accessed", "MiB temporary", "compilation, s"]

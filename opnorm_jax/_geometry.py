@@ -169,9 +169,8 @@ def resolve(conv: Conv, kernel_shape: tuple[int, ...]) -> Geometry:
             f"expected a convolution with at least one output pixel, got output shape {outputs} from "
             f"input_shape={conv.input_shape}, taps {taps} and padding {conv.padding!r}. Check input_shape and padding."
         )
-    sizes = zip(conv.input_shape, conv.strides, conv.input_dilation, conv.kernel_dilation, strict=True)
-    per_axis = zip(sizes, fills(conv), taps, pads, outputs, strict=True)
-    axes = [_resolve_axis(*size, fill, k, pad, m) for size, fill, k, pad, m in per_axis]
+    sizes = map(_Size, conv.input_shape, conv.strides, conv.input_dilation, conv.kernel_dilation, taps, pads, outputs)
+    axes = [_resolve_axis(size, fill) for size, fill in zip(sizes, fills(conv), strict=True)]
     groups = conv.feature_group_count
     own = [axis.own for axis in axes if axis.own is not None]
     plan = deduplicate(Plan(tuple(axis.embedding for axis in axes), groups))
@@ -196,8 +195,20 @@ def resolve(conv: Conv, kernel_shape: tuple[int, ...]) -> Geometry:
     )
 
 
+class _Size(NamedTuple):
+    """One axis of a layer, as it is described."""
+
+    pixels: int
+    stride: int
+    input_dilation: int
+    kernel_dilation: int
+    taps: int
+    pads: tuple[int, int]
+    outputs: int
+
+
 class _Resolved(NamedTuple):
-    """One axis of a layer."""
+    """One axis of a layer, resolved."""
 
     fill: str | None
     live: Live
@@ -206,27 +217,23 @@ class _Resolved(NamedTuple):
     gain: float
 
 
-def _resolve_axis(
-    n: int, stride: int, input_dilation: int, dilation: int, fill: str | None, k: int, pads: tuple[int, int], m: int
-) -> _Resolved:
+def _resolve_axis(size: _Size, fill: str | None) -> _Resolved:
+    n, s, e, d, k, pads, m = size
     whole = Live(0, k, (True,) * k, pads, m)
-    size = n, stride, input_dilation, dilation
     if fill == "CIRCULAR":
-        divides = n * input_dilation % stride == 0
+        divides = n * e % s == 0
         # A stride that does not divide the circle keeps some of the outputs of stride 1.
-        step = stride if divides else 1
-        axis = Axis(n * input_dilation, k, step, input_dilation, dilation, dilation * (k - 1) // 2)
+        axis = Axis(n * e, k, s if divides else 1, e, d, d * (k - 1) // 2)
         return _Resolved(fill, whole, axis, axis if divides else None, 1.0)
     if fill is not None:
         whole = whole._replace(pads=(0, 0))
-        embedding = _embedding(n + sum(pads), stride, input_dilation, dilation, whole)
-        used = padded_pixels(fill, n, 1, pads)[np.unique(stride * np.arange(m)[:, None] + dilation * np.arange(k))]
+        used = padded_pixels(fill, n, e, pads)[np.unique(s * np.arange(m)[:, None] + d * np.arange(k))]
+        embedding = _embedding(size._replace(pixels=n + sum(pads)), whole)
         return _Resolved(fill, whole, embedding, None, math.sqrt(np.bincount(used).max()))
-    live = _live(*size, k, pads[0], m)
+    live = _live(size)
     # Outputs whose patches tile the image: nothing is padded, and nothing would wrap around.
-    tiles = pads == (0, 0) and input_dilation == 1 and dilation * (k - 1) < stride and n % stride == 0
-    own = Axis(n, k, stride, 1, dilation, 0) if tiles else None
-    return _Resolved(None, live, _embedding(*size, live), own, 1.0)
+    tiles = pads == (0, 0) and e == 1 and d * (k - 1) < s and n % s == 0
+    return _Resolved(None, live, _embedding(size, live), Axis(n, k, s, 1, d, 0) if tiles else None, 1.0)
 
 
 def padded_pixels(fill: str, n: int, input_dilation: int, pads: tuple[int, int]) -> np.ndarray:
@@ -253,7 +260,8 @@ def met_pixels(geometry: Geometry) -> list[np.ndarray]:
     return found
 
 
-def _live(n: int, stride: int, input_dilation: int, dilation: int, k: int, low: int, outputs: int) -> Live:
+def _live(size: _Size) -> Live:
+    n, stride, input_dilation, dilation, k, (low, _), outputs = size
     last = (n - 1) * input_dilation
     starts = stride * np.arange(outputs) - low
     taps, seen = np.zeros(k, bool), np.zeros(outputs, bool)
@@ -296,17 +304,17 @@ def _output_shape(conv: Conv, taps: tuple[int, ...], pads: tuple[tuple[int, int]
     )
 
 
-def _embedding(n: int, stride: int, input_dilation: int, dilation: int, live: Live) -> Axis:
+def _embedding(size: _Size, live: Live) -> Axis:
     """Returns the circulant embedding of a zero-padded axis: the smallest circle that is large enough.
 
     No output may reach an input pixel by wrapping around, and the outputs must be distinct pixels of the circle, which
     must hold a whole number of strides (and of input dilations).
     """
-    low, high = live.pads
-    held = (n - 1) * input_dilation + 1 + min(low, 0) + min(high, 0)  # negative padding crops
-    circle = max(held + max(low, high, 0), stride * (live.outputs - 1) + 1)
-    run = math.lcm(stride, input_dilation)
-    return Axis(-(-circle // run) * run, live.stop - live.start, stride, input_dilation, dilation, low)
+    (low, high), s, e = live.pads, size.stride, size.input_dilation
+    held = (size.pixels - 1) * e + 1 + min(low, 0) + min(high, 0)  # negative padding crops
+    circle = max(held + max(low, high, 0), s * (live.outputs - 1) + 1)
+    run = math.lcm(s, e)
+    return Axis(-(-circle // run) * run, live.stop - live.start, s, e, size.kernel_dilation, low)
 
 
 def deduplicate(plan: Plan) -> Plan:

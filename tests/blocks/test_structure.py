@@ -36,7 +36,7 @@ def test_kernels_know_no_trees(path):
     assert not [m for m in imported(path) if m.startswith(("opnorm_jax._program", "opnorm_jax._tree"))]
 
 
-@pytest.mark.parametrize("folder", ["_blocks", "_kernel"])
+@pytest.mark.parametrize("folder", ["", "_blocks", "_cli", "_kernel", "_program", "_tree"])
 def test_no_function_takes_more_than_six_arguments(folder):
     for path in (PACKAGE / folder).glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

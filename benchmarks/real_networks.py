@@ -12,7 +12,6 @@ compiles; the product comes first. GiB are the process' peak after both bounds, 
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
@@ -117,7 +116,7 @@ def run(options):
         for size in (8,) if options.quick else options.sizes:
             command = [sys.executable, "-m", "benchmarks.real_networks", str(path.resolve()), str(size)]
             command += ["--inputs", str(options.inputs.resolve())] if options.inputs else []
-            done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
+            done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
             if done.returncode:
                 raise SystemExit(f"{path} at {size} pixels failed; its own message is above.")
             rows.append(json.loads(done.stdout.splitlines()[-1]))

@@ -10,8 +10,6 @@ from benchmarks.projection import inside
 from benchmarks.rivals import METHODS
 
 VERSIONS = ("device", "cores", "python", "jax", "numpy", "flax", "optax", "torch")
-
-
 DOCS = Path(__file__).parent.parent / "docs"
 MARKED = re.compile(r"(?<=<!-- table: )([\w-]+), (\w+) -->\n.*?(?=<!-- end of table -->)", re.DOTALL)
 

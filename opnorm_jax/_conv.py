@@ -146,6 +146,11 @@ def restore_kernel(canonical: Float[Array, "*taps i o"], conv: Conv, dtype: Any)
     return canonical.transpose([letters.index(letter) for letter in conv.kernel_layout]).astype(dtype)
 
 
+def along_outputs(factor: Any, conv: Conv) -> Any:
+    """Reshapes factors of output channels, behind any stacked axes, so that they can be multiplied by a kernel."""
+    return factor.reshape(*factor.shape[:-1], *(-1 if letter == "O" else 1 for letter in conv.kernel_layout))
+
+
 def compute_dtype(dtype: Any) -> Any:
     """float64 for float64, float32 for everything narrower."""
     return jnp.float64 if dtype == jnp.float64 else jnp.float32

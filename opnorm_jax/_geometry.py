@@ -31,12 +31,15 @@ import dataclasses
 import functools
 import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from opnorm_jax._cache import cached_arrays
 from opnorm_jax._conv import Conv
+
+_FILLS = "CIRCULAR", "EDGE", "REFLECT"
+"""What padding is filled with, where not with zeros."""
 
 COARSE_POINTS = 2.5, 4.5, 9.0
 """Points of the coarse grids for each unit of the taps' span: their factors are at most 1.24, 1.07, 1.016 an axis."""
@@ -150,8 +153,12 @@ class Geometry:
 
 def fills(conv: Conv) -> tuple[str | None, ...]:
     """Returns what fills the padding of each axis: ``"CIRCULAR"``, ``"EDGE"``, ``"REFLECT"``, or None for zeros."""
-    entries = (conv.padding,) * len(conv.input_shape) if isinstance(conv.padding, str) else conv.padding
-    return tuple(entry if entry in ("CIRCULAR", "EDGE", "REFLECT") else None for entry in entries)
+    return tuple(entry if entry in _FILLS else None for entry in _entries(conv))
+
+
+def _entries(conv: Conv) -> tuple[Any, ...]:
+    """Returns the padding of each axis, as it is described."""
+    return (conv.padding,) * len(conv.input_shape) if isinstance(conv.padding, str) else conv.padding
 
 
 @functools.lru_cache(maxsize=1024)
@@ -279,16 +286,15 @@ def _live(size: _Size) -> Live:
 
 
 def _explicit_padding(conv: Conv, taps: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    entries = (conv.padding,) * len(taps) if isinstance(conv.padding, str) else conv.padding
     pairs = []
-    for entry, n, k, s, d in zip(entries, conv.input_shape, taps, conv.strides, conv.kernel_dilation, strict=True):
+    for entry, n, k, s, d in zip(
+        _entries(conv), conv.input_shape, taps, conv.strides, conv.kernel_dilation, strict=True
+    ):
         reach = d * (k - 1)
         total = max((math.ceil(n / s) - 1) * s + reach + 1 - n, 0)
         named = {
             "CAUSAL": (reach, 0),
-            "CIRCULAR": (reach // 2, reach - reach // 2),
-            "EDGE": (reach // 2, reach - reach // 2),
-            "REFLECT": (reach // 2, reach - reach // 2),
+            **dict.fromkeys(_FILLS, (reach // 2, reach - reach // 2)),
             "SAME": (total // 2, total - total // 2),
             "VALID": (0, 0),
         }

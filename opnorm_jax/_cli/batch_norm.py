@@ -35,16 +35,14 @@ def follower(layer: str, norms: Iterable[str]) -> str | None:
     in a sequence, each number and the next.
     """
     folder, last = _split(layer)
+    rest = _rest(last, "conv(olution)?")
     for norm in norms:
         theirs, name = _split(norm)
-        if theirs != folder:
-            continue
         if last.isdigit() and name.isdigit():
-            if int(name) == int(last) + 1:
-                return norm
-        elif _rest(last, "conv(olution)?") is not None and _rest(last, "conv(olution)?") == _rest(
-            name, "bn|batch_?norm|norm"
-        ):
+            follows = int(name) == int(last) + 1
+        else:
+            follows = rest is not None and rest == _rest(name, "bn|batch_?norm|norm")
+        if theirs == folder and follows:
             return norm
     return None
 
@@ -79,28 +77,23 @@ def factors(
     """
     found = variances(checkpoint.names)
     scales = {match[1]: name for name in checkpoint.entries if (match := _SCALE.match(name)) and match[1] in found}
-    result = {}
     for name, norm in norms.items():
         if norm not in found:
             known = f"; found {', '.join(sorted(found)[:4])}" if found else "; found none"
             raise UserError(f"{name}: expected {norm!r} to be a batch normalisation, a layer with a variance{known}.")
-        wanted = [found[norm], *([scales[norm]] if norm in scales else [])]
-        variance, *scale = checkpoint.read(wanted).values()
+    if not norms:
+        return {}
+    wanted = {names[norm] for norm in norms.values() for names in (found, scales) if norm in names}
+    arrays, result = checkpoint.read(wanted), {}  # at once: some formats are restored whole
+    for name, norm in norms.items():
+        variance, scale = arrays[found[norm]], arrays[scales[norm]] if norm in scales else None
         shape, conv = checkpoint.entries[name].shape, convs[name]
         expected = (*shape[: conv.stacked], shape[conv.stacked + conv.kernel_layout.index("O")])
-        if any(array.shape != expected for array in (variance, *scale)):
+        if variance.shape != expected or scale is not None and scale.shape != expected:
             raise UserError(
                 f"{name}: expected the batch normalisation {norm!r} to have {expected[-1]} channels, got shape "
                 f"{variance.shape}."
             )
         factor = 1 / np.sqrt(variance.astype(np.float64) + epsilon)
-        for array in scale:
-            factor = factor * array.astype(np.float64)
-        result[name] = factor
+        result[name] = factor if scale is None else factor * scale.astype(np.float64)
     return result
-
-
-def folded(kernel: np.ndarray, conv: Conv, factor: np.ndarray) -> np.ndarray:
-    """Multiplies a kernel's output channels by factors."""
-    shape = [*factor.shape[:-1], *(-1 if letter == "O" else 1 for letter in conv.kernel_layout)]
-    return (kernel * factor.reshape(shape)).astype(np.result_type(kernel, np.float32))

@@ -6,13 +6,14 @@ import math
 import re
 from collections.abc import Mapping
 
+from opnorm_jax._cli.checkpoint import Entry
 from opnorm_jax._conv import Conv
 
 _TRANSPOSED = re.compile(r"transpose|deconv|upconv|convt|(^|[./_])up(sample)?([./_\d]|$)", re.IGNORECASE)
 _SHORTCUT = re.compile(r"downsample|shortcut|skip|proj", re.IGNORECASE)
 
 
-def hints(convs: Mapping[str, Conv], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+def hints(convs: Mapping[str, Conv], entries: Mapping[str, Entry]) -> list[str]:
     """Compares each kernel with its name, and with how many channels the kernel before it gives.
 
     Files hold neither groups nor directions, so that a depthwise layer looks like one of a single input channel, and a
@@ -20,11 +21,11 @@ def hints(convs: Mapping[str, Conv], shapes: Mapping[str, tuple[int, ...]]) -> l
 
     Args:
       convs: what the kernels are described as, in natural order of their names.
-      shapes: the shapes of their arrays.
+      entries: their arrays, by name.
     """
     found = []
     sizes = {
-        name: dict(zip(conv.kernel_layout, shapes[name][conv.stacked :]))
+        name: dict(zip(conv.kernel_layout, entries[name].shape[conv.stacked :]))
         for name, conv in convs.items()
         if conv.input_shape and not _SHORTCUT.search(name)
     }

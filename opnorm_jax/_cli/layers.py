@@ -116,7 +116,7 @@ def find_kernels(checkpoint: Checkpoint, options: argparse.Namespace) -> Kernels
                 found |= given
         axes = _axes(name, found) if "input_shape" in found else None
         shaped = len(entry.shape) > 2 if axes is None else len(entry.shape) == axes
-        named = any(pattern in (name, _plain(name), _stem(name)) for pattern in rules)
+        named = any(pattern in _spellings(name) for pattern in rules)
         if name in factors and (shaped or named or len(entry.shape) > 2):
             unknown[name] = Unknown(factors[name])
         elif shaped and entry.dtype not in _FLOATS and (named or _is_suspect(name, entry.dtype)):
@@ -281,7 +281,12 @@ def _read_rules(path: Path | None) -> dict[str, dict[str, Any]]:
 
 
 def _matches(pattern: str, name: str) -> bool:
-    return any(pattern == text or fnmatch.fnmatchcase(text, pattern) for text in (name, _plain(name), _stem(name)))
+    return any(pattern == text or fnmatch.fnmatchcase(text, pattern) for text in _spellings(name))
+
+
+def _spellings(name: str) -> tuple[str, ...]:
+    """Returns what a pattern may be compared with: a kernel's name, without NNX's last word, and its layer's."""
+    return name, _plain(name), _stem(name)
 
 
 def _stem(name: str) -> str:

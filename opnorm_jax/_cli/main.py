@@ -23,10 +23,11 @@ import jax
 import numpy as np
 
 import opnorm_jax as oj
-from opnorm_jax._cli.batch_norm import EPSILON, factors, folded
+from opnorm_jax._cli.batch_norm import EPSILON, factors
 from opnorm_jax._cli.checkpoint import UserError, open_checkpoint
 from opnorm_jax._cli.hints import hints
 from opnorm_jax._cli.layers import Kernels, add_arguments, find_kernels, positive
+from opnorm_jax._conv import along_outputs
 from opnorm_jax._tree.layers import list_layers
 from opnorm_jax._tree.report import format_table, printable, show_progress
 from opnorm_jax._tree.transform import CONSTRAINTS
@@ -90,12 +91,13 @@ def _report(options: argparse.Namespace) -> None:
             params, convs, scales=dict.fromkeys(params) | scales, smallest=options.smallest, progress=_progress()
         )
         if options.plot:
-            drawn = {name: folded(kernels[name], found.convs[name], factor) for name, factor in scales.items()}
+            drawn = {name: kernels[name] * along_outputs(scales[name], found.convs[name]) for name in scales}
+            drawn = {name: array.astype(np.result_type(kernels[name], np.float32)) for name, array in drawn.items()}
             try:
                 oj.plot_spectra(params | drawn, convs, path=options.plot, title=Path(options.checkpoint).name)
             except OSError as error:
                 raise UserError(f"{options.plot}: cannot be written ({error}).") from None
-    guesses = hints(found.convs, {name: checkpoint.entries[name].shape for name in found.convs})
+    guesses = hints(found.convs, checkpoint.entries)
     if options.json:
         facts = {"checkpoint": str(checkpoint.path), "notes": found.notes, "hints": guesses}
         facts |= {"batch_norms": found.batch_norms, **report.as_dict(), "skipped": found.skipped}
@@ -129,7 +131,7 @@ def _constrain(options: argparse.Namespace) -> None:
             f'opnorm constrain folds no "batch_norm" ({_some(found.batch_norms)}): it bounds kernels alone.'
         )
     _print_notes(found)
-    for guess in hints(found.convs, {name: checkpoint.entries[name].shape for name in found.convs}):
+    for guess in hints(found.convs, checkpoint.entries):
         _tell(guess)
     kernels = checkpoint.read(found.convs)
     if broken := [name for name, kernel in kernels.items() if not np.isfinite(kernel.astype(np.float64)).all()]:

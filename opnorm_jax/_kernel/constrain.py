@@ -256,7 +256,8 @@ def constrained(
 def _constrained(kernel, max_norm, constraint, geometry: Geometry, options: Options):
     small, scale = prepare(kernel, geometry)
     plan, execution = geometry.plan, options.execution
-    bound = max_norm.astype(small.dtype) / (scale * geometry.gain)
+    unit = scale * geometry.gain  # a norm on the circulant embedding, times this, bounds the layer's
+    bound = max_norm.astype(small.dtype) / unit
     info = None
     if constraint == "clip":
         correction, norm = clip(small, bound, plan, execution)
@@ -282,7 +283,7 @@ def _constrained(kernel, max_norm, constraint, geometry: Geometry, options: Opti
     if info is not None:
         scaled = lambda value: scale * jnp.where(changed, value, 0)
         distance, gap = scaled(info.distance), scaled(info.gap)
-        info = ProjectionInfo(distance, gap, scale * info.floor, info.iterations, scale * geometry.gain * norm)
+        info = ProjectionInfo(distance, gap, scale * info.floor, info.iterations, unit * norm)
     if constraint == "clip" and options.norm_wanted:
         norm = circular_norm(small, plan, execution)
-    return Constrained(result, scale * geometry.gain * norm, changed, info)
+    return Constrained(result, unit * norm, changed, info)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -118,7 +117,7 @@ def _inputs(axes: list[Axis]) -> list[tuple[int, Any, int]]:
         axis.taps == 1 and pads == (0, 0) and axis.outputs == -(-n * dilation // axis.stride)
         for axis, (n, pads, dilation) in zip(axes, each)
     ]
-    if any(circular) and all(map(operator.or_, circular, whole)):  # then that is one way to put it
+    if any(circular) and all(c or w for c, w in zip(circular, whole)):  # then that is one way to put it
         return [(n, "CIRCULAR", dilation) for n, _, dilation in each]
     return each
 
@@ -153,10 +152,8 @@ def _copied(axis: Axis) -> tuple[int, str, int]:
         alone = axis.input_dilation == 1 and axis.pads == (0, 0) and entries.min() > HOLE // 2
         # A reversed kernel mirrors the layer, and its padding.
         if alone and n > 0 and len(np.unique(entries)) == n and (low == high or not axis.is_flipped):
-            core = entries[low : low + n]
-            for name, mode in (("EDGE", "edge"), ("REFLECT", "reflect")):
-                if np.array_equal(np.pad(core, (low, high), mode=mode), entries):  # type: ignore[call-overload]
-                    return n, name, 1
+            if (mode := _padded_by(entries, low, n)) in ("edge", "reflect"):
+                return n, mode.upper(), 1
         raise
 
 
@@ -182,10 +179,18 @@ def _mode(entries: np.ndarray) -> str:
     distinct = len(np.unique(entries[entries > HOLE // 2]))
     if len(entries) <= 512 and entries.min() > HOLE // 2:
         for low in range(len(entries) - distinct + 1):
-            core, pads = entries[low : low + distinct], (low, len(entries) - distinct - low)
-            if len(np.unique(core)) == distinct:
-                for mode in ("edge", "reflect", "symmetric"):
-                    if np.array_equal(np.pad(core, pads, mode=mode), entries):  # type: ignore[call-overload]
-                        return mode
+            if len(np.unique(entries[low : low + distinct])) == distinct and (
+                mode := _padded_by(entries, low, distinct)
+            ):
+                return mode
     most = int(np.unique(entries, return_counts=True)[1].max())
     return f"up to {most} of each, at no place that is a known padding"
+
+
+def _padded_by(entries: np.ndarray, low: int, n: int) -> str:
+    """Returns the mode by which ``np.pad`` makes the entries of n of them, from ``low`` on; empty if none does."""
+    core, pads = entries[low : low + n], (low, len(entries) - n - low)
+    for mode in ("edge", "reflect", "symmetric"):
+        if np.array_equal(np.pad(core, pads, mode=mode), entries):  # type: ignore[call-overload]
+            return mode
+    return ""

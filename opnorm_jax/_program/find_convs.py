@@ -67,9 +67,9 @@ def find_convs(
       *args, **kwargs: the function's other arguments. Arrays and ``ShapeDtypeStruct`` are traced (a batch of 1 will
         do), everything else is passed on as it is. The convolutions are those of *these* shapes.
       on_unknown: what becomes of a kernel that no ``Conv`` describes: masked, standardised or normalised weights, a
-        kernel used with two geometries, complex or integer kernels. With ``"error"`` a
-        ValueError names each with the reason. With ``"skip"`` its place in the result holds an :class:`Unknown` with
-        the reason; every function of this library passes over it.
+        kernel used with two geometries, complex or integer kernels. With ``"error"`` a ValueError names each with
+        the reason. With ``"skip"`` its place in the result holds an :class:`Unknown` with the reason; every function of
+        this library passes over it.
       dense: also report matrices, as the 0-dimensional convolution ``Conv(())``.
 
     Returns:

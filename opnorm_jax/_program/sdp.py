@@ -400,7 +400,7 @@ def _certified(arithmetic, stage, q, b):
     positive = by_matrix(top > 0)
     scale = xp.where(positive, 1 / xp.sqrt(xp.where(positive, by_matrix(top), 1)), 0)
     unit = xp.where(positive, scale * found * scale, identity(rows))
-    b = _pad(xp, b, side - b.shape[-1], 0)
+    b = xp.pad(b, [(0, 0), (0, 0), (side - b.shape[-1], 0)])
     rows_above = xp.concatenate([q, adjoint(scale * b)], axis=-1)
     whole = xp.concatenate([rows_above, xp.concatenate([scale * b, unit], axis=-1)], axis=-2)
     checked = arithmetic.cholesky(still(whole - by_matrix(slack) * identity(side + rows)))
@@ -440,10 +440,6 @@ def _flat(frequencies, grid):
 
 def _gram(arithmetic, matrices):
     return arithmetic.mul(adjoint(matrices), matrices)
-
-
-def _pad(xp, part, before, after):
-    return xp.pad(part, [(0, 0)] * (part.ndim - 1) + [(before, after)])
 
 
 def _sum(forms, signs=None):

@@ -12,7 +12,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from opnorm_jax._conv import Conv, canonical_shape
+from opnorm_jax._conv import Conv, along_outputs, canonical_shape
 from opnorm_jax._geometry import fills
 from opnorm_jax._kernel.bounds import operator_norm_bounds
 from opnorm_jax._program import slopes
@@ -270,7 +270,6 @@ def _scaled(layer: Layer, factor: Any, name: str, rank: int) -> Layer | None:
     if factor.size == 1:
         return layer._replace(scale=times(layer.scale, largest(factor)), roundings=layer.roundings + 1)
     top = jnp.max(jnp.abs(factor))
-    channels = [-1 if letter == "O" else 1 for letter in layer.conv.kernel_layout]
-    relative = (factor / jnp.where(top > 0, top, 1)).reshape(channels)
+    relative = along_outputs((factor / jnp.where(top > 0, top, 1)).ravel(), layer.conv)
     scale = times(layer.scale, largest(factor))
     return layer._replace(kernel=layer.kernel * relative, scale=scale, roundings=layer.roundings + 5)

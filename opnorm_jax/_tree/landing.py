@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from opnorm_jax._conv import Conv, canonical_kernel
+from opnorm_jax._conv import Conv, canonical_kernel, canonical_shape
 from opnorm_jax._geometry import resolve
 
 _TRIES = 60
@@ -105,8 +105,9 @@ def find_scale(target: jax.Array, reach: Callable, conv: Conv, bound: jax.Array,
     return jnp.where(good, scale, 0)
 
 
-def single_entry(kernel: jax.Array, dtype: Any, bound: jax.Array, wide: Any) -> jax.Array:
+def single_entry(kernel: jax.Array, dtype: Any, conv: Conv, bound: jax.Array, wide: Any) -> jax.Array:
     """Returns a target inside the ball with one entry: the one that updates of the given dtype can set most finely."""
+    bound = bound / resolve(conv, canonical_shape(kernel, conv)).gain
     flat = lax.stop_gradient(jnp.ravel(kernel).astype(wide))
     exponent = jnp.frexp(flat)[1]
     steps = jnp.where(flat == 0, 0, jnp.ldexp(jnp.ones_like(flat), exponent - 1 - jnp.finfo(dtype).nmant))

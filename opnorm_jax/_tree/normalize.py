@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from opnorm_jax._conv import Conv, check_max_norm, compute_dtype
+from opnorm_jax._conv import Conv, along_outputs, check_max_norm, compute_dtype
 from opnorm_jax._execution import Execution, check_execution
 from opnorm_jax._kernel.bounds import operator_norm_bounds
 from opnorm_jax._kernel.constrain import rescale_operator_norm
@@ -105,8 +105,7 @@ def rescaled(params: Any, max_norm: Any, convs: Any, execution: Execution, scale
         if scale is None:
             return rescale_operator_norm(kernel, conv, max_norm, execution=execution)
         wide = kernel.astype(jnp.promote_types(compute_dtype(kernel.dtype), scale.dtype))
-        channels = [-1 if letter == "O" else 1 for letter in conv.kernel_layout]
-        scaled = wide * scale.astype(wide.dtype).reshape(channels)
+        scaled = wide * along_outputs(scale.astype(wide.dtype), conv)
         bound = jnp.asarray(max_norm, wide.dtype)
         upper = operator_norm_bounds(scaled, conv, execution=execution).upper
         return (wide * (bound / jnp.maximum(bound, upper))).astype(kernel.dtype)

@@ -109,12 +109,12 @@ def spectral_report(
     r"""Reports norm bounds, smallest singular value, condition and stable rank of each convolution of a network.
 
     What is exact: the bounds are certified for every padding, and the Frobenius norm, :math:`\sum_j n_j |K_j|^2` with
-    :math:`n_j` the pairs of an output and an input pixel that meet at tap j, is that of the layer really used; so the
-    stable rank is as good as the norm. The smallest value and the condition have a formula only for circular padding
-    with strides that divide the grid. For all else they are those of the circulant embedding (see
-    :class:`LayerReport`), and the table marks them with ``~``; or with ``>=`` and ``<=`` for "full" padding, where that
-    is certified. ``smallest=True`` finds the layer's own instead: converged in double precision, and certified from
-    below.
+    :math:`n_j` the pairs of an output and an input pixel that meet at tap j (taps that meet the same pixel count as
+    their sum), is that of the layer really used; so the stable rank is as good as the norm. The smallest value and the
+    condition have a formula only for circular padding with strides that divide the grid. For all else they are those of
+    the circulant embedding (see :class:`LayerReport`), and the table marks them with ``~``; or with ``>=`` and ``<=``
+    for "full" padding, where that is certified. ``smallest=True`` finds the layer's own instead: converged in double
+    precision, and certified from below.
 
     Args:
       params: a tree of arrays of any real floating dtype.
@@ -258,20 +258,27 @@ def _cells(layer: LayerReport) -> tuple[str, ...]:
     cells = path, _format_kernel(layer.shape, layer.conv), format_conv(layer.conv)
     if layer.reason:
         return *cells[:2], f"{cells[2]} ({layer.reason})"
-    marks = ("", "") if layer.smallest_of == "layer" else (">=", "<=") if layer.smallest_lower > 0 else ("~", "~")
-    smallest = layer.smallest_lower if marks[0] == ">=" else layer.smallest
+    below, above = _marks(layer)
+    smallest = layer.smallest_lower if below == ">=" else layer.smallest
     bounds = (f"{value:#.5g}" for value in (layer.lower, layer.upper))
     return (
         *cells,
         *bounds,
-        f"{marks[0]}{smallest:.3g}",
-        f"{marks[1]}{layer.condition:.3g}",
+        f"{below}{smallest:.3g}",
+        f"{above}{layer.condition:.3g}",
         f"{layer.stable_rank:.4g}",
     )
 
 
+def _marks(layer: LayerReport) -> tuple[str, str]:
+    """Returns the marks of the smallest value and of the condition."""
+    if layer.smallest_of == "layer":
+        return "", ""
+    return (">=", "<=") if layer.smallest_lower > 0 else ("~", "~")
+
+
 def _notes(layers: tuple[LayerReport, ...]) -> list[str]:
-    if all(layer.reason or layer.smallest_of == "layer" or layer.smallest_lower > 0 for layer in layers):
+    if all(layer.reason or _marks(layer) != ("~", "~") for layer in layers):
         return []
     return ["~ of the circle that certifies the upper bound; the layer's own has no formula"]
 

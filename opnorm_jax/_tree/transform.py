@@ -14,7 +14,6 @@ import optax
 
 from opnorm_jax._conv import Conv, canonical_shape, check_max_norm, compute_dtype
 from opnorm_jax._execution import Execution, check_execution
-from opnorm_jax._geometry import resolve
 from opnorm_jax._kernel.compiled import exportable, place
 from opnorm_jax._kernel.constrain import Constrained, Options, constrained
 from opnorm_jax._rounding import inside_tolerance, rounding
@@ -261,15 +260,14 @@ def _constrain_one(
         out = _call(options, before, conv, usable)
         target, changed = out.kernel, out.changed
     else:
-        shape = canonical_shape(kernel, conv)
-        eps, r = float(jnp.finfo(wide).eps), rounding(shape, wide)
+        eps, r = float(jnp.finfo(wide).eps), rounding(canonical_shape(kernel, conv), wide)
         aim = usable * (1 - 2 * r - inside_tolerance(wide) - 8 * eps)
         limit = usable * (1 + 2 * float(jnp.finfo(kernel.dtype).eps))
         out = _call(options, before, conv, aim)
         changed = ~(out.norm * (1 + r) <= limit)
         aimed = out.kernel
         scale = find_scale(aimed, reach, conv, aim, limit * (1 - 2 * r))
-        lone = single_entry(kernel, dtype, usable / resolve(conv, shape).gain, wide)
+        lone = single_entry(kernel, dtype, conv, usable, wide)
         target = jnp.where(scale > 0, scale * aimed, lone)
     target = jnp.where(bound > 0, target, jnp.where(bound == 0, jnp.zeros_like(target), jnp.nan))
     changed = changed | ~(bound > 0)

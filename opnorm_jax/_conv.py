@@ -43,7 +43,8 @@ class Conv:
       feature_group_count: number of groups the channels are split into.
       kernel_layout: a permutation of the spatial letters (``W``, ``HW`` or ``DHW``) and ``I``, ``O``.
         Flax and Haiku: ``"HWIO"`` (the default; ``"WIO"`` in 1-D, ``"DHWIO"`` in 3-D). PyTorch, Equinox: ``"OIHW"``.
-      stacked: number of leading axes along which a parameter holds many such kernels, for ``jax.lax.scan`` say. For the
+      stacked: along how many leading axes a parameter holds such kernels, for ``jax.lax.scan`` say; or a tuple of the
+        axes, where they are others. ``kernel_layout`` names the axes of one kernel, those that are left. For the
         functions of whole trees; those of a kernel take one member, under ``jax.vmap``.
 
     Raises:
@@ -65,7 +66,7 @@ class Conv:
     kernel_dilation: tuple[int, ...]
     feature_group_count: int
     kernel_layout: str
-    stacked: int
+    stacked: int | tuple[int, ...]
 
     def __init__(
         self,
@@ -77,7 +78,7 @@ class Conv:
         kernel_dilation: int | Sequence[int] = 1,
         feature_group_count: int = 1,
         kernel_layout: str | None = None,
-        stacked: int = 0,
+        stacked: int | Sequence[int] = 0,
     ):
         shape = _input_shape(input_shape)
         rank = len(shape)
@@ -100,9 +101,7 @@ class Conv:
         set_("kernel_dilation", per_axis(kernel_dilation, rank, "kernel_dilation"))
         set_("feature_group_count", _positive_int(feature_group_count, "feature_group_count"))
         set_("kernel_layout", layout(kernel_layout, rank))
-        if (stacked := _int(stacked, "stacked")) < 0:
-            raise ValueError(f"expected stacked to be 0 or more, got {stacked}.")
-        set_("stacked", stacked)
+        set_("stacked", _stacked(stacked, rank + 2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,9 +145,39 @@ def restore_kernel(canonical: Float[Array, "*taps i o"], conv: Conv, dtype: Any)
     return canonical.transpose([letters.index(letter) for letter in conv.kernel_layout]).astype(dtype)
 
 
+def stacked_axes(conv: Conv) -> tuple[int, ...]:
+    """Returns the axes along which a parameter holds many kernels."""
+    return tuple(range(conv.stacked)) if isinstance(conv.stacked, int) else conv.stacked
+
+
+def stacked_first(array: Any, conv: Conv) -> Any:
+    """Moves the axes along which a parameter holds many kernels to the front."""
+    return array if isinstance(conv.stacked, int) else array.transpose(_stacked_order(conv))
+
+
+def stacked_back(array: Any, conv: Conv) -> Any:
+    """Undoes :func:`stacked_first`."""
+    if isinstance(conv.stacked, int):
+        return array
+    order = _stacked_order(conv)
+    return array.transpose([order.index(axis) for axis in range(len(order))])
+
+
+def member_shape(shape: Sequence[int], conv: Conv) -> tuple[int, ...]:
+    """Returns the shape of one kernel of a parameter's."""
+    axes = stacked_axes(conv)
+    return tuple(length for axis, length in enumerate(shape) if axis not in axes)
+
+
+def _stacked_order(conv: Conv) -> list[int]:
+    axes = stacked_axes(conv)
+    return [*axes, *(axis for axis in range(len(axes) + len(conv.kernel_layout)) if axis not in axes)]
+
+
 def along_outputs(factor: Any, conv: Conv) -> Any:
-    """Reshapes factors of output channels, behind any stacked axes, so that they can be multiplied by a kernel."""
-    return factor.reshape(*factor.shape[:-1], *(-1 if letter == "O" else 1 for letter in conv.kernel_layout))
+    """Reshapes factors of output channels, behind any stacked axes, so that they can be multiplied by a parameter."""
+    one = [-1 if letter == "O" else 1 for letter in conv.kernel_layout]
+    return stacked_back(factor.reshape(*factor.shape[:-1], *one), conv)
 
 
 def compute_dtype(dtype: Any) -> Any:
@@ -267,6 +296,20 @@ def _int(value: Any, name: str) -> int:
         return operator.index(value)
     except TypeError:
         raise TypeError(f"expected {name} to be made of ints, got {value!r} ({type(value).__name__}).") from None
+
+
+def _stacked(stacked: Any, rank: int) -> int | tuple[int, ...]:
+    """Returns how many leading axes count kernels of so many axes each; or which axes, in order, if they are others."""
+    if not isinstance(stacked, (tuple, list)):
+        if (number := _int(stacked, "stacked")) < 0:
+            raise ValueError(f"expected stacked to be 0 or more, got {number}.")
+        return number
+    rank += len(stacked)
+    given = [_int(axis, "stacked") for axis in stacked]
+    axes = sorted(axis + rank if axis < 0 else axis for axis in given)
+    if len(set(axes)) < len(axes) or (axes and not 0 <= axes[0] <= axes[-1] < rank):
+        raise ValueError(f"expected stacked to hold different axes of a parameter with {rank} axes, got {stacked!r}.")
+    return len(axes) if axes == list(range(len(axes))) else tuple(axes)
 
 
 def _positive_int(value: Any, name: str) -> int:

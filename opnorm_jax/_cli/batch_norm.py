@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from opnorm_jax._cli.checkpoint import Checkpoint, UserError
-from opnorm_jax._conv import Conv
+from opnorm_jax._conv import Conv, member_shape, stacked_axes
 
 EPSILON = 1e-5
 """What PyTorch and Flax add to a variance by default."""
@@ -88,7 +88,8 @@ def factors(
     for name, norm in norms.items():
         variance, scale = arrays[found[norm]], arrays[scales[norm]] if norm in scales else None
         shape, conv = checkpoint.entries[name].shape, convs[name]
-        expected = (*shape[: conv.stacked], shape[conv.stacked + conv.kernel_layout.index("O")])
+        members = [shape[axis] for axis in stacked_axes(conv)]
+        expected = (*members, member_shape(shape, conv)[conv.kernel_layout.index("O")])
         if variance.shape != expected or scale is not None and scale.shape != expected:
             raise UserError(
                 f"{name}: expected the batch normalisation {norm!r} to have {expected[-1]} channels, got shape "

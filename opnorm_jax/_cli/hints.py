@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 
 from opnorm_jax._cli.checkpoint import Entry
-from opnorm_jax._conv import Conv
+from opnorm_jax._conv import Conv, member_shape
 
 _TRANSPOSED = re.compile(r"transpose|deconv|upconv|convt|(^|[./_])up(sample)?([./_\d]|$)", re.IGNORECASE)
 _SHORTCUT = re.compile(r"downsample|shortcut|skip|proj", re.IGNORECASE)
@@ -25,7 +25,7 @@ def hints(convs: Mapping[str, Conv], entries: Mapping[str, Entry]) -> list[str]:
     """
     found = []
     sizes = {
-        name: dict(zip(conv.kernel_layout, entries[name].shape[conv.stacked :]))
+        name: dict(zip(conv.kernel_layout, member_shape(entries[name].shape, conv)))
         for name, conv in convs.items()
         if conv.input_shape and not _SHORTCUT.search(name)
     }

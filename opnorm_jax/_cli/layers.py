@@ -17,7 +17,7 @@ import numpy as np
 
 from opnorm_jax._cli.batch_norm import EPSILON, follower, variances
 from opnorm_jax._cli.checkpoint import Checkpoint, Entry, UserError
-from opnorm_jax._conv import SPATIAL_LETTERS, Conv, Unknown
+from opnorm_jax._conv import SPATIAL_LETTERS, Conv, Unknown, member_shape
 from opnorm_jax._tree.layers import Layer, natural_key
 
 _KEYS = (
@@ -236,13 +236,22 @@ def _conv(name: str, entry: Entry, found: dict[str, Any]) -> Conv:
 
 def _axes(name: str, found: Mapping[str, Any]) -> int:
     shape, stacked = found["input_shape"], found.get("stacked", 0)
-    if not isinstance(shape, list) or not isinstance(stacked, int):
+    if not isinstance(shape, list) or not isinstance(stacked, (int, list)):
         raise UserError(
-            f"{name}: expected input_shape to be a list of ints and stacked an int, got {shape!r}, {stacked!r}."
+            f"{name}: expected input_shape to be a list of ints and stacked an int or a list of them, got {shape!r}, "
+            f"{stacked!r}."
         )
     if len(shape) >= len(SPATIAL_LETTERS):
         raise UserError(f"{name}: expected input_shape to hold 1 to 3 numbers (no batch, no channels), got {shape}.")
-    return len(shape) + 2 + stacked
+    return len(shape) + 2 + (stacked if isinstance(stacked, int) else len(stacked))
+
+
+def _member(name: str, entry: Entry, found: Mapping[str, Any]) -> tuple[int, ...]:
+    """Returns the shape of one kernel."""
+    try:
+        return member_shape(entry.shape, Conv(found["input_shape"], stacked=found.get("stacked", 0)))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name} {entry.shape}: {error}") from None
 
 
 def _choose(entries: Mapping[str, Entry], options: argparse.Namespace) -> dict[str, Entry]:
@@ -308,7 +317,7 @@ def _set_layouts(settings: dict[str, dict[str, Any]], entries: Mapping[str, Entr
     open_ = {name: found for name, found in settings.items() if "kernel_layout" not in found}
     if not open_:
         return []
-    shapes = {name: entries[name].shape[found.get("stacked", 0) :] for name, found in open_.items()}
+    shapes = {name: _member(name, entries[name], found) for name, found in open_.items()}
     by_shape = {verdict for shape in shapes.values() if (verdict := _by_shape(shape))}
     by_name = {verdict for name in open_ if (verdict := _by_name(name))}
     notes = []

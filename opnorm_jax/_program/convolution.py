@@ -40,7 +40,7 @@ def read_convolution(
     is_flipped: Sequence[bool],
     *,
     groups: int | None = None,
-    stacked: int = 0,
+    stacked: int | tuple[int, ...] = 0,
 ) -> Conv:
     """Returns the ``Conv`` of an equation; a ValueError says why none describes it.
 

@@ -50,8 +50,8 @@ def find_convs(
 
     It sees through ``jit``, ``checkpoint``, ``scan``, ``cond``, ``while_loop``, custom derivatives, casts, transposed
     and flipped kernels, and reads 1 x 1 convolutions written as matrix products. Stacked kernels (those that ``scan``
-    or an index takes apart along their leading axes, and those that ``vmap`` runs side by side) get the ``Conv`` of
-    each member, with ``stacked`` set.
+    or an index takes apart along any axes, and those that ``vmap`` runs side by side) get the ``Conv`` of each member,
+    with ``stacked`` set.
 
     A convolution's input is the array before its pixels were last moved. It is described where along each axis its
     pixels occur once, with zeros around or between them; or come round in a circle; or are padded with edge pixels or
@@ -155,7 +155,7 @@ def _walk(program: Any, values: Sequence[Value], sites: Sites, sharded: bool, ca
         if touches_reference(eqn):
             outs = _through_reference(eqn, ins, sites)
         elif eqn.primitive is p.conv_general_dilated_p:
-            outs = [_convolution(eqn, ins, sites, sharded)]
+            outs = [_convolution(eqn, ins, sites, sharded, _is_split(jaxpr, eqn))]
         elif eqn.primitive is p.dot_general_p:
             outs = [_product(eqn, ins, sites)]
         elif is_identity(eqn):
@@ -270,12 +270,14 @@ def _scanned(value: Value, outside: Any, inside: Any) -> Value:
 # Convolutions and products.
 
 
-def _convolution(eqn: Any, ins: list[Value], sites: Sites, sharded: bool) -> Value:
+def _convolution(eqn: Any, ins: list[Value], sites: Sites, sharded: bool, is_split: bool) -> Value:
     (image, kernel), shape = ins, eqn.invars[1].aval.shape
     out = computed("conv_general_dilated", [image, kernel], eqn.outvars[0].aval.shape)
     if kernel.kernel:
         spatial = {n: out.shape[n] for n in eqn.params["dimension_numbers"].out_spec[2:]}
-        site = Site(_described(eqn, image, kernel.kernel, sites, sharded), spatial, _covers(eqn))
+        inside = "its convolution is inside shard_map, whose shapes are one device's: trace the model without it"
+        found = inside if sharded else _described(eqn, image, kernel.kernel, sites, is_split)
+        site = Site(found, spatial, _covers(eqn))
         sites.add(kernel.kernel.leaf, site)
         return dataclasses.replace(out, site=site, kernels=frozenset())
     if kernel.leaves and (kernel.kernels or not kernel.from_input):
@@ -301,15 +303,39 @@ def _covers(eqn: Any) -> tuple[bool, ...]:
     return tuple(covers)
 
 
-def _described(eqn: Any, image: Value, kernel: Kernel, sites: Sites, sharded: bool) -> Conv | str:
-    """Returns the ``Conv`` of a convolution, or why there is none."""
-    if sharded:
-        return "its convolution is inside shard_map, whose shapes are one device's: trace the model without it"
+def _is_split(jaxpr: Any, eqn: Any) -> bool:
+    """Tells whether a convolution's output channels do nothing but be taken apart, as by ``vmap``."""
+    (out,), axis = eqn.outvars, eqn.params["dimension_numbers"].out_spec[1]
+    users = [user for user in jaxpr.eqns if any(v is out for v in user.invars)]
+    channels = out.aval.shape[axis]
+    split = lambda shape: shape[:axis] == out.aval.shape[:axis] and shape[axis : axis + 1] < (channels,)
+    apart = all(user.primitive is p.reshape_p and split(user.outvars[0].aval.shape) for user in users)
+    return apart and not any(v is out for v in jaxpr.outvars)
+
+
+def _is_one_image(image: Value, axis: int) -> bool:
+    """Tells whether the channels of an image are sure not to be those of several, as ``vmap`` merges them.
+
+    It merges the channels of convolutions alone, and takes those of their results apart again.
+    """
     try:
-        spec = eqn.params["dimension_numbers"].rhs_spec
+        elements = image.elements
+    except NotUnderstood:
+        return False
+    if image.site or elements.axes is None or len(elements.sources) != 1:
+        return False
+    places = np.stack(np.unravel_index(np.maximum(elements.axes[axis], 0), elements.sources[0].shape))
+    return bool(np.count_nonzero(np.ptp(places, axis=1)) <= 1)
+
+
+def _described(eqn: Any, image: Value, kernel: Kernel, sites: Sites, is_split: bool) -> Conv | str:
+    """Returns the ``Conv`` of a convolution, or why there is none."""
+    try:
+        numbers = eqn.params["dimension_numbers"]
+        spec, one_image = numbers.rhs_spec, _is_one_image(image, numbers.lhs_spec[1])
         axes = Axes(kernel, tuple(sites.leaves[kernel.leaf].shape))
         letters = dict(zip(spec, kernel_letters(eqn)))
-        groups = axes.assign(letters, eqn.params["feature_group_count"])
+        groups = axes.assign(letters, eqn.params["feature_group_count"], one_image, is_split)
         layout, stacked = axes.layout()
         flipped = [axes.is_flipped(n) for n in spec[2:]]
         alone = read_convolution(eqn, None, layout, flipped, groups=groups, stacked=stacked)

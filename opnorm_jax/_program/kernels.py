@@ -80,26 +80,35 @@ class Axes:
             if covered != length:
                 raise ValueError(f"the convolution takes a part of it, {self.operand}")
 
-    def assign(self, letters: dict[int, str], groups: int) -> int:
+    def assign(self, letters: dict[int, str], groups: int, one_image: bool, is_split: bool) -> int:
         """Gives the parameter's axes the letters of the operand's, and returns the groups of one kernel.
 
         ``vmap`` merges a stack of kernels into output channels: as groups if each has an input of its own.
+
+        Args:
+          letters: of the operand's axes.
+          groups: of the equation.
+          one_image: whether it is sure that the image was not merged from several.
+          is_split: whether the output channels are taken apart again, as by ``vmap``.
         """
         missing, own_groups = [], groups
         for n, along in enumerate(self.along):
             if not along:
                 missing.append(letters[n])
                 continue
-            (*stack, axis), is_shared = self._slowest_first(n, along, groups if letters[n] == "O" else 1)
+            (*stack, axis), is_shared = [*along], True
+            if stack:
+                (*stack, axis), is_shared = self._slowest_first(n, groups, one_image, is_split)
             if stack and letters[n] != "O":
                 raise ValueError("several of its axes become one before the convolution takes it")
             members = math.prod(self.shape[other] for other in stack)
             if not is_shared and groups % members:
                 raise ValueError(f"its {members} stacked kernels share {groups} groups")
-            own_groups = groups if is_shared else groups // members
+            if letters[n] == "O":
+                own_groups = groups if is_shared else groups // members
             self.swept += stack
             self.letters[axis] = letters[n]
-            is_straight = np.array_equal(self.places[n][axis][: self.shape[axis]], np.arange(self.shape[axis]))
+            is_straight = bool(stack) or np.array_equal(self.places[n][axis], np.arange(self.shape[axis]))
             # The order of channels changes no norm, except that output channels must not change their group.
             free = letters[n] == "I" or (letters[n] == "O" and own_groups == 1)
             if not (is_straight or free or (letters[n] not in "IO" and self.is_flipped(n))):
@@ -122,31 +131,33 @@ class Axes:
         self.letters = min(choices, key=lambda choice: choice[:2])[2] if missing else self.letters
         return own_groups
 
-    def _slowest_first(self, n: int, along: list[int], groups: int) -> tuple[list[int], bool]:
+    def _slowest_first(self, n: int, groups: int, one_image: bool, is_split: bool) -> tuple[list[int], bool]:
         """Returns the parameter's axes along one of the operand's, if they were merged as by ``vmap``.
 
-        Also whether the merged kernels share their input: then groups, if any, come before the members.
+        Also whether the merged kernels share their input: then groups, if any, come before the members. Both readings
+        may be possible. That with an input for each, whose norms are the layer's, then holds unless it is ruled out.
         """
-        for *stack, axis in itertools.permutations(along) if len(along) > 1 else ():
-            lengths, length = [self.shape[other] for other in stack], self.shape[axis]
-            grid = np.indices([*lengths, length]).reshape(len(along), -1)
-            if all(np.array_equal(self.places[n][a], line) for a, line in zip([*stack, axis], grid)):
-                return [*stack, axis], groups == 1
-            if length % groups == 0:
+        along, shared, apart = self.along[n], [], []
+        matches = lambda axes, lines: all(np.array_equal(self.places[n][a], line) for a, line in zip(axes, lines))
+        for axes in itertools.permutations(along):
+            *lengths, length = (self.shape[axis] for axis in axes)
+            if matches(axes, np.indices([*lengths, length]).reshape(len(along), -1)):
+                (shared if groups == 1 else apart).append([*axes])
+            elif length % groups == 0:
                 first, *members, last = np.indices([groups, *lengths, length // groups]).reshape(len(along) + 1, -1)
-                lines = [*members, first * (length // groups) + last]
-                if all(np.array_equal(self.places[n][a], line) for a, line in zip([*stack, axis], lines)):
-                    return [*stack, axis], True
-        if len(along) == 1:
-            return along, True
+                if matches(axes, [*members, first * (length // groups) + last]):
+                    shared.append([*axes])
+        if apart and not (shared and one_image and is_split):
+            return apart[0], False
+        if shared and is_split:
+            return shared[0], True
         raise ValueError("several of its axes become one before the convolution takes it")
 
-    def layout(self) -> tuple[str, int]:
-        """Returns the layout of one kernel, and the number of stacked axes before it."""
-        stack = sorted(axis for axis in range(len(self.shape)) if axis not in self.letters)
-        if stack != list(range(len(stack))):
-            raise ValueError(f"stacked along axes {stack}: only leading axes may be")
-        return "".join(self.letters[axis] for axis in range(len(stack), len(self.shape))), len(stack)
+    def layout(self) -> tuple[str, tuple[int, ...]]:
+        """Returns the layout of one kernel, and the axes along which kernels are stacked."""
+        axes = range(len(self.shape))
+        stacked = tuple(axis for axis in axes if axis not in self.letters)
+        return "".join(self.letters[axis] for axis in axes if axis in self.letters), stacked
 
     def is_flipped(self, n: int) -> bool:
         """Tells whether the operand's axis runs through one of the parameter's backwards."""
@@ -177,11 +188,9 @@ def read_matrix(kernel: Kernel, contracted: Any, batched: Any, shape: tuple, fre
     single = [axis for axis in single if axis not in axes.swept]
     if len(single) >= len(SPATIAL_LETTERS):
         return "multiplies along several of its axes: it is no matrix"
-    if sorted(stack) != list(range(len(stack))):
-        return f"stacked along axes {sorted(stack)}: only leading axes may be"
     letters |= dict(zip(single, SPATIAL_LETTERS[len(single)]))
     # The free axes of the image: batch and space, if there are as many.
     spatial = len(single)
     input_shape = free[-spatial:] if spatial and len(free) in (spatial, spatial + 1) else [1] * spatial
-    layout = "".join(letters[axis] for axis in range(len(stack), len(shape)))
-    return Conv(tuple(input_shape), padding=((0, 0),) * spatial, kernel_layout=layout, stacked=len(stack))
+    layout = "".join(letters[axis] for axis in sorted(letters))
+    return Conv(tuple(input_shape), padding=((0, 0),) * spatial, kernel_layout=layout, stacked=stack)

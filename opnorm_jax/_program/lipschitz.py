@@ -75,8 +75,10 @@ def lipschitz_bound(fn: Callable[..., Any], params: Any, x: Any, *, method: str 
     Raises:
       ValueError: ``fn`` applies to the input an operation that has no Lipschitz constant, or none known here (products
         of two paths as in attention, division by a norm or by a batch's own statistics, exp, branches on the input).
-        The message names it. Activations are recognised by their expression: those of ``jax.nn`` except ``glu`` and
-        ``standardize``, and common ones written by hand.
+        The message names it. Products, quotients, powers, roots and exponentials are accepted where functions such as
+        ``jnp.clip``, ``jnp.tanh`` and ``jax.nn.sigmoid`` hold their operands between limits, as in gated units and in
+        squeeze and excitation behind a bounded activation. Activations are recognised by their expression: those of
+        ``jax.nn`` except ``glu`` and ``standardize``, and common ones written by hand.
       ValueError: ``method`` is none of the two.
       TypeError: ``x`` is no array of a real floating dtype, or ``fn`` is no function.
 

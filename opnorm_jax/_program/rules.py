@@ -19,6 +19,7 @@ import numpy as np
 
 from opnorm_jax._conv import Conv
 from opnorm_jax._kernel.bounds import operator_norm_bounds
+from opnorm_jax._program import ranges
 from opnorm_jax._program.jaxpr import open_jaxpr, programs_inside
 from opnorm_jax._program.movement import is_plain
 from opnorm_jax._program.numbers import Number, hypot, largest, plus, times
@@ -92,10 +93,13 @@ def _elementwise(eqn, ins):
     return times(ins[0].bound, _SLOPES[eqn.primitive.name])
 
 
-@rule("integer_pow")
-def _power(eqn, ins):
-    """The first power is the identity; no other has a largest slope."""
-    return ins[0].bound if eqn.params["y"] == 1 else None
+@rule("exp", "exp2", "expm1", "integer_pow", "log", "log1p", "rsqrt", "sqrt", "square")
+def _between_limits(eqn, ins):
+    """A function without a largest slope has one between the numbers that its operand lies between."""
+    slope = ranges.slope_between(eqn.primitive.name, eqn.params.get("y"), ins[0].range)
+    if not math.isfinite(slope):
+        raise refused(eqn, "has no largest slope, unless its operand is held between limits before (jnp.clip, tanh)")
+    return times(ins[0].bound, slope)
 
 
 @rule("add", "add_any", "sub")
@@ -104,20 +108,54 @@ def _sum(eqn, ins):
     return plus(_spread(eqn, ins))
 
 
+_UNLIMITED = "times another such, has none unless both lie between limits (attention, a linear gate?)"
+_NORMALISED = (
+    "divided by something that depends on the input, has none: layer, group or instance normalisation, or a batch's "
+    "own statistics? Normalise by fixed numbers, as batch normalisation does when it is not training"
+)
+
+
+def _is_inverse(value: Any) -> bool:
+    """Tells whether a signal was divided by a signal, or is a root's inverse, and perhaps scaled or repeated since."""
+    while is_signal(value) and value.eqn is not None:
+        name = value.eqn.primitive.name
+        signals = [other for other in value.ins if is_signal(other)]
+        if name == "rsqrt" or (name == "div" and is_signal(value.ins[1])):
+            return True
+        if name not in ("broadcast_in_dim", "mul", "reshape", "squeeze", "transpose") or len(signals) != 1:
+            return False
+        (value,) = signals
+    return False
+
+
 @rule("mul")
 def _multiple(eqn, ins):
-    """A constant factor counts by its largest modulus. A product of two signals has no constant."""
+    """A constant factor counts by its largest modulus. Two signals count by the largest modulus of each other.
+
+    Two that are not both bounded have no constant.
+    """
     if all(map(is_signal, ins)):
-        raise refused(eqn, "times another such, has none (attention?)")
+        most = [ranges.largest_modulus(value.range) for value in ins]
+        if not all(map(math.isfinite, most)):
+            raise refused(eqn, _NORMALISED if any(map(_is_inverse, ins)) else _UNLIMITED)
+        return plus([times(bound, factor) for bound, factor in zip(_spread(eqn, ins), reversed(most))])
     (factor,) = (value for value in ins if not is_signal(value))
     return times(*_spread(eqn, ins), largest(factor))
 
 
 @rule("div")
 def _quotient(eqn, ins):
-    """Division by a constant counts by its smallest modulus. Division by a signal has no constant."""
+    """Division by a constant counts by its smallest modulus.
+
+    Division by a signal v, kept away from 0, changes u / v by as much as u over the smallest modulus of v, and as v
+    times the largest modulus of u over the square of that. Without limits it has no constant.
+    """
     if is_signal(ins[1]):
-        raise refused(eqn, "divides by something that depends on the input (a norm, or a batch's own statistics?)")
+        most, least = ranges.largest_modulus(ranges.range_of_operand(ins[0])), ranges.smallest_modulus(ins[1].range)
+        if not least or not math.isfinite(most):
+            raise refused(eqn, _NORMALISED)
+        factors = [1 / least] * is_signal(ins[0]) + [most / least**2]
+        return plus([times(bound, factor, 1 + 2**-50) for bound, factor in zip(_spread(eqn, ins), factors)])
     smallest = 1 / jnp.asarray(ins[1]) if isinstance(ins[1], jax.core.Tracer) else _inverse(ins[1])
     return times(*_spread(eqn, ins), largest(smallest))
 

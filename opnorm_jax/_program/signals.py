@@ -20,6 +20,7 @@ from opnorm_jax._program.convolution import kernel_letters, read_convolution
 from opnorm_jax._program.jaxpr import p
 from opnorm_jax._program.movement import MOVES, ElementMap, NotUnderstood, Source, identity, moved
 from opnorm_jax._program.numbers import Number, hypot, largest, times
+from opnorm_jax._program.ranges import ACTIVATIONS, Range, range_of
 from opnorm_jax._program.rules import RULES, Refused, is_signal, refused
 
 _SETTLE = 40
@@ -117,6 +118,16 @@ class Signal:
         if found is None:
             raise refused(self.eqn)
         return found
+
+    @functools.cached_property
+    def range(self) -> Range:
+        """The numbers between which all elements lie, for every input."""
+        if self.eqn is not None:
+            if (found := slopes.find(self)) is not None and found[0] in ACTIVATIONS:
+                return ACTIVATIONS[found[0]]
+            if _softmax_of(self) is not None:
+                return 0.0, 1.0
+        return range_of(self)
 
     @functools.cached_property
     def elements(self) -> ElementMap:

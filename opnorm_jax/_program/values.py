@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from opnorm_jax._conv import Conv, Unknown, check_kernel
+from opnorm_jax._conv import Conv, Unknown, check_kernel, member_shape
 from opnorm_jax._program.kernels import Kernel, same_kernel
 from opnorm_jax._program.movement import ElementMap, NotUnderstood, Source, identity
 
@@ -80,7 +80,7 @@ class Sites:
     def check(self, leaf: int, conv: Conv) -> None:
         """Raises what is wrong with a parameter as a kernel, such as a complex dtype."""
         shape, dtype = self.leaves[leaf].shape, self.leaves[leaf].dtype
-        check_kernel(jax.ShapeDtypeStruct(shape[conv.stacked :], dtype), conv)
+        check_kernel(jax.ShapeDtypeStruct(member_shape(shape, conv), dtype), conv)
 
     def decide(self, leaf: int) -> Conv | Unknown:
         uses = [site.decided() for site in self.of[leaf]]

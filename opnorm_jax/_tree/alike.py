@@ -13,7 +13,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from opnorm_jax._conv import canonical_shape
+from opnorm_jax._conv import canonical_shape, stacked_back, stacked_first
 from opnorm_jax._kernel.compiled import place
 from opnorm_jax._tree.layers import Layer, broadcast, check_convs, find_layers, is_masked, layer_path
 
@@ -62,10 +62,13 @@ def map_kernels(function: Callable[..., Any], tree: Any, convs: Any, scales: Any
     leaves, treedef = jax.tree.flatten(tree, is_leaf=is_masked)
     factors = [factor for *_, factor in broadcast(scales, tree, "scales", lambda node: node is None)]
     found = [(n, layer) for n, layer in enumerate(find_layers(tree, convs)) if layer is not None]
-    arrays = [(jnp.asarray(layer.kernel), *_factor(factors[n], layer)) for n, layer in found]
+    kernels = [jnp.asarray(layer.kernel) for _, layer in found]
+    arrays = [
+        (stacked_first(kernel, layer.conv), *_factor(factors[n], layer)) for kernel, (n, layer) in zip(kernels, found)
+    ]
     outs = map_alike(function, [layer for _, layer in found], arrays)
-    for (n, _), (kernel, *_), out in zip(found, arrays, outs, strict=True):
-        leaves[n] = place(out, kernel)
+    for (n, layer), kernel, out in zip(found, kernels, outs, strict=True):
+        leaves[n] = place(stacked_back(out, layer.conv), kernel)
     return treedef.unflatten(leaves)
 
 

@@ -13,7 +13,7 @@ import jax.core
 import numpy as np
 import optax
 
-from opnorm_jax._conv import Conv, Unknown, check_kernel
+from opnorm_jax._conv import Conv, Unknown, check_kernel, member_shape, stacked_axes, stacked_first
 from opnorm_jax._geometry import resolve
 
 
@@ -26,8 +26,9 @@ class Layer(NamedTuple):
 
     @property
     def stack(self) -> tuple[int, ...]:
-        """The shape of the leading axes that count the kernels of a stack; empty for a single kernel."""
-        return self.kernel.shape[: self.conv.stacked]
+        """The lengths of the axes that count the kernels of a stack; empty for a single kernel."""
+        shape = self.kernel.shape
+        return tuple(shape[axis] for axis in stacked_axes(self.conv) if axis < len(shape))
 
     @property
     def count(self) -> int:
@@ -37,7 +38,7 @@ class Layer(NamedTuple):
     @property
     def member(self) -> jax.ShapeDtypeStruct:
         """The shape and dtype of one kernel."""
-        return jax.ShapeDtypeStruct(self.kernel.shape[len(self.stack) :], self.kernel.dtype)
+        return jax.ShapeDtypeStruct(member_shape(self.kernel.shape, self.conv), self.kernel.dtype)
 
     def check(self) -> None:
         """Raises an error that names the path if the kernel does not fit the convolution."""
@@ -118,8 +119,9 @@ def list_layers(params: Any, convs: Any) -> list[tuple[str, Any, Conv | Unknown]
                 "outside jit, on the parameters themselves."
             )
         member = dataclasses.replace(conv, stacked=0)
+        kernels = stacked_first(kernel, conv)
         for index in np.ndindex(*layer.stack):
-            rows.append((layer_path(path, index), kernel[index] if index else kernel, member))
+            rows.append((layer_path(path, index), kernels[index] if index else kernel, member))
     return sorted(rows, key=lambda row: natural_key(row[0]))
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from opnorm_jax._conv import Conv, canonical_shape, check_max_norm, compute_dtype
+from opnorm_jax._conv import Conv, canonical_shape, check_max_norm, compute_dtype, stacked_back, stacked_first
 from opnorm_jax._execution import Execution, check_execution
 from opnorm_jax._kernel.compiled import exportable, place
 from opnorm_jax._kernel.constrain import Constrained, Options, constrained
@@ -232,10 +232,12 @@ def _constrain_layers(
     """
     limits = [jnp.asarray(bound).astype(compute_dtype(layer.kernel.dtype)) for layer, bound in zip(layers, bounds)]
     limits = [jnp.broadcast_to(limit, layer.stack) for layer, limit in zip(layers, limits, strict=True)]
-    given = kernels if steps is None else steps
-    arrays = list(zip(limits, kernels)) if steps is None else list(zip(limits, kernels, steps, strict=True))
-    outs = map_alike(lambda conv, bound, *arrays: _constrain_one(arrays, bound, conv, options), layers, arrays)
-    return [place(out, like) for (out, _), like in zip(outs, given)], [norm for _, norm in outs]
+    given = (kernels,) if steps is None else (kernels, steps)
+    columns = [[stacked_first(array, layer.conv) for layer, array in zip(layers, arrays)] for arrays in given]
+    constrain_one = lambda conv, bound, *arrays: _constrain_one(arrays, bound, conv, options)
+    outs = map_alike(constrain_one, layers, list(zip(limits, *columns, strict=True)))
+    results = [stacked_back(out, layer.conv) for layer, (out, _) in zip(layers, outs, strict=True)]
+    return list(map(place, results, given[-1])), [norm for _, norm in outs]
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))

@@ -475,6 +475,23 @@ def test_stacked_kernels(tmp_path, capsys):
         assert made["blocks/kernel"][1].tobytes() == (FIRST / 100).tobytes()
 
 
+def test_kernels_stacked_along_an_inner_axis(tmp_path, capsys):
+    path, out, layers = tmp_path / "net.npz", tmp_path / "out.npz", tmp_path / "layers.json"
+    stack = np.stack([FIRST, FIRST / 100], axis=2)
+    np.savez(path, **{"blocks/kernel": stack, "blocks_bn/var": np.ones((2, FIRST.shape[-1]), np.float32)})
+    entry = {"input_shape": [8, 8], "padding": [1, 1], "stacked": [2]}
+    layers.write_text(json.dumps({"blocks": entry}))
+    assert main(["constrain", str(path), str(out), "--max-norm", "1", "--layers", str(layers)]) == 0
+    assert "blocks/kernel[1]" in capsys.readouterr().out
+    with np.load(out) as made:
+        assert oracle_norm(made["blocks/kernel"][:, :, 0], "HWIO") <= 1 + 1e-5
+        assert (made["blocks/kernel"][:, :, 1] == stack[:, :, 1]).all()
+    layers.write_text(json.dumps({"blocks": entry | {"batch_norm": "blocks_bn"}}))
+    assert main(["report", str(path), "--layers", str(layers)]) == 0
+    layers.write_text(json.dumps({"blocks": entry | {"stacked": [5]}}))
+    assert "different axes" in fails(capsys, "report", path, "--layers", layers)
+
+
 def test_bfloat16_does_not_fit_npz(tmp_path, capsys):
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "tree", {"kernel": FIRST.astype(ml_dtypes.bfloat16)})

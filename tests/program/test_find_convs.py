@@ -358,20 +358,6 @@ def test_four_spatial_axes_are_named():
         oj.find_convs(fn, kernel, x)
 
 
-def test_a_stack_along_another_axis_is_named():
-    stack = jax.ShapeDtypeStruct((3, 3, 5, 4, 4), jnp.float32)
-    fn = lambda p, x: lax.scan(lambda y, k: (conv(y, k), None), x, jnp.moveaxis(p, 2, 0))[0]
-    with pytest.raises(ValueError, match=r"params \(3, 3, 5, 4, 4\): stacked along axes \[2\]"):
-        oj.find_convs(fn, stack, X)
-
-
-def test_a_stack_of_matrices_along_another_axis_is_named():
-    stack = jax.ShapeDtypeStruct((4, 5, 4), jnp.float32)
-    fn = lambda p, x: lax.scan(lambda y, k: (y @ k, None), x, jnp.moveaxis(p, 1, 0))[0]
-    with pytest.raises(ValueError, match=r"params \(4, 5, 4\): stacked along axes \[1\]"):
-        oj.find_convs(fn, stack, X, dense=True)
-
-
 def test_an_inserted_axis_is_named():
     kernel = jax.ShapeDtypeStruct((3, 4, 4), jnp.float32)
     with pytest.raises(ValueError, match="an axis is inserted"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -82,6 +83,73 @@ def read_convolution(
         kernel_layout=layout,
         stacked=stacked,
     )
+
+
+def is_adjoint(one: Conv, other: Conv, shape: Sequence[int]) -> bool:
+    """Tells whether a kernel of a shape makes two layers of which one is the other's transpose, perhaps mirrored.
+
+    Their norms are equal. So are those of an encoder and a decoder that share a kernel.
+    """
+    transposed = _adjoint(one, shape)
+    return transposed is not None and _trimmed(transposed, shape) == _trimmed(other, shape)
+
+
+def _adjoint(conv: Conv, shape: Sequence[int]) -> Conv | None:
+    """Returns the transpose of a layer, mirrored; None if no ``Conv`` with the same kernel is that."""
+    sizes, letters = dict(zip(conv.kernel_layout, shape)), conv.kernel_layout
+    if conv.feature_group_count == 1:
+        letters = letters.translate(str.maketrans("IO", "OI"))
+    elif (sizes["I"], sizes["O"]) != (1, conv.feature_group_count):
+        return None
+    outputs, pads = [], []
+    for axis in _plain_axes(conv, sizes):
+        n, reach, stride, dilation, pad = axis
+        if pad == "CIRCULAR":
+            outputs.append(n * dilation // stride)
+            pads.append(pad)
+            if n * dilation % stride:
+                return None
+        elif isinstance(pad, str):
+            return None
+        else:
+            outputs.append(_used(axis) // stride + 1)
+            high = reach - pad[0]
+            pads.append(((n - 1) * dilation + reach - high - (outputs[-1] - 1) * stride, high))
+    return dataclasses.replace(
+        conv,
+        input_shape=tuple(outputs),
+        strides=conv.input_dilation,
+        input_dilation=conv.strides,
+        padding=tuple(pads),
+        kernel_layout=letters,
+    )
+
+
+def _trimmed(conv: Conv, shape: Sequence[int]) -> Conv:
+    """Returns the same layer without padding that strides step over; with one tap, one of two mirror images."""
+    pads = []
+    for axis in _plain_axes(conv, dict(zip(conv.kernel_layout, shape))):
+        _, reach, stride, _, pad = axis
+        if not isinstance(pad, str):
+            pad = pad[0], pad[1] - _used(axis) % stride
+            pad = pad if reach else min(pad, pad[::-1])
+        pads.append(pad)
+    return dataclasses.replace(conv, padding=tuple(pads))
+
+
+def _plain_axes(conv: Conv, sizes: dict[str, int]) -> list[tuple[int, int, int, int, Any]]:
+    """Lists for each axis its pixels, how far its taps reach, its stride, its input dilation and its padding."""
+    rank = len(conv.input_shape)
+    taps = [sizes[letter] for letter in SPATIAL_LETTERS[rank]]
+    reach = [dilation * (k - 1) for dilation, k in zip(conv.kernel_dilation, taps)]
+    pads = [conv.padding] * rank if isinstance(conv.padding, str) else conv.padding
+    return list(zip(conv.input_shape, reach, conv.strides, conv.input_dilation, pads, strict=True))
+
+
+def _used(axis: tuple[int, int, int, int, Any]) -> int:
+    """Counts the places at which a kernel fits, less one, if there were no strides."""
+    n, reach, _, dilation, (low, high) = axis
+    return (n - 1) * dilation + low + high - reach
 
 
 def _spatial_entries(image: ElementMap, spec: Sequence[int]) -> list[np.ndarray]:

@@ -322,7 +322,7 @@ def _is_one_image(image: Value, axis: int) -> bool:
         elements = image.elements
     except NotUnderstood:
         return False
-    if image.site or elements.axes is None or len(elements.sources) != 1:
+    if image.site or elements.axes is None or len(elements.sources) != 1 or not elements.sources[0].size:
         return False
     places = np.stack(np.unravel_index(np.maximum(elements.axes[axis], 0), elements.sources[0].shape))
     return bool(np.count_nonzero(np.ptp(places, axis=1)) <= 1)

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from opnorm_jax._conv import Conv, Unknown, check_kernel, member_shape
+from opnorm_jax._program.convolution import is_adjoint
 from opnorm_jax._program.kernels import Kernel, same_kernel
 from opnorm_jax._program.movement import ElementMap, NotUnderstood, Source, identity
 
@@ -87,9 +88,10 @@ class Sites:
         for use in uses:
             if isinstance(use, str):
                 return Unknown(use)
-        different = list(dict.fromkeys(uses))
-        if len(different) == 1:
-            return different[0]  # type: ignore[return-value]
+        first, *others = different = list(dict.fromkeys(uses))
+        shape = member_shape(self.leaves[leaf].shape, first)  # type: ignore[arg-type]
+        if all(is_adjoint(first, other, shape) for other in others):  # type: ignore[arg-type]
+            return first  # type: ignore[return-value]
         listed = "; ".join(map(str, different))
         return Unknown(f"used with {len(different)} geometries (shared, or fn contains its own gradient?): {listed}")
 

@@ -255,10 +255,6 @@ UNKNOWN = {
     "two parameters": (lambda p, x: conv(x, p["a"] + p["b"]), {"a": "through add", "b": "through add"}),
     "chosen by a branch": (chosen, {"a": "a branch", "b": "a branch"}),
     "two geometries": (lambda p, x: conv(conv(x, p["a"]), p["a"], "VALID"), {"a": r"used with 2 geometries.*\(1, 1\)"}),
-    "its own gradient": (
-        lambda p, x: jax.grad(lambda x: conv(x, p["a"], strides=(2, 2)).sum())(x),
-        {"a": "used with 2 geometries|gradient"},
-    ),
     "a part of it": (lambda p, x: conv(x[..., :1], p["a"][:, :, :1]), {"a": "takes a part of it"}),
     "half of it": (lambda p, x: conv(x[..., :2], p["a"][:, :, :2]), {"a": r"takes a part of it, \(3, 3, 2, 4\)"}),
     "changed by a loop": (

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 from conftest import THOROUGH, count_case
+from flax import nnx
 from jax import lax
 
 import opnorm_jax as oj
@@ -210,3 +211,23 @@ def test_axes_that_become_one_layer_are_no_stack():
         oj.find_convs(
             lambda p, x: merged(jnp.moveaxis(p, 3, 0), x), jax.ShapeDtypeStruct((3, 3, 3, 2, 4), jnp.float32), x
         )
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_an_nnx_ensemble(axis):
+    axes = nnx.StateAxes({nnx.Param: axis})
+
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap(in_axes=0, out_axes=axes)
+    def make(rngs):
+        return nnx.Conv(2, 4, (3, 3), rngs=rngs)
+
+    graph, params = nnx.split(make(nnx.Rngs(0)))
+    forward = nnx.vmap(lambda layer, x: nnx.relu(layer(x)), in_axes=(axes, None))
+    fn = lambda params, x: forward(nnx.merge(graph, params, copy=True), x)
+    x = jnp.ones((1, 6, 6, 2))
+    convs = oj.find_convs(fn, params, x)
+    (conv,) = jax.tree.leaves(convs)
+    assert conv.stacked == (1 if axis == 0 else (1,))
+    held = oj.constrain(params, 0.5, convs)
+    assert [layer.upper <= 0.5 * (1 + 1e-6) for layer in oj.spectral_report(held, convs).layers] == [True] * 3

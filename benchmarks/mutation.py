@@ -5,7 +5,8 @@
 At most COUNT mutants a module (of all in TESTS, if none is named), one of each place and kind. Each is written into
 its module, the quick tests that should fail are run, and the module is put back. FOLDER keeps the results, a pair of
 files for each module: started again, the command goes on where it was stopped. After every module docs/mutation.md is
-written anew from all results in FOLDER, with the verdicts on survivors that mutation_verdicts.json holds.
+written anew from all results in FOLDER, with the verdicts on survivors that mutation_verdicts.json holds. Modules of
+which FOLDER holds nothing keep their lines.
 """
 
 import ast
@@ -44,11 +45,18 @@ TESTS = {  # module: files of tests; an expression for -k after a colon
     "_kernel/inverse": "kernel/test_inverse",
     "_kernel/two_sided": "kernel/test_two_sided",
     "_kernel/steepest": "kernel/test_steepest",
+    "_kernel/smallest": "kernel/test_smallest",
+    "_tree/radius": "tree/test_radius",
     "_tree/landing": "tree/test_landing: taps_alone or casts or foreseen or nothing_else or 1e7 or 1000.0",
     "_tree/transform": "tree/test_landing tree/test_tree_errors tree/test_transform",
     "_program/movement": "program/test_movement program/test_find_convs",
-    "_program/convolution": "program/test_find_convs",
-    "_program/rules": "program/test_lipschitz program/test_reported_programs program/test_random_programs",
+    "_program/convolution": "program/test_find_convs program/test_tied",
+    "_program/kernels": "program/test_stacks program/test_tied program/test_find_convs",
+    "_program/find_convs": "program/test_find_convs program/test_stacks program/test_reported_programs",
+    "_program/signals": "program/test_lipschitz program/test_reported_programs program/test_random_programs",
+    "_program/numbers": "program/test_lipschitz program/test_reported_programs program/test_random_programs",
+    "_program/ranges": "program/test_gates",
+    "_program/rules": "program/test_lipschitz program/test_gates program/test_random_programs",
     "_program/slopes": "program/test_slopes program/test_lipschitz",
     "_program/sdp": "program/test_random_networks program/test_lipschitz",
     "_program/stages": "program/test_random_networks program/test_lipschitz",
@@ -58,6 +66,8 @@ Lt_LtE Lt_Gt LtE_Lt LtE_GtE Gt_GtE Gt_Lt GtE_Gt GtE_LtE Eq_NotEq NotEq_Eq Is_IsN
 AndWithOr OrWithAnd TrueWithFalse FalseWithTrue NumberReplacer AddNot SwapName""".split()
 SWAPS = "minimum maximum min max all any argmax argmin ceil floor gcd lcm cos sin real imag".split()
 SWAPS = dict(zip(SWAPS[::2], SWAPS[1::2])) | dict(zip(SWAPS[1::2], SWAPS[::2])) | {"conj": "copy", "sqrt": "abs"}
+PAGE = ROOT / "docs" / "mutation.md"
+BAR = "\\|"  # in a table
 VERDICTS = Path(__file__).with_name("mutation_verdicts.json")
 
 
@@ -112,6 +122,32 @@ def change(diff):
     return " => ".join(line[1:].strip() for line in lines[:2])
 
 
+def enclosing(source, line):
+    """Returns the name of the innermost function around a line, or of the constant that the line defines."""
+    around = [
+        node for node in ast.walk(ast.parse(source)) if getattr(node, "lineno", line + 1) <= line <= node.end_lineno
+    ]
+    functions = [node.name for node in around if isinstance(node, ast.FunctionDef)]
+    constants = [node.targets[0].id for node in around if isinstance(node, ast.Assign) and not functions]
+    return (functions or constants or [""])[-1]
+
+
+COUNTS = "places", "changes", "killed", "timed out", "survived", "judged"
+
+
+def kept(text):
+    """Returns from a page each module's counts, and its lines in the table of survivors."""
+    counts, survivors = {}, collections.defaultdict(list)
+    for line in text.splitlines():
+        if line.startswith("| `"):
+            module, numbers = line.split("`")[1], line.split("|")[2:-1]
+            if len(numbers) == len(COUNTS) and all(number.strip().isdigit() for number in numbers):
+                counts[module] = collections.Counter(dict(zip(COUNTS, map(int, numbers))))
+            else:
+                survivors[module].append(line)
+    return counts, survivors
+
+
 def page(states, seed):
     """Returns docs/mutation.md: the counts of each module, and every survivor with its verdict."""
     verdicts = json.loads(VERDICTS.read_text()) if VERDICTS.exists() else {}
@@ -136,25 +172,25 @@ def page(states, seed):
         "| module | places | changes | killed | timed out | survived | of these judged |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    names, survivors, total = (
-        ("places", "changes", "killed", "timed out", "survived", "judged"),
-        [],
-        collections.Counter(),
-    )
+    counts, survivors = kept(PAGE.read_text() if PAGE.exists() else "")
     for module, state in states.items():
-        alive = [(line, change(diff)) for line, diff, outcome in state["results"] if outcome == "survived"]
-        survivors += [(module, line, text) for line, text in alive]
-        counts = collections.Counter(outcome for *_, outcome in state["results"])
-        counts["places"], counts["changes"] = state["places"], len(state["results"])
-        counts["judged"] = sum(f"{module}: {text}" in verdicts for _, text in alive)
-        total += counts
-        lines.append(f"| `{module}` | " + " | ".join(str(counts[name]) for name in names) + " |")
-    lines += ["| all | " + " | ".join(str(total[name]) for name in names) + " |", ""]
-    if survivors:
-        lines += ["| survivor | change | verdict |", "| --- | --- | --- |"]
-    for module, line, text in survivors:
-        shown = text.replace("|", "\\|")
-        lines.append(f"| `{module}` {line} | `{shown}` | {verdicts.get(f'{module}: {text}', 'not judged yet')} |")
+        outcomes = collections.Counter(outcome for *_, outcome in state["results"])
+        alive = [(place, change(diff)) for place, diff, outcome in state["results"] if outcome == "survived"]
+        judged = sum(f"{module}: {text}" in verdicts for _, text in alive)
+        counts[module] = outcomes + collections.Counter(
+            {"places": state["places"], "changes": len(state["results"]), "judged": judged}
+        )
+        verdict = lambda text, module=module: verdicts.get(f"{module}: {text}", "not judged yet")
+        survivors[module] = [
+            f"| `{module}` `{place}` | `{text.replace('|', BAR)}` | {verdict(text)} |" for place, text in alive
+        ]
+    counts = {module: counts[module] for module in TESTS if module in counts}
+    counts["all"] = sum(counts.values(), collections.Counter())
+    for module, numbers in counts.items():
+        name = module if module == "all" else f"`{module}`"
+        lines.append(f"| {name} | " + " | ".join(str(numbers[name]) for name in COUNTS) + " |")
+    lines += ["", "| survivor | change | verdict |", "| --- | --- | --- |"]
+    lines += [line for module in TESTS for line in survivors[module]]
     return "\n".join(lines) + "\n"
 
 
@@ -174,10 +210,11 @@ def attack(name, count, seed, folder):
         for item in pending:
             result = mutate_and_test(item.mutations, tests, 10 * LIMIT)
             outcome = "timed out" if result.output == "timeout" else result.test_outcome.value
-            state["results"].append([item.mutations[0].start_pos[0], result.diff, outcome])
+            place = enclosing(path.read_text(), item.mutations[0].start_pos[0])
+            state["results"].append([place, result.diff, outcome])
             notes.write_text(json.dumps(state))
             db.set_result(item.job_id, result)
-            print(f"{outcome}: {path}:{item.mutations[0].start_pos[0]}\n{result.diff}", flush=True)
+            print(f"{outcome}: {path}, {place}\n{result.diff}", flush=True)
 
 
 def main(count="12", seed="0", folder="mutation", *chosen):
@@ -189,7 +226,7 @@ def main(count="12", seed="0", folder="mutation", *chosen):
         attack(name, int(count), int(seed), folder)
         notes = {module: folder / f"{module.replace('/', '.')}.json" for module in TESTS}
         states = {module: json.loads(path.read_text()) for module, path in notes.items() if path.exists()}
-        (ROOT / "docs" / "mutation.md").write_text(page(states, seed))
+        PAGE.write_text(page(states, seed))
 
 
 if __name__ == "__main__":

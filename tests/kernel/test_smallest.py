@@ -11,6 +11,8 @@ from opnorm_jax._geometry import resolve
 from opnorm_jax._kernel import smallest
 from opnorm_jax._kernel.smallest import smallest_singular_value
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize("dense", [512, 2])
 @pytest.mark.parametrize("seed", range(300 if THOROUGH else 15))

@@ -280,7 +280,8 @@ class _Run:
             return None  # constants among them could differ from pair to pair
         key = frozenset((elements.sources, each.shape, each.tobytes()) for elements, each in zip(both, numbers))
         if key not in self.pairs:
-            self.pairs[key] = Signal((2, *signal.shape), bound=bound_of(stack(both, signal.shape)))
+            bound = bound_of(stack(both, signal.shape))
+            self.pairs[key] = Signal((2, *signal.shape), bound=bound, ins=signal.ins)
         return row(self.pairs[key].elements, int(signal.eqn.primitive.name == "max"))
 
 

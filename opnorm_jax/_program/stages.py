@@ -75,9 +75,10 @@ def _part(signal: Signal, x: Signal) -> Part:
     """Reads a signal as an operation of a stage, or as one that none describes."""
     eqn = signal.eqn
     if eqn is None:
-        if signal.compute is not None or "elements" not in vars(signal):
+        owners = [source.owner for source in signal.elements.sources]
+        if signal.compute is not None or signal in owners and not signal.ins:
             raise NotAStage
-        return Part("unknown", [source.owner for source in signal.elements.sources])
+        return Part("unknown", [value for value in signal.ins if is_signal(value)] or owners)
     name = eqn.primitive.name
     if name in ("conv_general_dilated", "dot_general") and signal.layer is not None:
         return Part(name, [signal.layer.before], signal.layer)

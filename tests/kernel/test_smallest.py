@@ -74,13 +74,31 @@ def test_other_paddings_have_no_such_certificate(conv):
     assert row.smallest_lower == 0 and row.smallest_of == "embedding"
 
 
-def test_singular_layers():
-    conv = oj.Conv((30, 30))
+@pytest.mark.parametrize("shape", [(4, 4), (30, 30)], ids=["dense", "sparse"])
+def test_singular_layers(shape):
+    conv = oj.Conv(shape)
     zero = smallest_singular_value(np.zeros((3, 3, 1, 1)), resolve(conv, (3, 3, 1, 1)))
     assert zero == (0, 0)
     kernel = np.ones((1, 1, 2, 2))  # rank one at every pixel
     found = smallest_singular_value(kernel, resolve(conv, kernel.shape))
     assert found.lower == 0 and found.value < 1e-7
+
+
+def test_a_search_that_went_astray_certifies_nothing(monkeypatch):
+    """The factorisation alone decides: whatever vector the iterations end in, the bound is below the truth."""
+    monkeypatch.setattr(smallest, "_DENSE", 2)
+    rng = np.random.default_rng(0)
+    for rank in (1, 2, 30):  # an eigenvector of another eigenvalue: the next one, one in the middle
+        monkeypatch.setattr(smallest.linalg, "eigsh", lambda gram, rank=rank, **_: _eigenvector(gram, rank))
+        kernel = rng.standard_normal((3, 3, 2, 2)) / 3
+        conv = oj.Conv((5, 5))
+        truth = np.linalg.svd(oracle.dense_matrix(kernel, (5, 5)), compute_uv=False)[-1]
+        assert smallest_singular_value(kernel, resolve(conv, kernel.shape)).lower <= truth
+
+
+def _eigenvector(gram, rank):
+    values, vectors = np.linalg.eigh(gram.toarray())
+    return values[rank : rank + 1], vectors[:, rank : rank + 1]
 
 
 def test_too_large_a_layer_is_left_alone():

@@ -10,7 +10,8 @@ import pytest
 from conftest import THOROUGH, count_case
 
 import opnorm_jax as oj
-from opnorm_jax._program import ranges
+from opnorm_jax._program import lipschitz, ranges
+from opnorm_jax._program.signals import Signal
 
 CASES = 400 if THOROUGH else 10
 BATCH = 10
@@ -153,6 +154,57 @@ def test_normalisation_by_the_input_is_refused_with_a_remedy(layer):
     fn = lambda params, x: layer.apply(params, x, mutable=["batch_stats"])[0]
     with pytest.raises(ValueError, match="divided by something .* group .* Normalise by fixed numbers"):
         oj.lipschitz_bound(fn, params, x)
+
+
+T = (0.2, 0.5)  # what the signal is held between, in the table of ranges
+RANGES = {
+    "abs": (lambda t: jnp.abs(t - 0.4), 0.0, 0.2),
+    "add": (lambda t: t + 2 * t, 0.6, 1.5),
+    "atan": (lambda t: jnp.arctan(t), -np.pi / 2, np.pi / 2),
+    "broadcast": (lambda t: jnp.broadcast_to(t, (3, 4)), 0.2, 0.5),
+    "clamp": (lambda t: jax.lax.clamp(0.3, t, 0.4), 0.3, 0.4),
+    "concatenate": (lambda t: jnp.concatenate([-t, 3 * t]), -0.5, 1.5),
+    "cos": (lambda t: jnp.cos(t), -1.0, 1.0),
+    "div": (lambda t: (t - 0.3) / t, -0.5, 1.0),
+    "erf": (lambda t: jax.lax.erf(t), -1.0, 1.0),
+    "erfc": (lambda t: jax.lax.erfc(t), 0.0, 2.0),
+    "exp": (lambda t: jnp.exp(t), 0.0, np.exp(0.5)),
+    "integer_pow, even": (lambda t: (t - 0.4) ** 2, 0.0, 0.04),
+    "integer_pow, odd": (lambda t: (t - 0.3) ** 3, -0.008, 0.008),
+    "logistic": (lambda t: jax.nn.sigmoid(t), 0.0, 1.0),
+    "max": (lambda t: jnp.maximum(t, 0.3), 0.3, 0.5),
+    "min": (lambda t: jnp.minimum(t, 0.3), 0.2, 0.3),
+    "mul": (lambda t: (t - 0.4) * (2 * t), -0.2, 0.1),
+    "neg": (lambda t: -t, -0.5, -0.2),
+    "pad": (lambda t: jnp.pad(t, 1, constant_values=-1.0), -1.0, 0.5),
+    "reduce_max": (lambda t: jnp.max(t), 0.2, 0.5),
+    "reduce_sum": (lambda t: jnp.sum(t), 0.8, 2.0),
+    "reduce_window_sum": (lambda t: jax.lax.reduce_window(t, 0.0, jax.lax.add, (2,), (1,), "SAME"), 0.0, 1.0),
+    "rsqrt": (lambda t: jax.lax.rsqrt(t), 0.5**-0.5, 0.2**-0.5),
+    "select_n": (lambda t: jnp.where(jnp.arange(4) > 1, t, 2 * t), 0.2, 1.0),
+    "sin": (lambda t: jnp.sin(t), -1.0, 1.0),
+    "softmax": (lambda t: jax.nn.softmax(t), 0.0, 1.0),
+    "sqrt": (lambda t: jnp.sqrt(t), 0.2**0.5, 0.5**0.5),
+    "square": (lambda t: jnp.square(t - 0.4), 0.0, 0.04),
+    "square by mul": (lambda t: (t - 0.4) * (t - 0.4), 0.0, 0.04),
+    "sub": (lambda t: 1 - t - 2 * t, -0.5, 0.4),
+    "tanh": (lambda t: jnp.tanh(t), -1.0, 1.0),
+    "unknown": (lambda t: jnp.cumsum(t), -np.inf, np.inf),
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", RANGES)
+def test_ranges(name):
+    """Each rule alone: the range is what it should be, and no value is outside."""
+    fn, low, high = RANGES[name]
+    whole = lambda x: fn(jnp.clip(x, *T))
+    program = jax.make_jaxpr(whole)(jnp.zeros(4))
+    (signal,) = lipschitz._Run().run(program, [Signal((4,), bound=1.0)])
+    # Limits in the program are numbers of single precision.
+    np.testing.assert_allclose(signal.range, (low, high), rtol=1e-6, atol=1e-6)
+    values = jax.vmap(whole)(jax.random.uniform(jax.random.key(0), (1000, 4), minval=-1, maxval=1))
+    assert signal.range[0] - 1e-6 <= values.min() and values.max() <= signal.range[1] + 1e-6
 
 
 def test_limits_may_be_as_wide_as_floats():

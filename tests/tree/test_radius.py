@@ -40,6 +40,7 @@ def test_what_has_no_radius():
     assert found[0] == found[1] == 0 and np.isnan(found[2]) and np.isnan(found[3])
     assert np.isnan(oj.certified_radius(logits[0], jnp.array(1), jnp.nan))
     assert oj.certified_radius(logits[0], jnp.array(1), 0.0) == jnp.inf
+    assert oj.certified_radius(logits[1], jnp.array(0), 0.0) == 0
 
 
 def test_under_transformations():

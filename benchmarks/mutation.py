@@ -54,7 +54,7 @@ TESTS = {  # module: files of tests; an expression for -k after a colon
     "_program/kernels": "program/test_stacks program/test_tied program/test_find_convs",
     "_program/find_convs": "program/test_find_convs program/test_stacks program/test_reported_programs",
     "_program/signals": "program/test_lipschitz program/test_reported_programs program/test_random_programs",
-    "_program/numbers": "program/test_lipschitz program/test_reported_programs program/test_random_programs",
+    "_program/numbers": "program/test_numbers program/test_lipschitz program/test_reported_programs",
     "_program/ranges": "program/test_gates",
     "_program/rules": "program/test_lipschitz program/test_gates program/test_random_programs",
     "_program/slopes": "program/test_slopes program/test_lipschitz",

@@ -140,7 +140,7 @@ def row(elements: ElementMap, n: int) -> ElementMap:
 
 def stack(rows: Sequence[ElementMap | None], shape: tuple[int, ...]) -> ElementMap:
     """Returns the map of rows stacked along a new leading axis; None is a row of constants."""
-    parts = _with_common_sources(rows)
+    parts = with_common_sources(rows)
     table = np.stack([np.full(shape, HOLE) if part is None else part.numbers() for part in parts])
     given = next(part for part in parts if part is not None)
     return ElementMap(given.sources, table.shape, split_by_axis(table), table)
@@ -157,7 +157,7 @@ def moved(eqn: Any, parts: Sequence[ElementMap | None], value: Callable[[int], n
     name = eqn.primitive.name
     if name not in MOVES or not is_plain(eqn) or all(math.prod(v.aval.shape) == 0 for v in eqn.outvars):
         return None
-    parts = _with_common_sources([part if math.prod(v.aval.shape) else None for part, v in zip(parts, eqn.invars)])
+    parts = with_common_sources([part if math.prod(v.aval.shape) else None for part, v in zip(parts, eqn.invars)])
     data = [part for n, part in enumerate(parts) if n not in control_operands(name, len(parts))]
     controls = [parts[n] for n in control_operands(name, len(parts))]
     if any(part is not None for part in controls) or all(part is None for part in data):
@@ -186,7 +186,7 @@ def control_operands(name: str, count: int) -> range:
     return range(first.get(name, count), stop)
 
 
-def _with_common_sources(parts: Sequence[ElementMap | None]) -> list[ElementMap | None]:
+def with_common_sources(parts: Sequence[ElementMap | None]) -> list[ElementMap | None]:
     """Renumbers the maps so that all have the same sources."""
     given = [part for part in parts if part is not None]
     sources = tuple(dict.fromkeys(source for part in given for source in part.sources))

@@ -18,7 +18,17 @@ from opnorm_jax._kernel.bounds import operator_norm_bounds
 from opnorm_jax._program import slopes
 from opnorm_jax._program.convolution import kernel_letters, read_convolution
 from opnorm_jax._program.jaxpr import p
-from opnorm_jax._program.movement import MOVES, ElementMap, NotUnderstood, Source, identity, moved
+from opnorm_jax._program.movement import (
+    HOLE,
+    MOVES,
+    ElementMap,
+    NotUnderstood,
+    Source,
+    identity,
+    moved,
+    split_by_axis,
+    with_common_sources,
+)
 from opnorm_jax._program.numbers import Number, hypot, largest, times
 from opnorm_jax._program.ranges import ACTIVATIONS, Range, range_of
 from opnorm_jax._program.rules import RULES, Refused, is_signal, refused
@@ -35,6 +45,7 @@ class Layer(NamedTuple):
     before: Signal  # its input
     scale: Number  # what all of it is multiplied by
     axis: int  # of the output's channels
+    image: ElementMap | None = None  # which of its elements each of a convolution's operand is
     roundings: int = 0  # of the kernel's entries
 
     def bound(self) -> Number:
@@ -242,19 +253,44 @@ def _convolution(eqn: Any, image: Any, kernel: Any) -> Layer | None:
     numbers = eqn.params["dimension_numbers"]
     letters = dict(zip(numbers.rhs_spec, kernel_letters(eqn)))
     layout = "".join(letters[n] for n in range(kernel.ndim))
-    flipped = [False] * (kernel.ndim - 2)
-    elements = image.elements
-    try:
-        conv = read_convolution(eqn, elements, layout, flipped)
-        if {"EDGE", "REFLECT"} & set(fills(conv)):
-            raise ValueError
-        before = elements.sources[0].owner
-    except ValueError:  # padded by reflection, say: then the padding is a layer of its own
+    alone, error = identity(Source(image.shape, owner=image)), None
+    for elements in (image.elements, _assembled(image), alone):
+        if elements is None:
+            continue
         try:
-            conv, before = read_convolution(eqn, None, layout, flipped), image
-        except ValueError as error:
-            raise Refused(f"conv_general_dilated on {image.shape} has none known here: {error}.") from None
-    return Layer(jnp.asarray(kernel), conv, before, 1.0, numbers.out_spec[1])
+            conv = read_convolution(eqn, elements, layout, [False] * (kernel.ndim - 2))
+        except ValueError as found:  # padded in a way of its own, say: then the padding is a layer by itself
+            error = found
+            continue
+        if elements is alone or not {"EDGE", "REFLECT"} & set(fills(conv)):
+            return Layer(jnp.asarray(kernel), conv, elements.sources[0].owner, 1.0, numbers.out_spec[1], elements)
+    raise Refused(f"conv_general_dilated on {image.shape} has none known here: {error}.")
+
+
+def _assembled(image: Signal) -> ElementMap | None:
+    """Returns where an image's elements lie in a concatenation that all of them come from, if there is one."""
+    if len(image.elements.sources) < 2:
+        return None
+    stack, seen = [image], set()
+    while stack:
+        signal = stack.pop()
+        sources = signal.elements.sources
+        all_of_them = set(sources) == set(image.elements.sources) and signal.size == sum(s.size for s in sources)
+        if signal is not image and all_of_them and signal.elements.is_injective:
+            return _over(signal, image)
+        moves = [v for v in signal.ins if is_signal(v) and v.eqn is not None and _name(v) in MOVES]
+        stack += [value for value in moves if id(value) not in seen]
+        seen |= set(map(id, moves))
+    return None
+
+
+def _over(whole: Signal, image: Signal) -> ElementMap:
+    """Returns which element of one signal each element of another is. They have the same sources, all of them there."""
+    places, parts = (each.numbers() for each in with_common_sources([whole.elements, image.elements]))  # type: ignore[union-attr]
+    inverse = np.empty(whole.size, np.int64)
+    inverse[places.ravel()] = np.arange(whole.size)
+    table = np.where(parts < 0, HOLE, inverse[np.maximum(parts, 0)])
+    return ElementMap((Source(whole.shape, owner=whole),), image.shape, split_by_axis(table) or None, table)
 
 
 def _dense(eqn: Any, left: Any, right: Any) -> Layer | None:

@@ -19,7 +19,7 @@ import numpy as np
 from opnorm_jax._conv import canonical_kernel
 from opnorm_jax._geometry import fills
 from opnorm_jax._program import slopes
-from opnorm_jax._program.movement import HOLE, MOVES, ElementMap, NotUnderstood, Source, identity
+from opnorm_jax._program.movement import HOLE, MOVES, ElementMap, NotUnderstood, identity
 from opnorm_jax._program.numbers import Number, times
 from opnorm_jax._program.rules import Refused, is_signal
 from opnorm_jax._program.sdp import Stage, Step, certify, search, summed
@@ -345,8 +345,7 @@ class _Reader:
             raise NotAStage
         if set(eqn.params["lhs_dilation"]) - {1}:
             raise NotAStage
-        image = signal.ins[0].elements
-        pixels = _coordinates(image if image.sources[0].owner is before else identity(Source(before.shape)))
+        pixels = _coordinates(layer.image)
         circles = [fill == "CIRCULAR" for fill in fills(conv)]
         kernel = self._numbers(canonical_kernel(layer.kernel, conv))
         groups, (*taps, i, o) = conv.feature_group_count, kernel.shape

@@ -240,7 +240,7 @@ def miniature(rows):
         norms = [row["largest_norm"] for row in own]
         lines.append([re.sub(r"(?=\d)", " ", arm, count=1), tuning, f"{own[0]['learning_rate']:g}", percent(errors)])
         lines[-1] += [spread(errors), "" if arm == "none" else spread(errors - without)]
-        lines[-1] += [f"{min(norms):.3g} to {max(norms):.3g}"]
+        lines[-1] += [f"{min(norms):.4g} to {max(norms):.4g}"]
     header = ["arm", f"held-out errors at rates {', '.join(f'{rate:g}' for rate in rates)}, %", "rate taken"]
-    header += ["test errors of the seeds, %", "mean ± standard error, %", "minus the first arm, seed by seed"]
+    header += ["test errors of the seeds, %", "mean ± standard error, %", "minus none, seed by seed"]
     return markdown([*header, "largest norm of a layer"], lines)

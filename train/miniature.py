@@ -1,6 +1,6 @@
 """The paper's section 4.2 in miniature, for one CPU core: ResNet-8 on CIFAR-10 halved to 16x16, 10,000 training images.
 
-    python train/miniature.py --data-dir DIR      40 networks, 45 minutes; stop it at will, the same command goes on
+    python train/miniature.py --data-dir DIR      40 networks, an hour; stop it at will, the same command goes on
     python train/miniature.py                     the bundled digits, to see that it works
 
 The arms are those of train/headline.py. Every arm has the same tuning: each of three learning rates with one seed,

@@ -65,13 +65,19 @@ def geometric_mean(ratios):
     return float(np.exp(np.mean(np.log(ratios))))
 
 
+def read(folder, name):
+    """The rows that :func:`write` left, or none."""
+    path = folder / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def write(rows, name, folder):
-    """``rows`` as JSON lines, each with the environment."""
+    """``rows`` as JSON lines, each with the environment, unless it was read and has that of its own measurement."""
     folder.mkdir(parents=True, exist_ok=True)
     where = environment()
     with open(folder / f"{name}.jsonl", "w") as out:
         for row in rows:
-            out.write(json.dumps({**row, **where}) + "\n")
+            out.write(json.dumps(row if "jaxlib" in row else {**row, **where}) + "\n")
 
 
 def show(row):

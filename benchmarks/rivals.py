@@ -13,7 +13,7 @@ clip       the norm that is left of twice the bound, and how far the kernel move
 The truth of zero padding is a converged Lanczos iteration in float64 through the layer itself, that of circular padding
 the largest of all singular values in float64. Every method gets float32 kernels, and a strided layer as the equal one
 without strides (space_to_depth), except ours and power iteration. Medians of interleaved runs, compilation apart; a
-method that takes more than a second is timed once.
+method that takes more than a second is timed once. Rows that are there already are not measured again.
 """
 
 import functools
@@ -26,7 +26,7 @@ import numpy as np
 
 import opnorm_jax as oj
 from benchmarks import renderings
-from benchmarks.measure import interleaved, show, write
+from benchmarks.measure import interleaved, read, show, write
 from benchmarks.trained_networks import describe
 
 LIP4CONV = (5, 64, 64, 12, 1)  # taps, channels in and out, map, stride
@@ -233,11 +233,14 @@ def trained(folder):
 
 def run(options):
     """All rows."""
-    rows, repeats = [], min(options.repeats, 3)
+    rows, repeats = [] if options.quick else read(options.out, "rivals"), min(options.repeats, 3)
     networks = {"quick": [QUICK]} if options.quick else NETWORKS
     first = QUICK if options.quick else LIP4CONV
 
-    def add(row):
+    def add(measure, label, kernel, conv, *how):
+        if any(label.items() <= row.items() for row in rows):
+            return
+        row = measure(label, kernel, conv, *how)
         rows.append(row)
         if not options.quick:
             write(rows, "rivals", options.out)  # as they come
@@ -245,16 +248,15 @@ def run(options):
 
     for padding in ("CIRCULAR", None):
         label, kernel, conv = layer(first, padding)
-        label = {"claim": "norm", "set": "lip4conv", **label}
-        add(norms(label, kernel, conv, repeats, (5, 2) if options.quick else (5, 5)))
+        label = {"claim": "norm", "set": "lip4conv", "padding": "zero" if padding is None else "circular", **label}
+        add(norms, label, kernel, conv, repeats, (5, 2) if options.quick else (5, 5))
     for case in (QUICK,) if options.quick else (LIP4CONV, SMALL):
         label, kernel, conv = layer(case)
-        add(clips({"claim": "clip", **label}, kernel, conv, repeats))
+        add(clips, {"claim": "clip", **label}, kernel, conv, repeats)
     for network, cases in networks.items():
         for case in cases:
             label, kernel, conv = layer(case)
-            add(norms({"claim": "norm", "set": network, **label}, kernel, conv, repeats))
+            add(norms, {"claim": "norm", "set": network, **label}, kernel, conv, repeats)
     for network, name, kernel, conv in trained(options.weights) if options.weights else ():
-        label = {"claim": "norm", "set": network, "layer": name}
-        add(norms(label, kernel, conv, 1))
+        add(norms, {"claim": "norm", "set": "trained", "network": network, "layer": name}, kernel, conv, 1)
     return rows

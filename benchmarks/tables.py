@@ -1,22 +1,20 @@
 """The tables of the documentation, in Markdown, from the JSON lines in results/."""
 
-import json
 import re
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks.claims import summary
-from benchmarks.measure import geometric_mean
+from benchmarks.measure import geometric_mean, read
 from benchmarks.projection import inside
 from benchmarks.rivals import METHODS
 
 VERSIONS = ("device", "cores", "python", "jax", "numpy", "flax", "optax", "torch")
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "train" / "reproduce.md"]
 MARKED = re.compile(r"(?<=<!-- table: )([\w-]+), (\w+) -->\n.*?(?=<!-- end of table -->)", re.DOTALL)
-
-
-def read(folder, name):
-    path = folder / f"{name}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def tables(folder):
@@ -43,7 +41,7 @@ def filled(page, folder):
 
 def write_pages(folder):
     """Those pages of the documentation whose tables are no longer those of the results; returns their paths."""
-    changed = [(page, text) for page in sorted(DOCS.glob("*.md")) if (text := filled(page, folder)) != page.read_text()]
+    changed = [(page, text) for page in PAGES if (text := filled(page, folder)) != page.read_text()]
     for page, text in changed:
         page.write_text(text)
     return [page for page, _ in changed]
@@ -221,3 +219,28 @@ def tpu_programs(rows):
         lines.append([code(name), *cells, kinds or four.get("error", "none" if four else "-")])
     header = ["program", "GFLOP", "MB accessed", "MiB temporary", "compilation, s"]
     return markdown([*header, "4 chips: GFLOP each", "4 chips: MiB each", "4 chips: collectives"], lines)
+
+
+def miniature(rows):
+    """Of each arm: its tuning, the test errors of its seeds, how far they are from the arm without, and its norms."""
+    of = lambda stage, arm: [row for row in rows if (row["stage"], row["arm"]) == (stage, arm)]
+    percent = lambda values: " ".join(f"{100 * value:.2f}" for value in values)
+
+    def spread(values):
+        error = 100 * np.std(values, ddof=1) / len(values) ** 0.5
+        return f"{100 * np.mean(values):.2f} ± {error:.2f}"
+
+    rates = list(dict.fromkeys(row["learning_rate"] for row in rows))
+    without = np.array([row["error"] for row in of("test", "none")])
+    lines = []
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        own = of("test", arm)
+        errors = np.array([row["error"] for row in own])
+        tuning = percent(row["error"] for row in of("tuning", arm))
+        norms = [row["largest_norm"] for row in own]
+        lines.append([re.sub(r"(?=\d)", " ", arm, count=1), tuning, f"{own[0]['learning_rate']:g}", percent(errors)])
+        lines[-1] += [spread(errors), "" if arm == "none" else spread(errors - without)]
+        lines[-1] += [f"{min(norms):.4g} to {max(norms):.4g}"]
+    header = ["arm", f"held-out errors at rates {', '.join(f'{rate:g}' for rate in rates)}, %", "rate taken"]
+    header += ["test errors of the seeds, %", "mean ± standard error, %", "minus none, seed by seed"]
+    return markdown([*header, "largest norm of a layer"], lines)

@@ -11,7 +11,7 @@ import pytest
 from conftest import THOROUGH
 
 from benchmarks.measure import RESULTS
-from benchmarks.tables import DOCS, filled
+from benchmarks.tables import PAGES, filled
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,7 +59,7 @@ def test_real_networks_are_read_from_a_folder(tmp_path):
 
 
 def test_pages_hold_the_tables_of_the_results():
-    for page in DOCS.glob("*.md"):
+    for page in PAGES:
         assert filled(page, RESULTS) == page.read_text(), "python -m benchmarks --table writes them"
 
 

@@ -139,8 +139,7 @@ def prepare(
     layout = parallel.layout(config.batch_size, config.devices)
     seeds = parallel.Seeds(numbers or tuple(config.seed + n for n in range(config.seeds)), hyper)
     state, axes = seeds.create(create)
-    digits = config.dataset == "digits"
-    pad, flip = (1, False) if digits else (4, True)
+    pad, flip = image[0] // 8, config.dataset != "digits"
     forward = arms.make_forward(model, config.constraint, config.max_norm)
     call = loop.make_run_steps(forward, tx, loop.Batches(config.batch_size, per_epoch, pad, flip), layout, axes)
     eval_batch_size = min(config.eval_batch_size, len(data.test_images))
@@ -152,13 +151,18 @@ def prepare(
 
 
 def train_members(
-    config: Config, hyper: dict[str, np.ndarray], numbers: tuple[int, ...], console: Console
+    config: Config,
+    hyper: dict[str, np.ndarray],
+    numbers: tuple[int, ...],
+    console: Console,
+    data: datasets.Dataset | None = None,
 ) -> tuple[Run, loop.TrainState, Record]:
     """Trains networks that differ in seed, learning rate and bound alone, from the folder's checkpoint if there is one.
 
-    ``hyper`` and ``numbers`` are as in :func:`prepare`. Returns the run, its last state and its record.
+    ``hyper`` and ``numbers`` are as in :func:`prepare`; ``data`` stands in for the configuration's data set.
+    Returns the run, its last state and its record.
     """
-    data = datasets.load(config.dataset, config.data_dir, config.download)
+    data = data or datasets.load(config.dataset, config.data_dir, config.download)
     run, state = prepare(config, data, hyper, numbers)
     folder = config.out_dir
     with locked(folder), contextlib.closing(checkpoint.Checkpoints(folder / "checkpoints", config.keep)) as checkpoints:

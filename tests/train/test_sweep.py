@@ -1,9 +1,10 @@
-"""The sweep and the headline's script: members of a stack are the runs they stand for, and nothing is run twice."""
+"""The scripts of section 4.2 and 4.3: members of a stack are the runs they stand for, and nothing is run twice."""
 
 import dataclasses
 import json
 import signal
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "train"))
 
 import cifar  # noqa: E402
 import curves  # noqa: E402
+import datasets  # noqa: E402
 import headline  # noqa: E402
+import miniature  # noqa: E402
 import options  # noqa: E402
 import report  # noqa: E402
 import sweep  # noqa: E402
@@ -150,3 +153,64 @@ def test_headline(tmp_path, monkeypatch):
     assert (tmp_path / "curves.png").stat().st_size > 5000
     with pytest.raises(FileNotFoundError, match="metrics.jsonl"):
         curves.main(curves.Curves((tmp_path,), out=tmp_path / "no.png"))
+
+
+def test_miniature_tunes_all_arms_alike_and_goes_on(tmp_path, monkeypatch):
+    """Killed in the middle, it trains no network twice; the test images judge the last networks alone."""
+    digits, calls = datasets.digits(), []
+
+    def pretend(config, rate, bound, data, judge, console):
+        calls.append((config.constraint, bound, rate, config.seed, len(judge[0])))
+        if len(calls) == 8:
+            raise RuntimeError("power cut")
+        config.out_dir.mkdir(parents=True)
+        assert not {image.tobytes() for image in data.train_images} & {image.tobytes() for image in judge[0]}
+        return abs(rate - 0.1 * bound) if np.isfinite(bound) else rate, 1.0, 1.0
+
+    monkeypatch.setattr(miniature, "train_one", pretend)
+    plan = miniature.Miniature(out_dir=tmp_path, seeds=2)
+    with pytest.raises(RuntimeError, match="power cut"):
+        miniature.main(plan, QUIET)
+    rows = miniature.main(plan, QUIET)
+    assert rows == [json.loads(line) for line in (tmp_path / "miniature.jsonl").read_text().splitlines()]
+    assert len(calls) == 1 + len(rows) == 1 + 5 * 3 + 5 * 2
+    held_out = len(digits.train_images) // 10
+    assert {call[-1] for call in calls[:16]} == {held_out}  # one of them twice
+    assert {call[-1] for call in calls[16:]} == {len(digits.test_images)}
+    arms = {name: (kind, bound) for kind, bounds in headline.STACKS.items() for name, bound in bounds.items()}
+    for stage, seeds, rates in (("tuning", [0], [0.03, 0.1, 0.3]), ("test", [1, 2], [0.1])):
+        for arm in arms:
+            own = [row for row in rows if (row["stage"], row["arm"]) == (stage, arm)]
+            wanted = [0.03] if stage == "test" and arm in ("none", "clip0.5") else rates
+            assert [(row["seed"], row["learning_rate"]) for row in own] == [(s, r) for s in seeds for r in wanted]
+    miniature.main(plan, QUIET)
+    assert len(calls) == 26
+
+
+def test_miniature_hands_on_the_rate_and_the_bound(tmp_path, monkeypatch):
+    """To a network that is judged before its first step."""
+    prepared = []
+
+    def prepare(config, hyper, numbers, console, data):
+        prepared.append(cifar.prepare(config, data, hyper, numbers))
+        return *prepared[0], types.SimpleNamespace(timed=(1, 2.0))
+
+    monkeypatch.setattr(cifar, "train_members", prepare)
+    monkeypatch.setattr(report, "norms", lambda networks, convs: {"a": (1.0, 3.0), "b": (5.0, 6.0)})
+    data = datasets.Dataset(*(array[:128] for array in datasets.digits()))
+    plan = miniature.Miniature(out_dir=tmp_path, epochs=1, every=7)
+    config = miniature.configure(plan, "digits", "rescale", {"stage": "test", "arm": "rescale0.5", "seed": 3})
+    error, norm, seconds = miniature.train_one(config, 0.25, 0.5, data, data[2:], QUIET)
+    assert 0.5 < error <= 1 and (norm, seconds) == (6.0, 2.0)
+    run, state = prepared[0]
+    assert run.seeds.numbers == (3,) and (run.config.constraint, run.config.every) == ("rescale", 7)
+    given = state.opt_state.hyperparams
+    assert (float(given["learning_rate"]), float(given["max_norm"])) == (0.25, 0.5)
+
+
+def test_halved_images():
+    ramp = np.arange(32 * 32).reshape(1, 32, 32, 1).repeat(3, -1).astype(np.uint8)
+    large = miniature.halved(datasets.Dataset(ramp, np.zeros(1), ramp, np.zeros(1)))
+    assert large.test_images.shape == (1, 16, 16, 3) and large.test_images.dtype == np.uint8
+    assert large.test_images[0, 0, :3, 0].tolist() == [16, 18, 20]  # 16.5, 18.5 and 20.5, rounded to even
+    assert miniature.halved(datasets.digits()).train_images.shape[1:] == (8, 8, 1)

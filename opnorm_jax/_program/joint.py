@@ -1,14 +1,17 @@
-r"""Multipliers for a run of stages, one for each channel of each diagonal, that minimise the bound of the whole run.
+r"""Multipliers for a run of stages, one for each channel of each diagonal, that are best for the whole run.
 
-``sdp.py`` searches one multiplier for each diagonal, stage after stage, for the least value of that stage. Here all of
-them move together, along the gradient of the value behind the last stage.
+``sdp.py`` searches one multiplier for each diagonal, stage after stage, for the least value behind that stage. Here all
+of them move together, along the gradient of the value behind the last stage. By
 
-With :math:`t = \max_v 2 \Re w^H B v - v^H Q v = w^H B Q^{-1} B^H w`, the derivative of t with respect to a multiplier is
-that of :math:`-v^H Q v` at the v that is best, :math:`v = Q^{-1} B^H w`: the sum of :math:`2 (d - a z)^* (b z - d)` over
-its channel. The derivative with respect to :math:`R = G G^H` of the stage's input s = G u is :math:`\eta \eta^H`, where
-:math:`\eta = R^{-1} s` is that of the remaining terms with respect to s.
+.. math:: w^H B Q^{-1} B^H w = \max_v 2 \Re w^H B v - v^H Q v
 
-Whatever comes out of this, ``certify`` decides what holds.
+the derivative with respect to a multiplier is that of :math:`-v^H Q v` at the best v, :math:`Q^{-1} B^H w`: the sum of
+:math:`2 (d - a z)^* (b z - d)` over its channel. The derivative with respect to :math:`G G^H`, where G is the root of
+the stage's input s, is :math:`\eta \eta^H`; :math:`\eta` is the derivative of all terms with respect to s. It is handed
+back to the stage before.
+
+The frequencies looked at are those of a smaller circle where the stage's own has too many. ``certify`` decides what
+holds, on all of them. Where that is no less than before, the run keeps its bound. Everything is computed by NumPy.
 """
 
 from __future__ import annotations
@@ -21,186 +24,355 @@ import numpy as np
 
 from opnorm_jax._blocks.linalg import adjoint
 from opnorm_jax._geometry import half_grid
-from opnorm_jax._program import sdp
-from opnorm_jax._program.sdp import Stage
+from opnorm_jax._program.sdp import Linear, Stage, certify, linear_part, mirrored, summed
+
+_TRIES = 60
+"""The value and its gradient are computed so many times."""
+
+_OPERATIONS = 2.5e8
+"""Each time so many operations are always allowed: cubes of the sides of matrices. That is some 0.2 seconds."""
+
+_POWERS = (8, 30, 120)
+"""The largest eigenvalue is smoothed by sums of such powers, one after the other."""
+
+_FACTORS = (1, 0.9, 0.8, 0.65, 0.5, 0.25)
+"""A stage's multipliers are tried with these factors, until there is a certificate at all frequencies."""
+
+_MARGIN = 0.02
+"""Where not all frequencies are looked at, all eigenvalues of Q are at least this. Its diagonal is about 1."""
 
 
 class Leg(NamedTuple):
-    """A stage of a run, or, where there is none, the sum over all pixels of an image on a circle."""
+    """A stage of a run or, where there is none, the sum over all pixels of an image on a circle.
+
+    The multipliers are one for each channel of each diagonal, for an input of the run of length 1.
+    """
 
     stage: Stage | None
     arrays: tuple[Any, ...] = ()
-    multipliers: Any = ()
+    multipliers: np.ndarray = np.zeros(0)
     image: tuple[int, ...] = ()
     grid: tuple[int, ...] = ()
+    sample: tuple[int, ...] = ()  # the circle that is looked at in place of the image's own
 
 
-class _Linear:
-    """A stage's linear part at half of the frequencies, and what one pass through it leaves for the way back."""
+def improved(legs: Sequence[Leg], gain: float) -> float:
+    """Returns a bound on what a run of stages gains, ``gain`` or less, rounded upwards."""
+    found = _optimised(legs) if any(leg.multipliers.size for leg in legs) else None
+    return gain if found is None else min(gain, _certified(legs, found))
 
-    def __init__(self, leg: Leg):
-        stage = self.stage = leg.stage
+
+def _certified(legs: Sequence[Leg], multipliers: Sequence[np.ndarray]) -> float:
+    """Returns the gain of a run with certainty; infinity where there is no certificate.
+
+    Each stage's multipliers are relative to the mean trace of what it is given. Smaller ones make Q more definite.
+    """
+    scale, roots, size = 1.0, None, 1.0
+    for leg, own in zip(legs, multipliers, strict=True):
+        if leg.stage is None:
+            roots = summed(roots, leg.image, leg.grid, np.float64)
+        else:
+            for factor in _FACTORS:
+                out, top = certify(leg.stage, leg.arrays, factor * own / size, roots, np.float64)
+                if np.isfinite(top) or not own.size:
+                    break
+            if not 0 < top < math.inf:
+                return math.inf
+            gain = math.sqrt(float(top)) * (1 + 2**-50)
+            scale, roots = scale * gain * (1 + 2**-50), out / gain
+        size = float(np.sum(np.abs(roots) ** 2)) / len(roots)
+    return scale
+
+
+def _optimised(legs: Sequence[Leg]) -> list[np.ndarray] | None:
+    """Returns multipliers for every leg, relative to what it is given; None where that is too much to compute."""
+    sampled = _sampled(legs)
+    if sampled is None:
+        return None
+    sample, tries = sampled
+    margin = 0.0 if _operations(sample) == _operations(legs) else _MARGIN
+    run = _Run(sample, margin)
+    at = run.relative([leg.multipliers for leg in legs])
+    if at is None:
+        return None
+    best = _Best(run, at)
+    for n, power in enumerate(_POWERS):
+        descend(lambda logs, power=power: best.value(logs, power), best.at, tries // 4 if n else tries // 2)
+    return np.split(np.exp(best.at), run.ends)
+
+
+def _sampled(legs: Sequence[Leg]) -> tuple[list[Leg], int] | None:
+    """Returns a run on a circle with few enough points, and how often it may be computed; None if it is too large."""
+    stages = [leg.stage for leg in legs if leg.stage is not None and leg.stage.grid]
+    strides = np.prod([stage.strides for stage in stages], axis=0) if stages else np.ones(0, int)
+    whole = np.asarray(stages[0].grid if stages else (), int) // strides
+    allowed = max(_OPERATIONS, _operations(legs) / 7)
+    for points in range(int(max(whole, default=1)), 0, -1):
+        sample = _on_circle(legs, np.minimum(whole, points) * strides)
+        if _operations(sample) <= allowed or points <= 4:
+            tries = int(min(_TRIES, _TRIES * allowed / _operations(sample)))
+            return (sample, tries) if tries >= 16 else None
+    return None
+
+
+def _on_circle(legs: Sequence[Leg], grid: np.ndarray) -> list[Leg]:
+    """Returns the same run on another circle. A sum over pixels remembers its own."""
+    found = []
+    for leg in legs:
+        if leg.stage is not None and leg.stage.grid:
+            leg = leg._replace(stage=leg.stage._replace(grid=tuple(map(int, grid))))
+            grid = np.asarray(leg.stage.coarse_grid, int)
+        elif leg.stage is None:
+            leg = leg._replace(sample=tuple(map(int, grid)))
+        found.append(leg)
+    return found
+
+
+def _operations(legs: Sequence[Leg]) -> float:
+    """Returns about how many operations a value and its gradient take, over a constant."""
+    stages = [leg.stage for leg in legs if leg.stage is not None]
+    work = lambda side, *rest: (sum(rest) + 1) ** 2 * (side + sum(rest))
+    return float(sum((math.prod(stage.coarse_grid) / 2 + 1) * work(*stage.sides) for stage in stages))
+
+
+class _Best:
+    """Remembers the multipliers of the least value, which need not be those of the least smoothed one."""
+
+    def __init__(self, run: _Run, at: np.ndarray):
+        self.run, self.at, self.top = run, at, math.inf
+
+    def value(self, logs: np.ndarray, power: float) -> tuple[float, np.ndarray]:
+        top, value, gradient = self.run.value(logs, power)
+        if top < self.top:
+            self.at, self.top = logs, top
+        return value, gradient
+
+
+class _Run:
+    """A run of stages as a function of its multipliers' logarithms.
+
+    Behind each stage what is known is divided by its own size, and the multipliers of the next one are relative to that.
+    So those of one stage hardly change which are best in the next.
+    """
+
+    def __init__(self, legs: Sequence[Leg], margin: float):
+        self.parts = [_Sum(leg) if leg.stage is None else _Part(leg, margin) for leg in legs]
+        self.ends = np.cumsum([part.count for part in self.parts])[:-1]
+
+    def relative(self, multipliers: Sequence[np.ndarray]) -> np.ndarray | None:
+        """Returns logarithms of multipliers that are given for an input of length 1."""
+        size, gram, half, found = 1.0, None, None, []
+        for part, own in zip(self.parts, multipliers, strict=True):
+            found.append(np.log(own * size))
+            gram = part.forward(own * size, gram, half)
+            if gram is None:
+                return None
+            half, own_size = part.half, _size(gram)
+            gram, size = gram / own_size, size * own_size
+        return np.concatenate(found)
+
+    def value(self, logs: np.ndarray, power: float) -> tuple[float, float, np.ndarray]:
+        """Returns the logarithm of the last stage's largest value, the same smoothed, and the gradient of that."""
+        gram, half, log = None, None, 0.0
+        for part, own in zip(self.parts, np.split(logs, self.ends), strict=True):
+            gram = part.forward(np.exp(own), gram, half)
+            if gram is None:
+                return math.inf, math.inf, np.zeros(len(logs))
+            half, part.size = part.half, _size(gram)
+            gram = part.gram = gram / part.size
+            log += math.log(part.size)
+        values, vectors = np.linalg.eigh(gram)
+        top = values.max()
+        ratios = np.maximum(values / top, 0)
+        smooth = np.sum(ratios**power) ** (1 / power)
+        slope = (vectors * (ratios / smooth)[:, None, :] ** (power - 1)) @ adjoint(vectors) / (top * smooth)
+        gradients = []
+        for part in reversed(self.parts):
+            inner = np.sum(slope * part.gram.conj()).real
+            slope = slope / part.size + (1 - inner) / (part.size * len(slope)) * np.eye(slope.shape[-1])
+            gradient, slope = part.backward(slope)
+            gradients.append(gradient)
+        return log + math.log(top), log + math.log(top * smooth), np.concatenate(gradients[::-1])
+
+
+def _size(gram: np.ndarray) -> float:
+    """Returns the mean trace."""
+    return float(np.trace(gram, axis1=-2, axis2=-1).real.mean())
+
+
+class _Part:
+    """A stage at half of its frequencies. What a way forward computes is kept for the way back."""
+
+    def __init__(self, leg: Leg, margin: float):
+        stage, self.margin = leg.stage, margin
+        self.stage = stage
         self.half = half_grid(stage.coarse_grid)
-        k = self.half.frequencies
-        forms = sdp._forms(sdp._NUMPY, stage, leg.arrays, None, k)
-        sides, many = stage.sides, len(k)
-        join = lambda form, rows: sdp._joined(np, {(0, n): part for n, part in form.items()}, [[rows], sides], many, np.float64)
-        self.b = join(forms[-1], stage.side(stage.steps[-1]))
-        self.f = np.concatenate([join(form, side) for form, side in zip(forms, sides[1:])], axis=1) if sides[1:] else np.zeros((many, 0, sides[0]), complex)
+        self.linear: Linear = linear_part(stage, leg.arrays, self.half.frequencies)
+        self.first = stage.sides[0]
         steps = [stage.steps[n] for n in stage.diagonals]
-        ends = [(0.0, 1.0) if step.kind == "mask" else tuple(map(float, leg.arrays[step.array])) for step in steps]
-        spread = lambda n: np.concatenate([np.full(side, end[n]) for side, end in zip(sides[1:], ends)] or [[]])
-        self.low, self.high = spread(0), spread(1)
-        # The number of the multiplier of each row: an alias has that of its channel.
         starts = np.cumsum([0, *(step.channels for step in steps)])
-        self.rows = np.concatenate([start + np.arange(side) % step.channels for start, side, step in zip(starts, sides[1:], steps)] or [np.zeros(0, int)]).astype(int)
         self.count = int(starts[-1])
-        copies = math.prod(stage.strides)
-        aliases = np.moveaxis(np.indices(stage.strides), 0, -1).reshape(copies, len(stage.strides))
-        fine = k[:, None] + aliases * np.asarray(stage.coarse_grid, int)
-        self.flat = sdp._flat(fine, stage.grid)
-        self.copies = copies
+        # The number of the multiplier of each row: all aliases share that of their channel.
+        rows = [start + np.arange(stage.side(step)) % step.channels for start, step in zip(starts, steps)]
+        self.rows = np.concatenate([np.zeros(0, int), *rows])
+        self.size, self.gram = 1.0, np.zeros(0)
 
-    def forward(self, multipliers, roots):
-        """Returns B Q^-1 Bᴴ; None where a Q is not positive definite."""
-        m = self.m = multipliers[self.rows]
-        first = self.stage.sides[0]
-        f, b = self.f.copy(), self.b.copy()
-        for x in (f, b):
-            if roots is not None and len(roots):
-                c = self.stage.channels
-                for a in range(self.copies):
-                    x[..., a * c : (a + 1) * c] = x[..., a * c : (a + 1) * c] @ roots[:, a]
-            x[..., first:] /= np.sqrt(2 * m)
-        q = np.zeros((len(f), f.shape[-1], f.shape[-1]), complex)
-        part = -(np.sqrt(m / 2) * (self.low + self.high))[:, None] * f
-        q[:, first:] += part
-        q += adjoint(q)
-        if np.any(self.low * self.high):
-            q += adjoint(f) @ ((2 * m * self.low * self.high)[:, None] * f)
-        q[:, np.arange(q.shape[-1]), np.arange(q.shape[-1])] += 1
+    def forward(self, multipliers: np.ndarray, gram: Any, half: Any) -> np.ndarray | None:
+        """Returns B Q^-1 Bᴴ, given G Gᴴ at the frequencies of the stage before; None where a Q is not positive."""
+        low, high, first = self.linear.low, self.linear.high, self.first
+        weights = self.weights = multipliers[self.rows]
+        roots = self._roots(gram, half)
+        f, b = (self._scaled(x, roots) for x in (self.linear.f, self.linear.b))
+        best = self._best(f, adjoint(b))
+        if best is None:
+            return None
+        self.z, self.d = f @ best, best[:, first:] / np.sqrt(2 * weights)[:, None]
+        out = b @ best
+        out = (out + adjoint(out)) / 2
+        return out if np.isfinite(out).all() and _size(out) > 0 else None
+
+    def _best(self, f: np.ndarray, b: np.ndarray) -> np.ndarray | None:
+        """Returns Q^-1 b; None where Q is not positive definite. First the stage's input is eliminated."""
+        low, high, first, weights = self.linear.low, self.linear.high, self.first, self.weights
+        start, rest = f[..., :first], f[..., first:]
+        outer = -(np.sqrt(weights / 2) * (low + high))[:, None]
+        cross, inner = outer * start, outer * rest
+        inner = inner + adjoint(inner) + (1 - self.margin) * np.eye(inner.shape[-1])
+        right = np.concatenate([adjoint(cross), b[:, :first]], axis=-1)
         try:
-            np.linalg.cholesky(q)
+            if np.any(low * high):
+                both = (2 * weights * low * high)[:, None]
+                corner = np.eye(first) + adjoint(start) @ (both * start)
+                np.linalg.cholesky(corner)
+                cross = cross + adjoint(rest) @ (both * start)
+                inner = inner + adjoint(rest) @ (both * rest)
+                right = np.linalg.solve(corner, np.concatenate([adjoint(cross), b[:, :first]], axis=-1))
+            side = inner.shape[-1]
+            inner = inner - cross @ right[..., :side]
+            np.linalg.cholesky(inner)
+            inner = inner + self.margin * np.eye(side)
+            ends = np.linalg.solve(inner, b[:, first:] - cross @ right[..., side:])
+            return np.concatenate([right[..., side:] - right[..., :side] @ ends, ends], axis=1)
         except np.linalg.LinAlgError:
             return None
-        x = self.x = np.linalg.solve(q, adjoint(b))
-        self.z = f @ x
-        self.d = x[:, first:] / np.sqrt(2 * m)[:, None]
-        out = b @ x
-        return (out + adjoint(out)) / 2
 
-    def backward(self, w):
-        d, z = self.d, self.z
-        low, high = self.low[:, None], self.high[:, None]
-        residual = 2 * np.sum(((d - low * z) * ((high * z - d) @ w.swapaxes(-1,-2).conj().conj() if False else (d - low * z) * ((high * z - d) @ w).conj())).real, (0, -1)) if False else 2 * np.sum(((d - low * z) * ((high * z - d) @ w).conj()).real, (0, -1))
-        gradient = np.zeros(self.count)
-        np.add.at(gradient, self.rows, residual)
-        first = self.stage.sides[0]
-        lift = self.m[:, None] * ((low + high) * d - 2 * low * high * z)
-        eta = adjoint(self.b[..., :first]) + adjoint(self.f[..., :first]) @ lift
-        c = self.stage.channels
-        eta = eta.reshape(len(eta), self.copies, c, -1)
-        return gradient, eta @ w[:, None] @ adjoint(eta)
+    def _roots(self, gram: Any, half: Any) -> np.ndarray | None:
+        """Returns the root of every alias, (frequencies, aliases, c, c)."""
+        self.before = None
+        if gram is None:
+            return None
+        where = half.expand[self.linear.points]
+        turned = mirrored(half, self.stage.grid)[self.linear.points][..., None, None]
+        self.before = where, turned, len(gram)
+        roots = np.linalg.cholesky(gram + 1e-13 * _size(gram) * np.eye(gram.shape[-1]))[where]
+        return np.where(turned, roots.conj(), roots)
+
+    def _scaled(self, form: np.ndarray, roots: np.ndarray | None) -> np.ndarray:
+        """Returns a form in the variables of Q: u, and each diagonal divided by the root of 2 lambda."""
+        start = form[..., : self.first]
+        if roots is not None:
+            many, rows, copies = *start.shape[:2], roots.shape[1]
+            start = (start.reshape(many, rows, copies, roots.shape[-1]).swapaxes(1, 2) @ roots).swapaxes(1, 2)
+            start = start.reshape(many, rows, self.first)
+        return np.concatenate([start, form[..., self.first :] / np.sqrt(2 * self.weights)], axis=-1)
+
+    def backward(self, slope: np.ndarray) -> tuple[np.ndarray, Any]:
+        """Returns derivatives by the multipliers' logarithms and by what the stage was given, from those by its output."""
+        low, high = self.linear.low[:, None], self.linear.high[:, None]
+        d, z, weights = self.d, self.z, self.weights[:, None]
+        terms = (d - low * z) * ((high * z - d) @ slope).conj()
+        gradient = np.bincount(self.rows, 2 * np.sum(terms.real, axis=(0, -1)) * self.weights, self.count)
+        if self.before is None:
+            return gradient, None
+        lift = weights * ((low + high) * d - 2 * low * high * z)
+        start = lambda form: adjoint(form[..., : self.first])
+        eta = start(self.linear.b) + start(self.linear.f) @ lift
+        where, turned, many = self.before
+        eta = eta.reshape(len(eta), where.shape[1], self.stage.channels, eta.shape[-1])
+        parts = eta @ slope[:, None] @ adjoint(eta)
+        out = np.zeros((many, *parts.shape[-2:]), complex)
+        np.add.at(out, where, np.where(turned, parts.conj(), parts))
+        return gradient, out
 
 
-def weights(image, grid):
-    w = np.ones(())
-    for n, m in zip(image, grid, strict=True):
-        turns = np.outer(np.arange(m), np.arange(n)) % m
-        w = np.multiply.outer(w, abs(np.exp(2j * np.pi * turns / m).sum(1)) ** 2 / m)
-    return w.reshape(-1)
+class _Sum:
+    """The sum over all pixels of an image."""
+
+    count, size, gram = 0, 1.0, np.zeros(0)
+
+    def __init__(self, leg: Leg):
+        self.half, self.of_points = half_grid(()), np.ones(())
+        for n, m, points in zip(leg.image, leg.grid, leg.sample, strict=True):
+            turns = np.outer(np.arange(points), np.arange(n)) % points
+            own = abs(np.exp(2j * np.pi * turns / points).sum(1)) ** 2
+            # Frequency 0 has its own weight, n^2 / m; the others share the rest of all weights' sum, n.
+            own *= (n - n**2 / m) / max(own[1:].sum(), 1e-9)
+            own[0] = n**2 / m
+            self.of_points = np.multiply.outer(self.of_points, own)
+
+    def forward(self, multipliers: np.ndarray, gram: np.ndarray, half: Any) -> np.ndarray:
+        self.weights = np.bincount(half.expand, self.of_points.ravel(), len(gram))
+        return np.sum(self.weights[:, None, None] * gram, axis=0, keepdims=True).real.astype(complex)
+
+    def backward(self, slope: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return np.zeros(0), self.weights[:, None, None] * slope
 
 
-class Run:
-    def __init__(self, legs):
-        self.legs = [leg if leg.stage is None else _Linear(leg) for leg in legs]
-        self.counts = [0 if isinstance(l, Leg) else l.count for l in self.legs]
-        self.first = not isinstance(self.legs[0], Leg)
+def descend(
+    value: Callable[[np.ndarray], tuple[float, np.ndarray]], at: np.ndarray, tries: int, memory: int = 10
+) -> np.ndarray:
+    """Minimises a function by L-BFGS, and keeps away from where it is infinite.
 
-    def value(self, theta, power):
-        """log of smoothed max and gradient"""
-        lam = np.split(np.exp(theta), np.cumsum(self.counts)[:-1])
-        outs, r, half = [], None, None
-        for leg, m in zip(self.legs, lam):
-            if isinstance(leg, Leg):
-                w = weights(leg.image, leg.grid)
-                total = np.zeros(len(half.frequencies))
-                np.add.at(total, half.expand, w)
-                r = np.sum(total[:, None, None] * r, 0, keepdims=True).real + 0j
-                outs.append((total, half))
-                half = half_grid(())
-                continue
-            roots = None
-            if r is not None:
-                size = np.trace(r, axis1=-2, axis2=-1).real.max()
-                g = np.linalg.cholesky(r + 1e-13 * size * np.eye(r.shape[-1]))
-                where = half.expand[leg.flat]
-                mir = self.mirrored(half, leg.flat, leg.stage.grid)
-                roots = g[where]
-                roots = np.where(mir[..., None, None], roots.conj(), roots)
-                outs.append((where, mir, len(g)))
+    Args:
+      value: returns the function's value and gradient.
+      at: where to begin.
+      tries: how often the function may be computed.
+      memory: of so many steps the changes of the gradient are remembered.
+    """
+    best, gradient = value(at)
+    tries -= 1
+    pairs: list[tuple[np.ndarray, np.ndarray]] = []
+    while tries > 0:
+        step = _newton_step(gradient, pairs)
+        step /= max(1.0, np.abs(step).max())
+        slope, length, outside, found = float(step @ gradient), 1.0, False, None
+        while tries > 0:
+            new, new_gradient = value(at + length * step)
+            tries -= 1
+            if new <= best + 1e-4 * length * slope:
+                found = length, new, new_gradient
+                if not outside:
+                    break
+                outside = False  # half of the way to the border is kept free
+            elif found is not None:
+                break
             else:
-                outs.append(None)
-            r = leg.forward(m, roots)
-            if r is None:
-                return np.inf, None
-            half = leg.half
-        e, v = np.linalg.eigh(r)
-        e = np.maximum(e, 0)
-        top = e.max()
-        j = np.sum((e / top) ** power) ** (1 / power)
-        w = (v * ((e / top / j) ** (power - 1))[:, None, :]) @ adjoint(v) / (top * j)
-        grads = []
-        for leg, out in zip(self.legs[::-1], outs[::-1]):
-            if isinstance(leg, Leg):
-                total, h = out
-                w = total[:, None, None] * w
-                grads.append(np.zeros(0))
-                continue
-            g, w2 = leg.backward(w)
-            grads.append(g)
-            if out is not None:
-                where, mir, n = out
-                w2 = np.where(mir[..., None, None], w2.conj(), w2)
-                w = np.zeros((n, *w2.shape[-2:]), complex)
-                np.add.at(w, where.ravel(), w2.reshape(-1, *w2.shape[-2:]))
-        grad = np.concatenate(grads[::-1]) * np.exp(theta)
-        return math.log(top * j), grad
-
-    @staticmethod
-    def mirrored(half, flat, grid):
-        points = np.moveaxis(np.indices(grid), 0, -1).reshape(len(half.expand), -1)
-        return (half.frequencies[half.expand] != points).any(-1)[flat]
+                outside = outside or not np.isfinite(new)
+            length *= 0.5
+        if found is None:
+            if not pairs:
+                break
+            pairs = []
+            continue
+        length, best, new_gradient = found
+        moved, change = length * step, new_gradient - gradient
+        if moved @ change > 1e-12 * np.linalg.norm(moved) * np.linalg.norm(change):
+            pairs = [*pairs, (moved, change)][-memory:]
+        at, gradient = at + moved, new_gradient
+    return at
 
 
-def lbfgs(fun, theta, iterations, memory=10, report=None):
-    f, g = fun(theta)
-    pairs = []
-    for it in range(iterations):
-        q, al = g.copy(), []
-        for s, y in reversed(pairs):
-            a = s @ q / (s @ y); al.append(a); q -= a * y
-        if pairs:
-            s, y = pairs[-1]
-            q *= (s @ y) / (y @ y)
-        else:
-            q *= 0.5 / max(np.abs(q).max(), 1e-300)
-        for (s, y), a in zip(pairs, reversed(al)):
-            q += s * (a - y @ q / (s @ y))
-        step = -q
-        if step @ g > 0:
-            step = -g; pairs = []
-        biggest = np.abs(step).max()
-        if biggest > 1: step /= biggest
-        t = 1.0
-        for _ in range(12):
-            new, gn = fun(theta + t * step)
-            if new <= f + 1e-4 * t * (step @ g): break
-            t *= 0.4
-        else:
-            break
-        s, y = t * step, gn - g
-        if s @ y > 1e-12 * np.linalg.norm(s) * np.linalg.norm(y): pairs = [*pairs, (s, y)][-memory:]
-        theta, f, g = theta + s, new, gn
-        if report: report(it, f)
-    return theta, f
+def _newton_step(gradient: np.ndarray, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Returns the step of L-BFGS; that of steepest descent, of half a unit, where nothing is remembered."""
+    if not pairs:
+        return -gradient * (0.5 / max(np.abs(gradient).max(), 1e-300))
+    step, kept = -gradient, []
+    for moved, change in reversed(pairs):
+        part = (moved @ step) / (moved @ change)
+        kept.append(part)
+        step = step - part * change
+    moved, change = pairs[-1]
+    step = step * (moved @ change) / (change @ change)
+    for (moved, change), part in zip(pairs, reversed(kept)):
+        step = step + moved * (part - (change @ step) / (moved @ change))
+    return step

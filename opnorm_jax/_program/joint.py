@@ -151,8 +151,8 @@ class _Best:
 class _Run:
     """A run of stages as a function of its multipliers' logarithms.
 
-    Behind each stage what is known is divided by its own size, and the multipliers of the next one are relative to that.
-    So those of one stage hardly change which are best in the next.
+    Behind each stage what is known is divided by its size, and the multipliers of the next one are relative to that. So
+    those of one stage hardly change which are best in the next.
     """
 
     def __init__(self, legs: Sequence[Leg], margin: float):
@@ -219,8 +219,8 @@ class _Part:
 
     def forward(self, multipliers: np.ndarray, gram: Any, half: Any) -> np.ndarray | None:
         """Returns B Q^-1 Bᴴ, given G Gᴴ at the frequencies of the stage before; None where a Q is not positive."""
-        low, high, first = self.linear.low, self.linear.high, self.first
-        weights = self.weights = multipliers[self.rows]
+        first, weights = self.first, multipliers[self.rows]
+        self.weights = weights
         roots = self._roots(gram, half)
         f, b = (self._scaled(x, roots) for x in (self.linear.f, self.linear.b))
         best = self._best(f, adjoint(b))
@@ -277,7 +277,7 @@ class _Part:
         return np.concatenate([start, form[..., self.first :] / np.sqrt(2 * self.weights)], axis=-1)
 
     def backward(self, slope: np.ndarray) -> tuple[np.ndarray, Any]:
-        """Returns derivatives by the multipliers' logarithms and by what the stage was given, from those by its output."""
+        """Returns derivatives by the multipliers' logarithms and by the stage's input, from that by its output."""
         low, high = self.linear.low[:, None], self.linear.high[:, None]
         d, z, weights = self.d, self.z, self.weights[:, None]
         terms = (d - low * z) * ((high * z - d) @ slope).conj()

@@ -155,10 +155,11 @@ def certify(stage: Stage, arrays: Sequence[Any], multipliers: Any, roots: Any, d
 
 def _certify(arithmetic, stage, arrays, multipliers, roots):
     xp, half = arithmetic.xp, half_grid(stage.coarse_grid)
+    growth = _growth(stage, arrays, multipliers, roots) if xp is np else (0, 0)
 
     def one(k):
         forms = _forms(arithmetic, stage, arrays, roots, k)
-        return _certified(arithmetic, stage, *_system(arithmetic, stage, arrays, forms, multipliers))
+        return _certified(arithmetic, stage, *_system(arithmetic, stage, arrays, forms, multipliers), growth)
 
     outs, tops = _mapped(arithmetic, stage, one, half.frequencies)
     outs = outs[half.expand]
@@ -409,6 +410,39 @@ def _weights(xp, stage, multipliers):
     return [xp.tile(part, stage.side(step) // step.channels) for part, step in zip(parts, steps, strict=True)]
 
 
+def _growth(stage, arrays, multipliers, roots):
+    """Returns by how much the terms of Q and of B exceed what they add up to: their rounding grows with them.
+
+    A form's row is a sum of products; the sum of their moduli bounds what rounding changes, over the unit of rounding.
+    It exceeds the row by much where what a kernel reads is nearly zero, and there multipliers can be very large.
+    """
+    start = np.ones(stage.channels) if roots is None else np.sqrt(np.sum(abs(roots) ** 2, -1).max(0))
+    values, copies, inner = [(start, 0 * start)], math.prod(stage.strides), 1.0
+    weights = iter(_weights(np, stage, multipliers))
+    for step in stage.steps:
+        parts = [values[n] for n in step.sources]
+        done, pending = parts[0]
+        if step.kind == "conv":
+            kernel = abs(np.asarray(arrays[step.array], np.float64))
+            out = (done + pending) @ kernel.reshape(-1, *kernel.shape[-2:]).sum(0)
+            out = out * math.sqrt(copies) if step.strided else out
+            values.append((0 * out, out) if step.masked else (out, 0 * out))
+        elif step.kind == "scale":
+            values.append(tuple(abs(np.asarray(arrays[step.array])) * each for each in parts[0]))
+        elif step.kind == "sum":
+            values.append(tuple(sum(each) for each in zip(*parts)))
+        elif step.kind == "concatenate":
+            values.append(tuple(np.concatenate(each) for each in zip(*parts)))
+        else:
+            low, high = (0.0, 1.0) if step.kind == "mask" else abs(np.asarray(arrays[step.array], np.float64))
+            z, weight = pending if step.kind == "mask" else done + pending, next(weights)[: step.channels]
+            both = stage.side(step) / step.channels * np.sum(2 * weight * low * high * z**2)
+            inner = max(inner, np.max(np.sqrt(weight / 2) * (low + high) * z), both)
+            own = 1 / np.sqrt(2 * weight) * np.ones(step.channels)
+            values.append((own + (done if step.kind == "mask" else 0), 0 * own))
+    return inner, np.max(sum(values[-1]))
+
+
 def _joined(xp, blocks, sides, many, dtype):
     """Returns stacks of matrices that are made of blocks; those that are missing are zero."""
     zeros = lambda i, j: xp.zeros((1, sides[0][i], sides[1][j]), _complex(dtype))
@@ -423,7 +457,7 @@ def _schur(arithmetic, factor, b):
     return _gram(arithmetic, arithmetic.solve(factor[:, -columns:, -columns:], adjoint(b)))
 
 
-def _certified(arithmetic, stage, q, b):
+def _certified(arithmetic, stage, q, b, growth):
     """Returns roots G of matrices that are certainly at least B Q^-1 Bᴴ, and the largest eigenvalues of G Gᴴ."""
     xp, mul, still = arithmetic.xp, arithmetic.mul, arithmetic.still
     side, rows = q.shape[-1], b.shape[-2]
@@ -432,11 +466,13 @@ def _certified(arithmetic, stage, q, b):
     # A positive semidefinite matrix is at most as large as the norms of its diagonal blocks together.
     starts = [0, *np.cumsum(stage.sides)]
     sizes = [xp.sum(xp.abs(q[:, i:j, i:j]), axis=-1).max(-1) for i, j in zip(starts, starts[1:])]
-    size = (1 + len(sizes)) * functools.reduce(xp.maximum, sizes)
+    size = (1 + len(sizes)) * functools.reduce(xp.maximum, sizes, growth[0])
     slack = still(semidefinite_rounding(side + rows, arithmetic.dtype) * size)
     factor = arithmetic.cholesky(q - by_matrix(slack) * identity(side))
     found = _schur(arithmetic, factor, b)
     top, vector = arithmetic.top(still(found))
+    top = xp.maximum(top, 1e-12 * growth[1] ** 2)
+    slack = slack * xp.maximum(1, growth[1] / xp.sqrt(xp.where(top > 0, top, 1)))
     smallest = xp.diagonal(factor, axis1=-2, axis2=-1).real.min(-1) ** 2
     found = found + by_matrix(still((2 + 1 / smallest) * slack * top)) * identity(rows)
     # Whether Q and what was found enclose B is checked by one more factorisation, of a matrix of about unit size.

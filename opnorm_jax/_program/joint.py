@@ -32,10 +32,10 @@ _TRIES = 60
 _OPERATIONS = 2.5e8
 """Each time so many operations are always allowed: cubes of the sides of matrices. That is some 0.2 seconds."""
 
-_POWERS = (8, 30, 120)
+_POWERS = (20, 60, 200)
 """The largest eigenvalue is smoothed by sums of such powers, one after the other."""
 
-_FACTORS = (1, 0.9, 0.8, 0.65, 0.5, 0.25)
+_FACTORS = (1, 0.999, 0.97, 0.9, 0.8, 0.65, 0.5, 0.25)
 """A stage's multipliers are tried with these factors, until there is a certificate at all frequencies."""
 
 _MARGIN = 0.02
@@ -120,8 +120,8 @@ def _on_circle(legs: Sequence[Leg], grid: np.ndarray) -> list[Leg]:
     found = []
     for leg in legs:
         if leg.stage is not None and leg.stage.grid:
-            leg = leg._replace(stage=leg.stage._replace(grid=tuple(map(int, grid))))
-            grid = np.asarray(leg.stage.coarse_grid, int)
+            stage = leg.stage._replace(grid=tuple(map(int, grid)))
+            leg, grid = leg._replace(stage=stage), np.asarray(stage.coarse_grid, int)
         elif leg.stage is None:
             leg = leg._replace(sample=tuple(map(int, grid)))
         found.append(leg)
@@ -161,7 +161,8 @@ class _Run:
 
     def relative(self, multipliers: Sequence[np.ndarray]) -> np.ndarray | None:
         """Returns logarithms of multipliers that are given for an input of length 1."""
-        size, gram, half, found = 1.0, None, None, []
+        gram: Any = None
+        size, half, found = 1.0, None, []
         for part, own in zip(self.parts, multipliers, strict=True):
             found.append(np.log(own * size))
             gram = part.forward(own * size, gram, half)
@@ -173,7 +174,8 @@ class _Run:
 
     def value(self, logs: np.ndarray, power: float) -> tuple[float, float, np.ndarray]:
         """Returns the logarithm of the last stage's largest value, the same smoothed, and the gradient of that."""
-        gram, half, log = None, None, 0.0
+        gram: Any = None
+        half, log = None, 0.0
         for part, own in zip(self.parts, np.split(logs, self.ends), strict=True):
             gram = part.forward(np.exp(own), gram, half)
             if gram is None:
@@ -204,8 +206,9 @@ class _Part:
     """A stage at half of its frequencies. What a way forward computes is kept for the way back."""
 
     def __init__(self, leg: Leg, margin: float):
-        stage, self.margin = leg.stage, margin
-        self.stage = stage
+        assert leg.stage is not None
+        stage = self.stage = leg.stage
+        self.margin = margin
         self.half = half_grid(stage.coarse_grid)
         self.linear: Linear = linear_part(stage, leg.arrays, self.half.frequencies)
         self.first = stage.sides[0]
@@ -310,7 +313,7 @@ class _Sum:
             own[0] = n**2 / m
             self.of_points = np.multiply.outer(self.of_points, own)
 
-    def forward(self, multipliers: np.ndarray, gram: np.ndarray, half: Any) -> np.ndarray:
+    def forward(self, multipliers: np.ndarray, gram: Any, half: Any) -> np.ndarray:
         self.weights = np.bincount(half.expand, self.of_points.ravel(), len(gram))
         return np.sum(self.weights[:, None, None] * gram, axis=0, keepdims=True).real.astype(complex)
 

@@ -417,7 +417,8 @@ def _growth(stage, arrays, multipliers, roots):
     It exceeds the row by much where what a kernel reads is nearly zero, and there multipliers can be very large.
     """
     start = np.ones(stage.channels) if roots is None else np.sqrt(np.sum(abs(roots) ** 2, -1).max(0))
-    values, copies, inner = [(start, 0 * start)], math.prod(stage.strides), 1.0
+    values: list[Any] = [(start, 0 * start)]
+    copies, inner = math.prod(stage.strides), 1.0
     weights = iter(_weights(np, stage, multipliers))
     for step in stage.steps:
         parts = [values[n] for n in step.sources]

@@ -472,10 +472,11 @@ def _certified(arithmetic, stage, q, b, growth):
     factor = arithmetic.cholesky(q - by_matrix(slack) * identity(side))
     found = _schur(arithmetic, factor, b)
     top, vector = arithmetic.top(still(found))
-    top = xp.maximum(top, 1e-12 * growth[1] ** 2)
-    slack = slack * xp.maximum(1, growth[1] / xp.sqrt(xp.where(top > 0, top, 1)))
+    top = xp.maximum(top, 1e-8 * growth[1] ** 2)
+    # Errors of B between two blocks are outweighed by c on the first and their square over c on the second.
+    more = slack * xp.maximum(1, growth[1] ** 2 / xp.where(top > 0, top, 1))
     smallest = xp.diagonal(factor, axis1=-2, axis2=-1).real.min(-1) ** 2
-    found = found + by_matrix(still((2 + 1 / smallest) * slack * top)) * identity(rows)
+    found = found + by_matrix(still((2 * more + slack / smallest) * top)) * identity(rows)
     # Whether Q and what was found enclose B is checked by one more factorisation, of a matrix of about unit size.
     positive = by_matrix(top > 0)
     scale = xp.where(positive, 1 / xp.sqrt(xp.where(positive, by_matrix(top), 1)), 0)
@@ -483,7 +484,10 @@ def _certified(arithmetic, stage, q, b, growth):
     b = xp.pad(b, [(0, 0), (0, 0), (side - b.shape[-1], 0)])
     rows_above = xp.concatenate([q, adjoint(scale * b)], axis=-1)
     whole = xp.concatenate([rows_above, xp.concatenate([scale * b, unit], axis=-1)], axis=-2)
-    checked = arithmetic.cholesky(still(whole - by_matrix(slack) * identity(side + rows)))
+    last = np.diag(np.arange(side + rows) >= side)
+    checked = arithmetic.cholesky(
+        still(whole - xp.where(last, by_matrix(more), by_matrix(slack) * identity(side + rows)))
+    )
     holds = xp.isfinite(checked).all((-1, -2)) & xp.isfinite(top)
     column = vector[:, :, None]
     quotient = mul(adjoint(column), mul(found, column))[:, 0, 0].real

@@ -35,8 +35,17 @@ _OPERATIONS = 2.5e8
 _POWERS = (8, 30, 120)
 """The largest eigenvalue is smoothed by sums of such powers, one after the other."""
 
-_FACTORS = (1, 0.999, 0.97, 0.9, 0.8, 0.65, 0.5, 0.25)
+_FACTORS = (1, 0.95, 0.8)
 """A stage's multipliers are tried with these factors, until there is a certificate at all frequencies."""
+
+_CAPS = (1, 0.6, 0.3)
+"""Then each is at most so many times that of the search before."""
+
+_PEAK = 3
+"""A certificate whose roots are larger somewhere than so many times what was expected, is avoided.
+
+Between the frequencies that were looked at, Q can be nearly singular. The stage behind would suffer.
+"""
 
 _MARGIN = 0.02
 """Where not all frequencies are looked at, all eigenvalues of Q are at least this. Its diagonal is about 1."""
@@ -62,32 +71,53 @@ def improved(legs: Sequence[Leg], gain: float) -> float:
     return gain if found is None else min(gain, _certified(legs, found))
 
 
-def _certified(legs: Sequence[Leg], multipliers: Sequence[np.ndarray]) -> float:
-    """Returns the gain of a run with certainty; infinity where there is no certificate.
+class _Found(NamedTuple):
+    """What was found for a leg; multipliers are relative to the mean trace of what it is given."""
 
-    Each stage's multipliers are relative to the mean trace of what it is given. Smaller ones make Q more definite.
-    """
+    multipliers: np.ndarray
+    before: np.ndarray  # the multipliers that there were
+    peak: float = math.inf  # the largest trace behind it, over the mean
+
+
+def _certified(legs: Sequence[Leg], found: Sequence[_Found]) -> float:
+    """Returns the gain of a run with certainty; infinity where there is no certificate."""
     scale, roots, size = 1.0, None, 1.0
-    for leg, own in zip(legs, multipliers, strict=True):
+    for leg, own in zip(legs, found, strict=True):
         if leg.stage is None:
             roots = summed(roots, leg.image, leg.grid, np.float64)
-        else:
-            for factor in _FACTORS:
-                out, top = certify(leg.stage, leg.arrays, factor * own / size, roots, np.float64)
-                if np.isfinite(top) or not own.size:
-                    break
-            if not 0 < top < math.inf:
-                return math.inf
-            gain = math.sqrt(float(top)) * (1 + 2**-50)
-            scale, roots = scale * gain * (1 + 2**-50), out / gain
-        expand = half_grid(leg.stage.coarse_grid if leg.stage else ()).expand
-        traces = np.bincount(expand, np.sum(np.abs(roots) ** 2, axis=(1, 2))) / np.bincount(expand)
-        size = float(traces.mean())  # over half of the frequencies, as in the search
+            size = float(np.sum(np.abs(roots) ** 2))
+            continue
+        for tried in _attempts(own):
+            out, top = certify(leg.stage, leg.arrays, tried / size, roots, np.float64)
+            if (
+                not own.multipliers.size
+                or 0 < top < math.inf
+                and np.divide(*_peak_and_mean(leg.stage, out)) <= _PEAK * own.peak
+            ):
+                break
+        if not 0 < top < math.inf:
+            return math.inf
+        gain = math.sqrt(float(top)) * (1 + 2**-50)
+        scale, roots = scale * gain * (1 + 2**-50), out / gain
+        _, size = _peak_and_mean(leg.stage, roots)
     return scale
 
 
-def _optimised(legs: Sequence[Leg]) -> list[np.ndarray] | None:
-    """Returns multipliers for every leg, relative to what it is given; None where that is too much to compute."""
+def _attempts(found: _Found) -> list[np.ndarray]:
+    """Returns what is tried one after the other. Smaller multipliers make Q more definite."""
+    scaled = [factor * found.multipliers for factor in _FACTORS]
+    return scaled + [np.minimum(found.multipliers, cap * found.before) for cap in _CAPS]
+
+
+def _peak_and_mean(stage: Stage, roots: np.ndarray) -> tuple[float, float]:
+    """Returns the largest and the mean trace of G Gᴴ over half of the frequencies, as the search takes them."""
+    expand = half_grid(stage.coarse_grid).expand
+    traces = np.bincount(expand, np.sum(np.abs(roots) ** 2, axis=(1, 2))) / np.bincount(expand)
+    return float(traces.max()), float(traces.mean())
+
+
+def _optimised(legs: Sequence[Leg]) -> list[_Found] | None:
+    """Returns multipliers for every leg, relative to what it is given, or None if that is too much."""
     sampled = _sampled(legs)
     if sampled is None:
         return None
@@ -100,7 +130,10 @@ def _optimised(legs: Sequence[Leg]) -> list[np.ndarray] | None:
     best = _Best(run, at)
     for n, power in enumerate(_POWERS):
         descend(lambda logs, power=power: best.value(logs, power), best.at, tries // 4 if n else tries // 2)
-    return np.split(np.exp(best.at), run.ends)
+    run.value(best.at, 1)
+    peaks = [np.trace(part.gram, axis1=-2, axis2=-1).real.max() for part in run.parts]
+    parts = np.split(np.exp(best.at), run.ends), np.split(np.exp(at), run.ends)
+    return [_Found(*each) for each in zip(*parts, peaks, strict=True)]
 
 
 def _sampled(legs: Sequence[Leg]) -> tuple[list[Leg], int] | None:

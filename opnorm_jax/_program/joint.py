@@ -29,8 +29,8 @@ from opnorm_jax._program.sdp import Linear, Stage, certify, linear_part, mirrore
 _TRIES = 60
 """The value and its gradient are computed so many times."""
 
-_OPERATIONS = 2.5e8
-"""Each time so many operations are always allowed: cubes of the sides of matrices. That is some 0.2 seconds."""
+_OPERATIONS = 4e8
+"""Each time so many operations are always allowed: cubes of the sides of matrices. That is some 0.3 seconds."""
 
 _POWERS = (8, 30, 120)
 """The largest eigenvalue is smoothed by sums of such powers, one after the other."""

@@ -140,7 +140,7 @@ def certify(stage: Stage, arrays: Sequence[Any], multipliers: Any, roots: Any, d
     Args:
       stage: what the stage does.
       arrays: its kernels (taps, ..., i, o), factors (channels,) and intervals of slopes (2,).
-      multipliers: a positive number for each diagonal.
+      multipliers: a positive number for each diagonal, or for each channel of each diagonal, one after the other.
       roots: of the input, (points of the grid, c, c) over the whole fine grid; None for the identity.
       dtype: what is computed in where anything is traced.
 
@@ -155,16 +155,21 @@ def certify(stage: Stage, arrays: Sequence[Any], multipliers: Any, roots: Any, d
 
 def _certify(arithmetic, stage, arrays, multipliers, roots):
     xp, half = arithmetic.xp, half_grid(stage.coarse_grid)
+    growth = _growth(stage, arrays, multipliers, roots) if xp is np else (0, 0)
 
     def one(k):
         forms = _forms(arithmetic, stage, arrays, roots, k)
-        return _certified(arithmetic, stage, *_system(arithmetic, stage, arrays, forms, multipliers))
+        return _certified(arithmetic, stage, *_system(arithmetic, stage, arrays, forms, multipliers), growth)
 
     outs, tops = _mapped(arithmetic, stage, one, half.frequencies)
-    points = np.moveaxis(np.indices(stage.coarse_grid), 0, -1).reshape(len(half.expand), -1)
-    mirrored = (half.frequencies[half.expand] != points).any(-1)[:, None, None]
     outs = outs[half.expand]
-    return xp.where(mirrored, outs.conj(), outs), xp.max(tops)
+    return xp.where(mirrored(half, stage.coarse_grid)[:, None, None], outs.conj(), outs), xp.max(tops)
+
+
+def mirrored(half: Any, grid: tuple[int, ...]) -> np.ndarray:
+    """Tells of every point of a grid whether half of the frequencies holds its mirror image in its place."""
+    points = np.moveaxis(np.indices(grid), 0, -1).reshape(len(half.expand), -1)
+    return (half.frequencies[half.expand] != points).any(-1)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -296,9 +301,7 @@ def _forms(arithmetic, stage, arrays, roots, k):
     other variables are zero.
     """
     xp, dtype, mul = arithmetic.xp, arithmetic.dtype, arithmetic.mul
-    copies, many = math.prod(stage.strides), len(k)
-    aliases = np.moveaxis(np.indices(stage.strides), 0, -1).reshape(copies, len(stage.strides))
-    fine = k[:, None] + (aliases * np.asarray(stage.coarse_grid, int)).astype(np.int32)
+    copies, many, fine = math.prod(stage.strides), len(k), _aliases(stage, k)
     values: list[Any] = [({0: _input(arithmetic, stage, roots, fine)}, {})]
     forms = []
     for step in stage.steps:
@@ -331,6 +334,37 @@ def _forms(arithmetic, stage, arrays, roots, k):
     return [*forms, out]
 
 
+def _aliases(stage, k):
+    """Returns all points of the fine grid at frequencies of the coarse one, (frequencies, aliases, axes)."""
+    aliases = np.moveaxis(np.indices(stage.strides), 0, -1).reshape(math.prod(stage.strides), len(stage.strides))
+    return k[:, None] + (aliases * np.asarray(stage.coarse_grid, int)).astype(np.int32)
+
+
+class Linear(NamedTuple):
+    """A stage's forms at some frequencies, in its input and the diagonals' results, and the slopes of every row."""
+
+    f: np.ndarray  # (frequencies, rows of all diagonals, columns)
+    b: np.ndarray  # (frequencies, rows of the output, columns)
+    low: np.ndarray  # (rows of all diagonals,)
+    high: np.ndarray
+    points: np.ndarray  # (frequencies, aliases): numbers of the fine grid's points
+
+
+def linear_part(stage: Stage, arrays: Sequence[Any], frequencies: np.ndarray) -> Linear:
+    """Computes what a stage does but for its diagonals, at frequencies of the coarse grid, by NumPy."""
+    *forms, out = _forms(_NUMPY, stage, arrays, None, frequencies)
+    sides, many, steps = stage.sides, len(frequencies), [stage.steps[n] for n in stage.diagonals]
+    columns = lambda form, n: {(n, variable): part for variable, part in form.items()}
+    b = _joined(np, columns(out, 0), [[stage.side(stage.steps[-1])], sides], many, np.float64)
+    blocks: dict[tuple[int, int], Any] = {}
+    for n, form in enumerate(forms):
+        blocks |= columns(form, n)
+    f = _joined(np, blocks, [sides[1:], sides], many, np.float64) if forms else np.zeros((many, 0, sides[0]), complex)
+    slopes = [(0.0, 1.0) if step.kind == "mask" else arrays[step.array] for step in steps]
+    low, high = (np.repeat([float(ends[n]) for ends in slopes], sides[1:]) for n in (0, 1))
+    return Linear(f, b, low, high, _flat(_aliases(stage, frequencies), stage.grid))
+
+
 def _input(arithmetic, stage, roots, fine):
     """Returns the stage's input in u: each alias' root, (frequencies, aliases, channels, aliases times channels)."""
     xp, dtype, channels, (many, copies) = arithmetic.xp, arithmetic.dtype, stage.channels, fine.shape[:2]
@@ -347,23 +381,67 @@ def _system(arithmetic, stage, arrays, forms, multipliers):
     The forms are those of ``_forms``. Variables that none of them reads have no blocks to compute.
     """
     xp, dtype, sides = arithmetic.xp, arithmetic.dtype, stage.sides
-    scaled = lambda form: {n: part / xp.sqrt(2 * multipliers[n - 1]) if n else part for n, part in form.items()}
+    weights = _weights(xp, stage, multipliers)
+    scaled = lambda form: {n: part / xp.sqrt(2 * weights[n - 1]) if n else part for n, part in form.items()}
     *forms, out = map(scaled, forms)
     many = len(next(iter(out.values())))
     blocks = {(n, n): xp.asarray(np.eye(side), _complex(dtype)) for n, side in enumerate(sides)}
     for n, (form, place) in enumerate(zip(forms, stage.diagonals), 1):
-        step, multiplier = stage.steps[place], multipliers[n - 1]
+        step, weight = stage.steps[place], weights[n - 1]
         low, high = (0.0, 1.0) if step.kind == "mask" else xp.asarray(arrays[step.array], dtype)
         for i, part in form.items():
-            blocks[n, i] = -xp.sqrt(multiplier / 2) * (low + high) * part
+            blocks[n, i] = -(xp.sqrt(weight / 2) * (low + high))[:, None] * part
             blocks[i, n] = adjoint(blocks[n, i])
         if step.kind == "slope" and (xp is jnp or low * high):
             for i, j in itertools.product(form, repeat=2):
-                product = 2 * multiplier * low * high * arithmetic.mul(adjoint(form[i]), form[j])
+                product = arithmetic.mul(adjoint(form[i]), (2 * weight * low * high)[:, None] * form[j])
                 blocks[i, j] = product + blocks.get((i, j), 0)
     q = _joined(xp, blocks, [sides, sides], many, dtype)
     columns = {(0, n - min(out)): part for n, part in out.items()}
     return q, _joined(xp, columns, [[stage.side(stage.steps[-1])], sides[min(out) :]], many, dtype)
+
+
+def _weights(xp, stage, multipliers):
+    """Returns the multipliers of each diagonal: one, or as many as it has rows."""
+    steps = [stage.steps[n] for n in stage.diagonals]
+    if len(multipliers) == len(steps):
+        return [multipliers[n : n + 1] for n in range(len(steps))]
+    parts = np.split(multipliers, np.cumsum([step.channels for step in steps])[:-1])
+    return [xp.tile(part, stage.side(step) // step.channels) for part, step in zip(parts, steps, strict=True)]
+
+
+def _growth(stage, arrays, multipliers, roots):
+    """Returns by how much the terms of Q and of B exceed what they add up to: their rounding grows with them.
+
+    A form's row is a sum of products; the sum of their moduli bounds what rounding changes, over the unit of rounding.
+    It exceeds the row by much where what a kernel reads is nearly zero, and there multipliers can be very large.
+    """
+    start = np.ones(stage.channels) if roots is None else np.sqrt(np.sum(abs(roots) ** 2, -1).max(0))
+    values: list[Any] = [(start, 0 * start)]
+    copies, inner = math.prod(stage.strides), 1.0
+    weights = iter(_weights(np, stage, multipliers))
+    for step in stage.steps:
+        parts = [values[n] for n in step.sources]
+        done, pending = parts[0]
+        if step.kind == "conv":
+            kernel = abs(np.asarray(arrays[step.array], np.float64))
+            out = (done + pending) @ kernel.reshape(-1, *kernel.shape[-2:]).sum(0)
+            out = out * math.sqrt(copies) if step.strided else out
+            values.append((0 * out, out) if step.masked else (out, 0 * out))
+        elif step.kind == "scale":
+            values.append(tuple(abs(np.asarray(arrays[step.array])) * each for each in parts[0]))
+        elif step.kind == "sum":
+            values.append(tuple(sum(each) for each in zip(*parts)))
+        elif step.kind == "concatenate":
+            values.append(tuple(np.concatenate(each) for each in zip(*parts)))
+        else:
+            low, high = (0.0, 1.0) if step.kind == "mask" else abs(np.asarray(arrays[step.array], np.float64))
+            z, weight = pending if step.kind == "mask" else done + pending, next(weights)[: step.channels]
+            both = stage.side(step) / step.channels * np.sum(2 * weight * low * high * z**2)
+            inner = max(inner, np.max(np.sqrt(weight / 2) * (low + high) * z), both)
+            own = 1 / np.sqrt(2 * weight) * np.ones(step.channels)
+            values.append((own + (done if step.kind == "mask" else 0), 0 * own))
+    return inner, np.max(sum(values[-1]))
 
 
 def _joined(xp, blocks, sides, many, dtype):
@@ -380,7 +458,7 @@ def _schur(arithmetic, factor, b):
     return _gram(arithmetic, arithmetic.solve(factor[:, -columns:, -columns:], adjoint(b)))
 
 
-def _certified(arithmetic, stage, q, b):
+def _certified(arithmetic, stage, q, b, growth):
     """Returns roots G of matrices that are certainly at least B Q^-1 Bᴴ, and the largest eigenvalues of G Gᴴ."""
     xp, mul, still = arithmetic.xp, arithmetic.mul, arithmetic.still
     side, rows = q.shape[-1], b.shape[-2]
@@ -389,13 +467,16 @@ def _certified(arithmetic, stage, q, b):
     # A positive semidefinite matrix is at most as large as the norms of its diagonal blocks together.
     starts = [0, *np.cumsum(stage.sides)]
     sizes = [xp.sum(xp.abs(q[:, i:j, i:j]), axis=-1).max(-1) for i, j in zip(starts, starts[1:])]
-    size = (1 + len(sizes)) * functools.reduce(xp.maximum, sizes)
+    size = (1 + len(sizes)) * functools.reduce(xp.maximum, sizes, growth[0])
     slack = still(semidefinite_rounding(side + rows, arithmetic.dtype) * size)
     factor = arithmetic.cholesky(q - by_matrix(slack) * identity(side))
     found = _schur(arithmetic, factor, b)
     top, vector = arithmetic.top(still(found))
+    top = xp.maximum(top, 1e-8 * growth[1] ** 2)
+    # Errors of B between two blocks are outweighed by c on the first and their square over c on the second.
+    more = slack * xp.maximum(1, growth[1] ** 2 / xp.where(top > 0, top, 1))
     smallest = xp.diagonal(factor, axis1=-2, axis2=-1).real.min(-1) ** 2
-    found = found + by_matrix(still((2 + 1 / smallest) * slack * top)) * identity(rows)
+    found = found + by_matrix(still((2 * more + slack / smallest) * top)) * identity(rows)
     # Whether Q and what was found enclose B is checked by one more factorisation, of a matrix of about unit size.
     positive = by_matrix(top > 0)
     scale = xp.where(positive, 1 / xp.sqrt(xp.where(positive, by_matrix(top), 1)), 0)
@@ -403,7 +484,10 @@ def _certified(arithmetic, stage, q, b):
     b = xp.pad(b, [(0, 0), (0, 0), (side - b.shape[-1], 0)])
     rows_above = xp.concatenate([q, adjoint(scale * b)], axis=-1)
     whole = xp.concatenate([rows_above, xp.concatenate([scale * b, unit], axis=-1)], axis=-2)
-    checked = arithmetic.cholesky(still(whole - by_matrix(slack) * identity(side + rows)))
+    last = np.diag(np.arange(side + rows) >= side)
+    checked = arithmetic.cholesky(
+        still(whole - xp.where(last, by_matrix(more), by_matrix(slack) * identity(side + rows)))
+    )
     holds = xp.isfinite(checked).all((-1, -2)) & xp.isfinite(top)
     column = vector[:, :, None]
     quotient = mul(adjoint(column), mul(found, column))[:, 0, 0].real

@@ -19,6 +19,7 @@ import numpy as np
 from opnorm_jax._conv import canonical_kernel
 from opnorm_jax._geometry import fills
 from opnorm_jax._program import slopes
+from opnorm_jax._program.joint import Leg, improved
 from opnorm_jax._program.movement import HOLE, MOVES, ElementMap, NotUnderstood, identity
 from opnorm_jax._program.numbers import Number, times
 from opnorm_jax._program.rules import Refused, is_signal
@@ -488,6 +489,9 @@ class _Carrier:
     def __init__(self, cuts: list[Signal], parts: dict[int, Part], dtype: Any):
         self.cuts, self.parts, self.dtype = cuts, parts, dtype
         self.scale: Number = 1.0
+        # A run of stages through which roots are carried, and what it gains.
+        self.legs: list[Leg] = []
+        self.gain: Number = 1.0
         self.roots: jax.Array | None = None
         self.grid: tuple[int, ...] = ()
 
@@ -503,8 +507,17 @@ class _Carrier:
                 at = read.end
             self.grid = grid
             if not run[-1].goes_on:
-                self.roots, layout = None, None
+                self._close()
+                layout = None
+        self._close()
         return self.scale
+
+    def _close(self, product: Number = 1.0) -> None:
+        """Ends a run, with the best multipliers for the whole of it, and multiplies by what the product says next."""
+        known = not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((self.legs, self.gain)))
+        gain = improved(self.legs, float(self.gain)) if known else self.gain
+        self.scale = times(times(self.scale, gain), product)
+        self.legs, self.gain, self.roots = [], 1.0, None
 
     def _across(self, at: int, layout: Layout | None) -> tuple[int, Layout | None]:
         """Goes to the next cut by the product's rules; a sum over all pixels keeps a root."""
@@ -518,13 +531,14 @@ class _Carrier:
                 root = summed(self.roots, image, self.grid, self.dtype)
                 channels = root.shape[-1]
                 stage = Stage(channels, (Step("sum", (0,), channels, signs=(1,)),), (), ())
-                self._accept(*certify(stage, (), np.zeros(0), root, self.dtype), self._ratio(at, at + 1))
+                legs = [Leg(None, image=image, grid=self.grid), Leg(stage)]
+                self._accept(legs, *certify(stage, (), np.zeros(0), root, self.dtype), self._ratio(at, at + 1))
                 self.grid = ()
                 return at + 1, Layout(-1, ())
         if self.roots is not None:  # another circle may fit where this one does not
-            self.roots = None
+            self._close()
             return at, None
-        self.scale = times(self.scale, self._ratio(at, at + 1))
+        self._close(self._ratio(at, at + 1))
         return at + 1, None
 
     def _summed(self, signal: Signal, part: Part, layout: Layout) -> tuple[int, ...]:
@@ -639,7 +653,7 @@ class _Carrier:
             math.prod(stage.coarse_grid) * max(stage.side(stage.steps[-1]), 1) ** 2 * 2 * np.dtype(self.dtype).itemsize
         )
         if size > _LARGEST_BYTES:
-            self.scale, self.roots = times(self.scale, product), None
+            self._close(product)
             return stage.coarse_grid
         multipliers = self._multipliers(reader.gains)
         arrays = tuple(reader.arrays)
@@ -648,23 +662,32 @@ class _Carrier:
             multipliers = search(stage, arrays, multipliers, self.roots, self.dtype, last=last)
         roots, top = certify(stage, arrays, multipliers, self.roots, self.dtype)
         if not isinstance(top, jax.core.Tracer) and not np.isfinite(top):  # smaller multipliers make Q more definite
-            roots, top = certify(stage, arrays, multipliers / 2, self.roots, self.dtype)
-        self._accept(roots, top, product)
+            multipliers = multipliers / 2
+            roots, top = certify(stage, arrays, multipliers, self.roots, self.dtype)
+        self._accept([Leg(stage, arrays, self._absolute(stage, multipliers))], roots, top, product)
         return stage.coarse_grid
 
-    def _accept(self, roots: jax.Array, top: jax.Array, product: Number) -> None:
+    def _absolute(self, stage: Stage, multipliers: Any) -> Any:
+        """Returns a multiplier for each channel, for an input of the run of length 1."""
+        channels = [stage.steps[n].channels for n in stage.diagonals]
+        if isinstance(self.gain, jax.core.Tracer) or isinstance(multipliers, jax.core.Tracer):
+            return multipliers
+        return np.repeat(multipliers, channels) / float(self.gain) ** 2
+
+    def _accept(self, legs: list[Leg], roots: jax.Array, top: jax.Array, product: Number) -> None:
         """Goes on from the roots of a stage's output; or, if they show much more than the product, from that."""
         if not any(isinstance(value, jax.core.Tracer) for value in (top, product)):
             gain = math.sqrt(float(top)) * (1 + 2**-50)
             if 0 < gain < 1.01 * float(product):
-                self.scale, self.roots = times(self.scale, gain), roots / gain
+                self.gain, self.roots = times(self.gain, gain), roots / gain
+                self.legs += legs
             else:
-                self.scale, self.roots = times(self.scale, product), None
+                self._close(product)
             return
         finite = jnp.isfinite(top) & (top > 0)
         gain = jnp.sqrt(jnp.where(finite, top, 1)) * (1 + 4 * jnp.finfo(self.dtype).eps)
         better = finite & (gain < 1.01 * product)
-        self.scale = times(self.scale, jnp.where(better, gain, product).astype(self.dtype))
+        self.gain = times(self.gain, jnp.where(better, gain, product).astype(self.dtype))
         self.roots = jnp.where(
             better, roots / gain.astype(roots.dtype), jnp.eye(roots.shape[-1], dtype=roots.dtype)[None]
         )

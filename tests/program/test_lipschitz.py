@@ -211,10 +211,11 @@ def test_flax_with_running_statistics_and_a_constraint():
 
 def test_under_jit_and_its_gradient():
     fn, _ = NETWORKS["residual"]
-    value, gradient = jax.jit(jax.value_and_grad(lambda p: oj.lipschitz_bound(fn, p, X)))(PAIR)
-    assert np.isclose(value, oj.lipschitz_bound(fn, PAIR, X), rtol=1e-3)  # traced: in single precision
-    step = jax.tree.map(lambda k, g: k - 1e-2 * g, PAIR, gradient)
-    assert oj.lipschitz_bound(fn, step, X) < value
+    traced = jax.jit(jax.value_and_grad(lambda p: oj.lipschitz_bound(fn, p, X)))
+    value, gradient = traced(PAIR)
+    known = oj.lipschitz_bound(fn, PAIR, X)
+    assert known * (1 - 1e-6) <= value <= 1.1 * known  # traced: one multiplier for all channels
+    assert traced(jax.tree.map(lambda k, g: k - 1e-2 * g, PAIR, gradient))[0] < value
 
 
 EXACT = {  # functions of six numbers, and their constants

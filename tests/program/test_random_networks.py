@@ -14,7 +14,7 @@ from conftest import THOROUGH, count_case
 from jacobian import conv_norm, forget
 
 import opnorm_jax as oj
-from opnorm_jax._program import signals
+from opnorm_jax._program import joint, signals, stages
 
 CASES = 2000 if THOROUGH else 80
 SHORTCUTS = 1000 if THOROUGH else 40
@@ -205,8 +205,14 @@ def test_chains_are_as_good_as_their_recursion(layers, shape):
     assert oj.lipschitz_bound(net, kernels, x) <= 1.01 * chain(kernels, shape)
 
 
+@pytest.fixture
+def one_multiplier(monkeypatch):
+    """One for each diagonal, as where parameters are traced."""
+    monkeypatch.setattr(stages, "improved", lambda legs, gain: gain)
+
+
 @pytest.mark.parametrize("seed", range(4))
-def test_one_hidden_layer_is_lipsdp(seed):
+def test_one_hidden_layer_is_lipsdp(seed, one_multiplier):
     """With one multiplier for the layer: the least bound that a dense matrix and a search over that number give."""
     rng, shape = np.random.default_rng(seed), (5, 4)
     kernels = [rng.standard_normal((3, 3, 2, 3)), rng.standard_normal((3, 3, 3, 2))]
@@ -234,8 +240,63 @@ def test_one_hidden_layer_is_lipsdp(seed):
     assert least * (1 - 1e-5) <= found <= 1.003 * least
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_two_hidden_layers_are_lipsdp(seed):
+    """With a multiplier for every neuron, by a solver of semidefinite programs: equal within 3 %, and never below.
+
+    A mean over all shifts of a circular network's multipliers is as good: one for each channel is enough.
+    """
+    cvxpy = pytest.importorskip("cvxpy")
+    rng, shape = np.random.default_rng(seed), (5,)
+    kernels = [rng.standard_normal((3, i, o)).astype(np.float32) for i, o in ((2, 3), (3, 3), (3, 2))]
+    layers = [oracle.dense_matrix(kernel, shape) for kernel in kernels]
+    sides = [layers[0].shape[1], len(layers[0]), len(layers[1])]
+    x, *hidden = np.split(np.eye(sum(sides)), np.cumsum(sides)[:-1])
+    square, weights = cvxpy.Variable(), [cvxpy.Variable(side, nonneg=True) for side in sides[1:]]
+    q = square * (x.T @ x) - (layers[2] @ hidden[1]).T @ (layers[2] @ hidden[1])
+    for d, z, weight in zip(hidden, (layers[0] @ x, layers[1] @ hidden[0]), weights, strict=True):
+        one = d.T @ cvxpy.diag(weight) @ (d - z)
+        q = q + one + one.T
+    cvxpy.Problem(cvxpy.Minimize(square), [q >> 0]).solve(solver="CLARABEL")
+
+    def net(kernels, x):
+        for n, kernel in enumerate(kernels):
+            x = jnp.pad(jax.nn.relu(x) if n else x, ((0, 0), (1, 1), (0, 0)), mode="wrap")
+            x = jax.lax.conv_general_dilated(x, kernel, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"))
+        return x
+
+    least = math.sqrt(square.value)
+    found = oj.lipschitz_bound(net, kernels, jax.ShapeDtypeStruct((1, *shape, 2), jnp.float32))
+    assert least * (1 - 1e-5) <= found <= 1.03 * least
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_joint_multipliers_pay_and_never_hurt(sampled, monkeypatch):
+    """Of a chain of eight layers: far less than one multiplier for each; and never more, whatever is proposed."""
+    if sampled:  # few of the frequencies: the certificate looks at all
+        monkeypatch.setattr(joint, "_OPERATIONS", 5e4)
+    rng = np.random.default_rng(1)
+    kernels = [rng.standard_normal((3, 3, 3, 3)).astype(np.float32) / 4 for _ in range(8)]
+
+    def net(kernels, x):
+        for kernel in kernels:
+            x = jax.nn.relu(x)
+            x = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return x
+
+    found = lambda: float(oj.lipschitz_bound(net, kernels, jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)))
+    together = found()
+    wild = lambda leg: 1e3 * np.exp(rng.standard_normal(leg.multipliers.size))
+    proposed = lambda legs: [joint._Found(wild(leg), wild(leg)) for leg in legs]
+    monkeypatch.setattr(joint, "_optimised", proposed)
+    proposed_bound = found()
+    monkeypatch.setattr(stages, "improved", lambda legs, gain: gain)
+    alone = found()
+    assert together < 0.8 * alone and proposed_bound <= alone
+
+
 @pytest.mark.slow
-def test_traced_bounds_hold_too(x64):
+def test_traced_bounds_hold_too(x64, one_multiplier):
     """Under jit the certificate is computed in the network's precision, here double; its derivative is right."""
     net = random_networks.Network((5, 2))
     rng = np.random.default_rng(0)
@@ -248,7 +309,7 @@ def test_traced_bounds_hold_too(x64):
     bound = jax.jit(lambda params: oj.lipschitz_bound(net.fn, params, jnp.zeros((1, 5, 2))))
     value, gradient = jax.value_and_grad(bound)(net.params)
     known = oj.lipschitz_bound(net.fn, net.params, jnp.zeros((1, 5, 2)))
-    assert known <= value <= known * (1 + 1e-9)
+    assert abs(value - known) <= 1e-9 * known  # the allowances for rounding are not the same
     direction = [rng.standard_normal(param.shape) for param in net.params]
     moved = lambda t: bound([param + t * d for param, d in zip(net.params, direction)])
     slope = sum(np.sum(g * d) for g, d in zip(gradient, direction))
@@ -258,7 +319,7 @@ def test_traced_bounds_hold_too(x64):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("generate, cases", [(random_networks.generate, 4), (random_networks.generate_shortcuts, 2)])
-def test_single_precision_certificates_hold(generate, cases):
+def test_single_precision_certificates_hold(generate, cases, one_multiplier):
     for seed in range(100 if THOROUGH else cases):
         net = generate(seed)
         params, x = [jnp.asarray(param) for param in net.params], jax.ShapeDtypeStruct((1, *net.shape), jnp.float32)

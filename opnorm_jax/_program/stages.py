@@ -254,7 +254,7 @@ class _Reader:
 
     def _same(self, signal: Signal, part: Part) -> int:
         (source,) = part.sources
-        if signal.shape != source.shape and (self.layout.spatial or signal.shape[-1] != source.shape[-1]):
+        if signal.shape != source.shape and (self.layout.spatial or signal.shape[-1:] != source.shape[-1:]):
             raise NotAStage
         return self.read(source)
 

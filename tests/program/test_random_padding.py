@@ -12,7 +12,7 @@ from jacobian import Program, conv_norm, forget
 
 import opnorm_jax as oj
 
-CASES = 5000 if THOROUGH else 200
+CASES = 5000 if THOROUGH else 100
 BATCH = 50
 
 

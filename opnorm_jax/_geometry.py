@@ -153,10 +153,10 @@ class Geometry:
 
 def fills(conv: Conv) -> tuple[str | None, ...]:
     """Returns what fills the padding of each axis: ``"CIRCULAR"``, ``"EDGE"``, ``"REFLECT"``, or None for zeros."""
-    return tuple(entry if entry in _FILLS else None for entry in _entries(conv))
+    return tuple(entry if entry in _FILLS else None for entry in padding_entries(conv))
 
 
-def _entries(conv: Conv) -> tuple[Any, ...]:
+def padding_entries(conv: Conv) -> tuple[Any, ...]:
     """Returns the padding of each axis, as it is described."""
     return (conv.padding,) * len(conv.input_shape) if isinstance(conv.padding, str) else conv.padding
 
@@ -288,7 +288,7 @@ def _live(size: _Size) -> Live:
 def _explicit_padding(conv: Conv, taps: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     pairs = []
     for entry, n, k, s, d in zip(
-        _entries(conv), conv.input_shape, taps, conv.strides, conv.kernel_dilation, strict=True
+        padding_entries(conv), conv.input_shape, taps, conv.strides, conv.kernel_dilation, strict=True
     ):
         reach = d * (k - 1)
         total = max((math.ceil(n / s) - 1) * s + reach + 1 - n, 0)

@@ -9,7 +9,6 @@ those networks see the test set, once, after the last step. As in the paper a co
 """
 
 import dataclasses
-import json
 import os
 import shutil
 import sys
@@ -66,7 +65,7 @@ def main(miniature: Miniature, console: Console | None = None) -> list[dict[str,
     seen = datasets.Dataset(*train, *(part[:MONITORED] for part in judges["tuning"]))
     arms = [(arm, kind, bound) for kind, bounds in headline.STACKS.items() for arm, bound in bounds.items()]
     path = miniature.out_dir / "miniature.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = sweep.read_lines(path) if path.exists() else []
 
     def network(stage: str, arm: str, kind: str, bound: float, learning_rate: float, seed: int) -> dict[str, Any]:
         own = {"stage": stage, "arm": arm, "learning_rate": learning_rate, "seed": seed}

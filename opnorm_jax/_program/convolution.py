@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from opnorm_jax._conv import SPATIAL_LETTERS, Conv
+from opnorm_jax._geometry import padding_entries
 from opnorm_jax._program.movement import HOLE, ElementMap
 
 
@@ -139,11 +140,9 @@ def _trimmed(conv: Conv, shape: Sequence[int]) -> Conv:
 
 def _plain_axes(conv: Conv, sizes: dict[str, int]) -> list[tuple[int, int, int, int, Any]]:
     """Lists for each axis its pixels, how far its taps reach, its stride, its input dilation and its padding."""
-    rank = len(conv.input_shape)
-    taps = [sizes[letter] for letter in SPATIAL_LETTERS[rank]]
+    taps = [sizes[letter] for letter in SPATIAL_LETTERS[len(conv.input_shape)]]
     reach = [dilation * (k - 1) for dilation, k in zip(conv.kernel_dilation, taps)]
-    pads = [conv.padding] * rank if isinstance(conv.padding, str) else conv.padding
-    return list(zip(conv.input_shape, reach, conv.strides, conv.input_dilation, pads, strict=True))
+    return list(zip(conv.input_shape, reach, conv.strides, conv.input_dilation, padding_entries(conv), strict=True))
 
 
 def _used(axis: tuple[int, int, int, int, Any]) -> int:

@@ -155,7 +155,7 @@ def _walk(program: Any, values: Sequence[Value], sites: Sites, sharded: bool, ca
         if touches_reference(eqn):
             outs = _through_reference(eqn, ins, sites)
         elif eqn.primitive is p.conv_general_dilated_p:
-            outs = [_convolution(eqn, ins, sites, sharded, _is_split(jaxpr, eqn))]
+            outs = [_convolution(eqn, ins, sites, sharded, jaxpr)]
         elif eqn.primitive is p.dot_general_p:
             outs = [_product(eqn, ins, sites)]
         elif is_identity(eqn):
@@ -270,13 +270,13 @@ def _scanned(value: Value, outside: Any, inside: Any) -> Value:
 # Convolutions and products.
 
 
-def _convolution(eqn: Any, ins: list[Value], sites: Sites, sharded: bool, is_split: bool) -> Value:
+def _convolution(eqn: Any, ins: list[Value], sites: Sites, sharded: bool, jaxpr: Any) -> Value:
     (image, kernel), shape = ins, eqn.invars[1].aval.shape
     out = computed("conv_general_dilated", [image, kernel], eqn.outvars[0].aval.shape)
     if kernel.kernel:
         spatial = {n: out.shape[n] for n in eqn.params["dimension_numbers"].out_spec[2:]}
         inside = "its convolution is inside shard_map, whose shapes are one device's: trace the model without it"
-        found = inside if sharded else _described(eqn, image, kernel.kernel, sites, is_split)
+        found = inside if sharded else _described(eqn, image, kernel.kernel, sites, jaxpr)
         site = Site(found, spatial, _covers(eqn))
         sites.add(kernel.kernel.leaf, site)
         return dataclasses.replace(out, site=site, kernels=frozenset())
@@ -328,14 +328,16 @@ def _is_one_image(image: Value, axis: int) -> bool:
     return bool(np.count_nonzero(np.ptp(places, axis=1)) <= 1)
 
 
-def _described(eqn: Any, image: Value, kernel: Kernel, sites: Sites, is_split: bool) -> Conv | str:
+def _described(eqn: Any, image: Value, kernel: Kernel, sites: Sites, jaxpr: Any) -> Conv | str:
     """Returns the ``Conv`` of a convolution, or why there is none."""
     try:
         numbers = eqn.params["dimension_numbers"]
-        spec, one_image = numbers.rhs_spec, _is_one_image(image, numbers.lhs_spec[1])
+        spec = numbers.rhs_spec
+        is_one_image = functools.partial(_is_one_image, image, numbers.lhs_spec[1])
+        is_split = functools.partial(_is_split, jaxpr, eqn)
         axes = Axes(kernel, tuple(sites.leaves[kernel.leaf].shape))
         letters = dict(zip(spec, kernel_letters(eqn)))
-        groups = axes.assign(letters, eqn.params["feature_group_count"], one_image, is_split)
+        groups = axes.assign(letters, eqn.params["feature_group_count"], is_one_image, is_split)
         layout, stacked = axes.layout()
         flipped = [axes.is_flipped(n) for n in spec[2:]]
         alone = read_convolution(eqn, None, layout, flipped, groups=groups, stacked=stacked)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from opnorm_jax._conv import SPATIAL_LETTERS, Conv
 from opnorm_jax._program.movement import HOLE, ElementMap, of_axes
+
+Test = Callable[[], bool]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,7 +83,7 @@ class Axes:
             if covered != length:
                 raise ValueError(f"the convolution takes a part of it, {self.operand}")
 
-    def assign(self, letters: dict[int, str], groups: int, one_image: bool, is_split: bool) -> int:
+    def assign(self, letters: dict[int, str], groups: int, is_one_image: Test, is_split: Test) -> int:
         """Gives the parameter's axes the letters of the operand's, and returns the groups of one kernel.
 
         ``vmap`` merges a stack of kernels into output channels: as groups if each has an input of its own.
@@ -88,8 +91,8 @@ class Axes:
         Args:
           letters: of the operand's axes.
           groups: of the equation.
-          one_image: whether it is sure that the image was not merged from several.
-          is_split: whether the output channels are taken apart again, as by ``vmap``.
+          is_one_image: tells whether it is sure that the image was not merged from several. Asked only if need be.
+          is_split: tells whether the output channels are taken apart again, as by ``vmap``. Likewise.
         """
         missing, own_groups = [], groups
         for n, along in enumerate(self.along):
@@ -98,7 +101,7 @@ class Axes:
                 continue
             (*stack, axis), is_shared = [*along], True
             if stack:
-                (*stack, axis), is_shared = self._slowest_first(n, groups, one_image, is_split)
+                (*stack, axis), is_shared = self._slowest_first(n, groups, is_one_image, is_split)
             if stack and letters[n] != "O":
                 raise ValueError("several of its axes become one before the convolution takes it")
             members = math.prod(self.shape[other] for other in stack)
@@ -131,7 +134,7 @@ class Axes:
         self.letters = min(choices, key=lambda choice: choice[:2])[2] if missing else self.letters
         return own_groups
 
-    def _slowest_first(self, n: int, groups: int, one_image: bool, is_split: bool) -> tuple[list[int], bool]:
+    def _slowest_first(self, n: int, groups: int, is_one_image: Test, is_split: Test) -> tuple[list[int], bool]:
         """Returns the parameter's axes along one of the operand's, if they were merged as by ``vmap``.
 
         Also whether the merged kernels share their input: then groups, if any, come before the members. Both readings
@@ -147,10 +150,10 @@ class Axes:
                 first, *members, last = np.indices([groups, *lengths, length // groups]).reshape(len(along) + 1, -1)
                 if matches(axes, [*members, first * (length // groups) + last]):
                     shared.append([*axes])
-        if apart and not (shared and one_image and is_split):
-            return apart[0], False
-        if shared and is_split:
+        if shared and is_split() and (not apart or is_one_image()):
             return shared[0], True
+        if apart:
+            return apart[0], False
         raise ValueError("several of its axes become one before the convolution takes it")
 
     def layout(self) -> tuple[str, tuple[int, ...]]:

@@ -560,6 +560,13 @@ def _choose(ins):
     return out
 
 
+def linear_norm(layer, shape):
+    """The norm of a linear map of images of a shape, channels last, from its matrix in double precision."""
+    with jax.enable_x64(True):
+        side = math.prod(shape)
+        return np.linalg.norm(np.asarray(layer(jnp.eye(side).reshape(side, *shape))).reshape(side, -1), 2)
+
+
 def conv_norm(kernel, conv):
     """The norm of what a description says, ``None`` where this oracle does not know its padding.
 

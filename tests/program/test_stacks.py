@@ -8,6 +8,7 @@ import optax
 import pytest
 from conftest import THOROUGH, count_case
 from flax import nnx
+from jacobian import linear_norm
 from jax import lax
 
 import opnorm_jax as oj
@@ -71,10 +72,7 @@ class Case:
 
     def norm(self, kernel):
         """The norm of a member, from the matrix of the layer itself."""
-        with jax.enable_x64(True):
-            kernel, side = jnp.asarray(kernel, jnp.float64), 2 * int(np.prod(self.shape))
-            basis = jnp.eye(side).reshape(side, *self.shape, 2)
-            return np.linalg.norm(np.asarray(self.layer(kernel, basis)).reshape(side, -1), 2)
+        return linear_norm(lambda x: self.layer(np.asarray(kernel, np.float64), x), (*self.shape, 2))
 
 
 @pytest.mark.parametrize("start", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(BATCH, CASES, BATCH))])

@@ -59,6 +59,8 @@ TESTS = {  # module: files of tests; an expression for -k after a colon
     "_program/rules": "program/test_lipschitz program/test_gates program/test_random_programs",
     "_program/slopes": "program/test_slopes program/test_lipschitz",
     "_program/sdp": "program/test_random_networks program/test_lipschitz",
+    "_program/cuts": "program/test_random_networks program/test_lipschitz",
+    "_program/reader": "program/test_random_networks program/test_lipschitz",
     "_program/stages": "program/test_random_networks program/test_lipschitz",
 }
 OPERATORS = """Add_Sub Sub_Add Mul_Div Div_Mul Pow_Mul FloorDiv_Div BitAnd_BitOr BitOr_BitAnd USub_UAdd Delete_USub

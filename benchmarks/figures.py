@@ -4,7 +4,6 @@ from benchmarks.rivals import METHODS as NORMS
 from benchmarks.spectrum import METHODS
 from benchmarks.tables import DOCS, read
 
-MAKERS = ("spectrum", "scaling", "optimizers", "rivals")
 ON_THE_SITE = ("optimizers", "rivals")
 
 
@@ -16,17 +15,20 @@ def draw(folder):
     import matplotlib.pyplot as plt
 
     drawn = []
-    for name in MAKERS:
+    for maker in (spectrum, scaling, optimizers, rivals):
+        name = maker.__name__
         if rows := read(folder, name):
             drawn.append((DOCS if name in ON_THE_SITE else folder) / f"{name}.png")
-            figure = globals()[name](rows, plt)
+            figure = maker(rows, plt)
             figure.savefig(drawn[-1], dpi=120)
             plt.close(figure)
     return drawn
 
 
 def spectrum(rows, plt):
-    """Seconds against channels, one panel per kernel size."""
+    """Seconds against channels, one panel per kernel size, with the newest jax that was measured."""
+    newest = max(row["jax"] for row in rows)
+    rows = [row for row in rows if row["jax"] == newest]
     panels = sorted({(tuple(row["taps"]), tuple(row["map"])) for row in rows})
     figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), layout="constrained", squeeze=False)
     for axis, (taps, size) in zip(axes[0], panels):
@@ -34,6 +36,7 @@ def spectrum(rows, plt):
         lines(axis, here, "channels", METHODS)
         axis.set(title=f"{taps[0]}x{taps[1]} kernels, {size[0]}x{size[1]} maps")
     axes[0, 0].legend()
+    figure.suptitle(f"jax {newest}")
     return figure
 
 

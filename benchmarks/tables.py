@@ -31,10 +31,22 @@ def tables(folder):
 def filled(page, folder):
     """The text of a page, whose tables are made anew. The comment before each names its results and its function."""
 
+    makers = (
+        spectrum_times,
+        spectrum_ratios,
+        real_networks,
+        rival_norms,
+        rival_circular,
+        rival_clips,
+        tpu_programs,
+        miniature,
+    )
+    of = {maker.__name__: maker for maker in makers}
+
     def table(found):
         name, maker = found.groups()
         rows = read(folder, name)
-        return f"{name}, {maker} -->\n{globals()[maker](rows)}\n" if rows else found[0]
+        return f"{name}, {maker} -->\n{of[maker](rows)}\n" if rows else found[0]
 
     return MARKED.sub(table, page.read_text())
 
@@ -104,6 +116,31 @@ def scaling(rows):
     keys = ["channels", "map", "GiB of all blocks", "GiB before", "GiB at most"]
     lines = [[row[key] if isinstance(row[key], int) else f"{row[key]:.2f}" for key in keys] for row in chosen]
     return "\n\n".join([*parts, markdown(keys, lines)])
+
+
+def spectrum_times(rows):
+    """Milliseconds for all singular values, for each version of jax."""
+    versions = sorted({row["jax"] for row in rows})
+    names = ("full matrix", "paper, NumPy", "plain jax.numpy", "opnorm_jax")
+    of = {(row["jax"], row["channels"], *row["taps"], *row["map"]): row["seconds"] for row in rows}
+    lines = []
+    for channels, *sizes in dict.fromkeys(key[1:] for key in of):
+        seconds = [of[version, channels, *sizes] for version in versions]
+        cells = [f"{1e3 * each[name]:.3g}" if name in each else "-" for each in seconds for name in names]
+        lines.append(["{} × {}, {} × {}, {}".format(*sizes, channels), *cells])
+    header = [f"{name}, jax {version}" for version in versions for name in names]
+    return markdown(["kernel, map, channels", *header], lines)
+
+
+def spectrum_ratios(rows):
+    """Times faster than each rival, for each version of jax: the geometric mean (least)."""
+    rivals = ("full matrix", "paper, NumPy", "plain jax.numpy")
+    lines = []
+    for version in sorted({row["jax"] for row in rows}):
+        seconds = [row["seconds"] for row in rows if row["jax"] == version]
+        ratios = [[each[rival] / each["opnorm_jax"] for each in seconds if rival in each] for rival in rivals]
+        lines.append([version, *(f"{geometric_mean(found):.2g} ({min(found):.2g})" for found in ratios)])
+    return markdown(["jax", *(f"than {rival}" for rival in rivals)], lines)
 
 
 def real_networks(rows):

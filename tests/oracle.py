@@ -4,6 +4,7 @@ A convolution's matrix is built by explicit loops over output pixels and taps in
 ``lax.conv_general_dilated``; ``test_oracle.py`` checks that against ``lax`` itself, Flax and SciPy.
 """
 
+import copy
 import itertools
 import math
 
@@ -111,3 +112,12 @@ def paper_clip(kernel, input_shape, bound):
     left, values, right = np.linalg.svd(transforms, full_matrices=False)
     clipped = np.matmul(left * np.minimum(values, bound)[..., None, :], right)
     return np.fft.ifft2(clipped, axes=[0, 1]).real[: kernel.shape[0], : kernel.shape[1]]
+
+
+def torch_jacobian(layer, channels, size):
+    """A layer of PyTorch's as a matrix in float64, without its bias."""
+    import torch
+
+    wide = copy.deepcopy(layer).to(torch.float64)
+    x = torch.zeros(1, channels, *size, dtype=torch.float64)
+    return torch.autograd.functional.jacobian(wide, x).reshape(-1, x.numel()).detach().numpy()

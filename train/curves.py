@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import report
 import tyro
 
 
@@ -53,7 +54,7 @@ def read(run: Path) -> tuple[str, list[int], list[dict[str, float]]]:
             raise FileNotFoundError(f"expected the folder of a run, with {name}, got {run}.")
     config = json.loads((run / "config.json").read_text())
     label = config["constraint"] + ("" if config["constraint"] == "none" else f" {config['max_norm']:g}")
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = report.read_lines(run / "metrics.jsonl")
     return label, [row["epoch"] for row in rows], rows
 
 

@@ -145,7 +145,7 @@ def train_stack(headline: Headline, constraint: str, arms: list[options.Config],
     test = lambda params: np.atleast_1d(run.evaluate(params, state.batch_stats, *run.test_set))
     errors, errors_constrained = test(state.params), test(params)
     weights, statistics = run.seeds.split(params), run.seeds.split(state.batch_stats)
-    epochs = [json.loads(line) for line in (config.out_dir / "metrics.jsonl").read_text().splitlines()]
+    epochs = report.read_lines(config.out_dir / "metrics.jsonl")
     for n, arm in enumerate(arms):
         members = slice(n * seeds, (n + 1) * seeds)
         arm.out_dir.mkdir(parents=True, exist_ok=True)

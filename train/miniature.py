@@ -25,7 +25,6 @@ import jax
 import numpy as np
 import options
 import report
-import sweep
 import tyro
 from rich.console import Console
 
@@ -65,7 +64,7 @@ def main(miniature: Miniature, console: Console | None = None) -> list[dict[str,
     seen = datasets.Dataset(*train, *(part[:MONITORED] for part in judges["tuning"]))
     arms = [(arm, kind, bound) for kind, bounds in headline.STACKS.items() for arm, bound in bounds.items()]
     path = miniature.out_dir / "miniature.jsonl"
-    rows = sweep.read_lines(path) if path.exists() else []
+    rows = report.read_lines(path) if path.exists() else []
 
     def network(stage: str, arm: str, kind: str, bound: float, learning_rate: float, seed: int) -> dict[str, Any]:
         own = {"stage": stage, "arm": arm, "learning_rate": learning_rate, "seed": seed}
@@ -78,7 +77,7 @@ def main(miniature: Miniature, console: Console | None = None) -> list[dict[str,
         figures = {"error": error, "largest_norm": norm, "seconds": seconds, "images": len(judges[stage][0])}
         row = {**own, **figures, **shared, **report.environment()}
         rows.append(row)
-        sweep.write_lines(path, rows)
+        report.write_lines(path, rows)
         shutil.rmtree(config.out_dir)
         console.print(f"{stage}, {arm}, rate {learning_rate:g}, seed {seed}: error {100 * error:.2f} %")
         return row

@@ -165,6 +165,19 @@ def save_json(path: Path, content: Any) -> None:
     temporary.replace(path)
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Reads the rows of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes rows as JSON lines, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text("".join(json.dumps(valid_json(row), allow_nan=False) + "\n" for row in rows))
+    part.replace(path)
+
+
 def save_params(path: Path, params: Any, batch_stats: Any) -> None:
     """Weights and batch statistics, flat names, without pickle."""
     from safetensors.numpy import save_file

@@ -194,31 +194,20 @@ def run_group(sweep: Sweep, members: list[Member], console: Console) -> None:
     }
     folder.mkdir(parents=True, exist_ok=True)
     cifar.train_members(config, hyper, (sweep.seed,) * len(members), console)
-    epochs = read_lines(folder / "metrics.jsonl")
+    epochs = report.read_lines(folder / "metrics.jsonl")
     names = ("test_error", "train_error", "train_loss")
     last = {name: np.atleast_1d(epochs[-1][name]).tolist() for name in names}
     lines = [{**row, **{name: values[n] for name, values in last.items()}} for n, row in enumerate(rows)]
-    write_lines(sweep.out_dir / "results" / f"{name}.jsonl", [{**line, **report.environment()} for line in lines])
+    report.write_lines(
+        sweep.out_dir / "results" / f"{name}.jsonl", [{**line, **report.environment()} for line in lines]
+    )
     shutil.rmtree(folder)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of JSON lines."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(report.valid_json(row), allow_nan=False) + "\n" for row in rows))
-    part.replace(path)
 
 
 def finished(sweep: Sweep) -> list[dict[str, Any]]:
     """The results that are there, of any shard."""
     files = sorted((sweep.out_dir / "results").glob("*.jsonl"))
-    return [row for file in files for row in read_lines(file)]
+    return [row for file in files for row in report.read_lines(file)]
 
 
 def show(results: list[dict[str, Any]], picture: Path, console: Console) -> None:

@@ -8,6 +8,7 @@ import re
 
 import numpy as np
 import pytest
+from oracle import torch_jacobian
 
 from opnorm_jax._cli.main import main
 
@@ -17,15 +18,6 @@ from torch import nn  # noqa: E402
 from torch.nn.utils import parametrizations, parametrize, remove_weight_norm, weight_norm  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-def jacobian(layer, channels, size):
-    """The layer as a matrix in float64, without its bias."""
-    x = torch.zeros(1, channels, *size, dtype=torch.float64)
-    wide = layer.to(torch.float64)
-    found = torch.autograd.functional.jacobian(wide, x)
-    layer.to(torch.float32)
-    return found.reshape(-1, x.numel()).detach().numpy()
 
 
 def saved(network, path):
@@ -73,7 +65,7 @@ def test_layers_as_described(name, tmp_path, capsys):
         json.dumps({"0": {"input_shape": size, "kernel_layout": "OI" + "DHW"[3 - len(size) :], **options}})
     )
     channels = net[0].in_channels
-    true = np.linalg.svd(jacobian(net, channels, size), compute_uv=False)
+    true = np.linalg.svd(torch_jacobian(net, channels, size), compute_uv=False)
     (row,) = report(capsys, path, "--layers", rules, "--smallest")["layers"]
     assert row["lower"] <= true[0] * (1 + 1e-6) and true[0] <= row["upper"]
     assert row["norm"] == pytest.approx(true[0], rel=1e-5)
@@ -83,7 +75,7 @@ def test_layers_as_described(name, tmp_path, capsys):
     command = ["constrain", path, out, "--max-norm", f"{bound:.6f}", "--constraint", "project", "--layers", rules]
     assert main([*map(str, command)]) == 0
     net.load_state_dict(safetensors.torch.load_file(out))
-    assert np.linalg.norm(jacobian(net, channels, size), 2) <= bound * (1 + 1e-5)
+    assert np.linalg.norm(torch_jacobian(net, channels, size), 2) <= bound * (1 + 1e-5)
 
 
 NORMALISED = {
@@ -114,7 +106,7 @@ def test_factors_are_refused_until_they_are_removed(name, tmp_path, capsys):
         main([*map(str, ["constrain", path, tmp_path / "out.safetensors", "--max-norm", 1, *common])])
     assert re.search("0.*computed from", capsys.readouterr().err)
     unwrap(net[0])
-    true = np.linalg.norm(jacobian(nn.Sequential(net[0]), 3, (6, 6)), 2)
+    true = np.linalg.norm(torch_jacobian(nn.Sequential(net[0]), 3, (6, 6)), 2)
     rows = {row["path"]: row for row in report(capsys, saved(net, path), *common)["layers"]}
     assert rows["0.weight"]["norm"] == pytest.approx(true, rel=1e-5)
 
@@ -126,7 +118,7 @@ def test_batch_norm_is_folded(tmp_path, capsys):
         net[1].weight.uniform_(-2, 2)
         net[1].running_var.uniform_(0.1, 3)
     net.eval()
-    true = np.linalg.norm(jacobian(net, 3, (6, 6)), 2)
+    true = np.linalg.norm(torch_jacobian(net, 3, (6, 6)), 2)
     path = saved(net, tmp_path / "net.safetensors")
     facts = report(capsys, path, "--input-shape", 6, 6, "--padding", 1, "--fold-batch-norm")
     assert facts["batch_norms"] == {"0.weight": "1"}

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracle import torch_jacobian
 
 import opnorm_jax as oj
 
@@ -15,14 +16,6 @@ torch = pytest.importorskip("torch", reason="torch is not installed: an optional
 CONVS = {1: "Conv1d", 2: "Conv2d", 3: "Conv3d"}
 LAYOUTS = {1: "OIW", 2: "OIHW", 3: "OIDHW"}
 TRANSPOSED_LAYOUTS = {1: "IOW", 2: "IOHW", 3: "IODHW"}
-
-
-def jacobian(layer, channels, size):
-    """The layer as a matrix."""
-    x = torch.zeros(1, channels, *size, dtype=torch.float64)
-    found = torch.autograd.functional.jacobian(layer, x)
-    outputs = layer(x).numel()
-    return found.reshape(outputs, -1).detach().numpy()
 
 
 FORWARD = [  # size, in, out, options of torch, options of Conv
@@ -47,7 +40,7 @@ FORWARD = [  # size, in, out, options of torch, options of Conv
 def test_conv(size, i, o, theirs, options, x64):
     layer = getattr(torch.nn, CONVS[len(size)])(i, o, 3, bias=False, dtype=torch.float64, **theirs)
     kernel = jnp.asarray(layer.weight.detach().numpy())
-    check(kernel, oj.Conv(size, kernel_layout=LAYOUTS[len(size)], **options), jacobian(layer, i, size))
+    check(kernel, oj.Conv(size, kernel_layout=LAYOUTS[len(size)], **options), torch_jacobian(layer, i, size))
 
 
 TRANSPOSED = [  # size, in, out, kernel, options of torch
@@ -82,7 +75,7 @@ def test_conv_transpose(size, i, o, k, theirs, x64):
     # PyTorch keeps (groups x I) x O / groups; Conv, as lax, I x (groups x O / groups).
     weight = weight.reshape(groups, i // groups, o // groups, *weight.shape[2:])
     weight = np.moveaxis(weight, 0, 1).reshape(i // groups, o, *weight.shape[3:])
-    check(jnp.asarray(weight), conv, jacobian(layer, i, size))
+    check(jnp.asarray(weight), conv, torch_jacobian(layer, i, size))
 
 
 def check(kernel, conv, matrix):
@@ -105,7 +98,7 @@ def test_spectral_norm_of_torch_is_not_the_layers():
     matrix = np.asarray(kernel).reshape(8, -1)
     np.testing.assert_allclose(np.linalg.norm(matrix, 2), 1, rtol=1e-4)
     conv = oj.Conv((6, 6), padding=((1, 1), (1, 1)), kernel_layout="OIHW")
-    true = np.linalg.norm(jacobian(layer.to(torch.float64), 4, (6, 6)), 2)
+    true = np.linalg.norm(torch_jacobian(layer, 4, (6, 6)), 2)
     np.testing.assert_allclose(oj.operator_norm(kernel, conv), true, rtol=1e-4)
     assert abs(true - 1) > 0.05
     assert jax.device_get(oj.operator_norm_bounds(kernel, conv).upper) >= true * (1 - 1e-6)

@@ -95,7 +95,7 @@ def test_shards_together_are_the_whole(tiny, monkeypatch):
     def pretend(plan, members, console):
         ran.append([sweep.identity(plan, member) for member in members])
         rows = [{**row, "test_error": 0.5, "train_error": 0.5, "train_loss": np.nan} for row in ran[-1]]
-        sweep.write_lines(plan.out_dir / "results" / f"{len(ran)}.jsonl", rows)
+        report.write_lines(plan.out_dir / "results" / f"{len(ran)}.jsonl", rows)
 
     monkeypatch.setattr(sweep, "run_group", pretend)
     for shard in ("1/2", "0/2", "1/2"):

@@ -27,9 +27,12 @@ def test_benchmark_runs(name):
     assert "ms:" in done.stdout
 
 
+NORM = ("weight", "bias", "running_mean", "running_var")
+
+
 @pytest.mark.slow
 def test_real_networks_are_read_from_a_folder(tmp_path):
-    """Small networks with the keys of the published ones; without a folder, or with another network, a line says so."""
+    """Small networks with the keys of published ones, and a run of the trainer's; of another network a line says so."""
     rng = np.random.default_rng(0)
     kernel = lambda o, i: (rng.standard_normal((o, i, 3, 3)) / np.sqrt(9 * i)).astype(np.float32)
     resnet = {"linear.weight": rng.standard_normal((10, 8)).astype(np.float32), "linear.bias": np.zeros(10, np.float32)}
@@ -37,22 +40,39 @@ def test_real_networks_are_read_from_a_folder(tmp_path):
     layers |= {"layer2.0.conv1": kernel(8, 4), "layer2.0.conv2": kernel(8, 8)}
     for name, weight in layers.items():
         resnet[f"{name}.weight"] = weight
-        for key in ("weight", "bias", "running_mean", "running_var"):
+        for key in NORM:
             resnet[f"{name.replace('conv', 'bn')}.{key}"] = np.ones(len(weight), np.float32)
     dncnn = {f"model.{n}.weight": kernel(o, i) for n, (o, i) in zip((0, 2, 10), ((4, 1), (4, 4), (1, 4)))}
     dncnn |= {name.replace("weight", "bias"): np.zeros(len(weight), np.float32) for name, weight in dncnn.items()}
     np.savez(tmp_path / "resnet.npz", **resnet)
     np.savez(tmp_path / "dncnn.npz", **dncnn)
+    torchvision = {name.replace("linear", "fc"): value for name, value in resnet.items()}
+    torchvision["conv1.weight"] = rng.standard_normal((4, 3, 7, 7)).astype(np.float32) / 12
+    torchvision["layer2.0.downsample.0.weight"] = kernel(8, 4)[:, :, :1, :1]
+    torchvision |= {f"layer2.0.downsample.1.{key}": resnet[f"layer2.0.bn1.{key}"] for key in NORM}
+    np.savez(tmp_path / "torchvision.npz", **torchvision)
+    trainer = [
+        sys.executable,
+        "train/cifar.py",
+        "--epochs",
+        "1",
+        "--max-steps",
+        "2",
+        "--out-dir",
+        str(tmp_path / "run"),
+    ]
+    assert subprocess.run(trainer, cwd=ROOT, capture_output=True).returncode == 0
 
     def run(*options):
         command = [sys.executable, "-m", "benchmarks", "real_networks", "--out", str(tmp_path / "out"), *options]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
-    assert "needs --weights FOLDER" in run().stderr
+    assert "holds no .npz files" in run("--weights", str(tmp_path / "run" / "checkpoints")).stderr
     done = run("--weights", str(tmp_path), "--sizes", "8")
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in (tmp_path / "out" / "real_networks.jsonl").read_text().splitlines()]
-    assert [row["network"] for row in rows] == ["dncnn", "resnet"]
+    names = ["dncnn", "resnet", "ResNet-8 of train/, 1 epochs, rescale 1", "torchvision"]
+    assert [row["network"] for row in rows] == names
     assert all(row["seen"] < row["sdp"] < row["product"] for row in rows)
     np.savez(tmp_path / "other.npz", odd=np.zeros(3))
     assert "no network that is known here" in run("--weights", str(tmp_path), "--sizes", "8").stderr

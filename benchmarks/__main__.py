@@ -1,4 +1,4 @@
-"""Every figure in the documentation, measured on this machine.
+"""The figures of the documentation, measured on this machine.
 
     python -m benchmarks [NAME ...] [--quick] [--repeats 7] [--out benchmarks/results] [--data-dir CIFAR10]
 

@@ -41,6 +41,22 @@ NETWORKS = {
 }
 
 
+def largest_jacobian(fn, params, points, steps):
+    """The largest norm of the Jacobian at the points, from below, by so many steps of power iteration each."""
+
+    @jax.jit
+    def at(point, key):
+        vector = jax.random.normal(key, point.shape, point.dtype)
+        out, forward = jax.linearize(lambda x: fn(params, x), point)
+        backward = jax.linear_transpose(forward, point)
+        unit = lambda v: v / jnp.linalg.norm(v.ravel())
+        vector = jax.lax.fori_loop(0, steps, lambda _, v: unit(backward(forward(v))[0]), unit(vector))
+        return jnp.linalg.norm(forward(vector).ravel())
+
+    keys = jax.random.split(jax.random.key(1), len(points))
+    return max(float(at(point[None], key)) for point, key in zip(points, keys))
+
+
 class Training:
     """One network with its data, its convolutions and its step functions."""
 

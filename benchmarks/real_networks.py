@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import opnorm_jax as oj
+from benchmarks.networks import ResNet, largest_jacobian
 from benchmarks.scaling import gib
 
 ROOT = Path(__file__).parent.parent
@@ -100,9 +101,7 @@ def random_resnet18():
 
 def trained_here(folder):
     """What train/cifar.py left: a name, the network's function, its parameters, and the channels of its input."""
-    from benchmarks.networks import ResNet  # and train/ on the path
-
-    import checkpoint  # isort: skip
+    import checkpoint  # of train/, which benchmarks.networks makes importable
 
     config = json.loads((folder / "config.json").read_text())
     weights, _ = checkpoint.load_weights(folder / "params.safetensors")
@@ -129,22 +128,6 @@ def load(path):
     raise SystemExit(f"{path} is no network that is known here; its first keys are {list(params)[:3]}.")
 
 
-def seen(fn, params, points):
-    """The largest norm of the Jacobian at the points, by 100 steps of power iteration each."""
-
-    @jax.jit
-    def at(point, key):
-        vector = jax.random.normal(key, point.shape, point.dtype)
-        out, forward = jax.linearize(lambda x: fn(params, x), point)
-        backward = jax.linear_transpose(forward, point)
-        unit = lambda v: v / jnp.linalg.norm(v.ravel())
-        vector = jax.lax.fori_loop(0, 100, lambda _, v: unit(backward(forward(v))[0]), unit(vector))
-        return jnp.linalg.norm(forward(vector).ravel())
-
-    keys = jax.random.split(jax.random.key(1), len(points))
-    return max(float(at(point[None], key)) for point, key in zip(points, keys))
-
-
 def measure(path, size, inputs):
     """The child: one row."""
     name, fn, params, channels = load(path)
@@ -158,7 +141,7 @@ def measure(path, size, inputs):
     points = jax.random.normal(jax.random.key(0), (8, size, size, channels))
     if inputs and (given := np.load(inputs, mmap_mode="r")).shape[1:] == points.shape[1:]:
         row["inputs"], points = inputs.name, jnp.asarray(given[:8], jnp.float32)
-    row["seen"] = seen(fn, params, points)
+    row["seen"] = largest_jacobian(fn, params, points, 100)
     return row
 
 

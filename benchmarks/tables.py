@@ -34,6 +34,7 @@ def filled(page, folder):
     makers = (
         spectrum_times,
         spectrum_ratios,
+        lipschitz,
         real_networks,
         rival_norms,
         rival_circular,
@@ -141,6 +142,14 @@ def spectrum_ratios(rows):
         ratios = [[each[rival] / each["opnorm_jax"] for each in seconds if rival in each] for rival in rivals]
         lines.append([version, *(f"{geometric_mean(found):.2g} ({min(found):.2g})" for found in ratios)])
     return markdown(["jax", *(f"than {rival}" for rival in rivals)], lines)
+
+
+def lipschitz(rows):
+    """Bounds on networks with random weights."""
+    number = lambda row, key: power(row[key]) if key in row else ""
+    keys = ("product", "sdp", "sdp, jit", "seen")
+    lines = [[row["network"], *(number(row, key) for key in keys)] for row in rows]
+    return markdown(["network", "product", "sdp", "sdp under `jit`", "largest Jacobian at random points"], lines)
 
 
 def real_networks(rows):

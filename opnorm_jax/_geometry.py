@@ -31,7 +31,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -248,7 +248,8 @@ def padded_pixels(fill: str, n: int, input_dilation: int, pads: tuple[int, int])
     if fill == "CIRCULAR":
         places = np.arange(-pads[0], n * input_dilation + pads[1]) % (n * input_dilation)
         return np.where(places % input_dilation == 0, places // input_dilation, -1)
-    return np.pad(np.arange(n), pads, mode="edge" if fill == "EDGE" else "reflect")
+    modes: dict[str, Literal["edge", "reflect"]] = {"EDGE": "edge", "REFLECT": "reflect"}
+    return np.pad(np.arange(n), pads, mode=modes[fill])
 
 
 def met_pixels(geometry: Geometry) -> list[np.ndarray]:

@@ -142,9 +142,10 @@ def _search(plan, chunk_bytes, taps):
 
 
 def largest_singular_values(blocks: Complex[Array, "c m n"]) -> Float[Array, " c"]:
-    """Computes the largest singular value of each block. Returns 0 for a block whose own is not the largest of all.
+    """Computes the largest singular value of each block, or 0 for blocks whose own is not the largest of all.
 
-    By elimination; accurate to a few eps, at near ties too (which projections make). Not differentiable.
+    Small blocks always have their own. By elimination; accurate to a few eps, at near ties too (which projections
+    make). Not differentiable.
     """
     if min(blocks.shape[-2:]) <= factor.JACOBI_SIDE:
         return factor.singular_values(blocks)[:, 0]

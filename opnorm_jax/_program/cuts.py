@@ -20,11 +20,14 @@ class NotAStage(Exception):
 
 
 class Part(NamedTuple):
-    """What a signal is made of."""
+    """What a signal is made of.
+
+    ``Reader`` reads each kind by a method of that name. ``input``, ``unknown`` and ``total`` (a sum) have none.
+    """
 
     kind: str
     sources: list[Signal]
-    data: Any = None
+    data: Any = None  # slopes, signs, a factor, axes, an equation, a layer: see _part
 
 
 def find_cuts(x: Signal, out: Signal) -> tuple[list[Signal], dict[int, Part]] | None:
@@ -54,26 +57,27 @@ def find_cuts(x: Signal, out: Signal) -> tuple[list[Signal], dict[int, Part]] | 
             return None
         parts[id(signal)] = part
         stack += [(source, False) for source in part.sources if id(source) not in done]
-    # Sources come before what is made of them. A signal's dominators are those common to its sources, and itself.
+    # Sources come before what is made of them. A signal's dominators are those common to its sources, and itself. Of
+    # two sources the later one is replaced by its own nearest dominator, until both are the same (Cooper, Harvey and
+    # Kennedy, 2001). The input is its own.
     number = {id(signal): n for n, signal in enumerate(order)}
-    above: list[int] = []  # the nearest dominator of each
+    dominator: list[int] = []  # the nearest of each
     for n, signal in enumerate(order):
-        found = n
+        nearest = n
         for k, source in enumerate(parts[id(signal)].sources):
             other = number[id(source)]
             if k == 0:
-                found = other
-            while found != other:
-                if found > other:
-                    found = above[found]
+                nearest = other
+            while nearest != other:
+                if nearest > other:
+                    nearest = dominator[nearest]
                 else:
-                    other = above[other]
-        above.append(found)
+                    other = dominator[other]
+        dominator.append(nearest)
     chain = [len(order) - 1]
-    while above[chain[-1]] != chain[-1]:
-        chain.append(above[chain[-1]])
-    found = [order[n] for n in reversed(chain)]
-    return ([signal for signal in found if has_bound(signal)], parts) if found[0] is x else None
+    while dominator[chain[-1]] != chain[-1]:
+        chain.append(dominator[chain[-1]])
+    return [order[n] for n in reversed(chain) if has_bound(order[n])], parts
 
 
 def has_bound(signal: Signal) -> bool:
@@ -89,7 +93,7 @@ def _part(signal: Signal, x: Signal) -> Part:
     eqn = signal.eqn
     if eqn is None:
         owners = [source.owner for source in signal.elements.sources]
-        if signal.compute is not None or signal in owners and not signal.ins:
+        if signal.compute is not None or (signal in owners and not signal.ins):
             raise NotAStage
         return Part("unknown", [value for value in signal.ins if is_signal(value)] or owners)
     name = eqn.primitive.name
@@ -105,7 +109,8 @@ def _part(signal: Signal, x: Signal) -> Part:
         return Part("sum", signals, tuple(s for s, value in zip(signs, signal.ins) if is_signal(value)))
     if name == "neg":
         return Part("sum", signals, (-1,))
-    if name == "mul" and alike and len(signals) == 1 or name == "div" and alike and signals == signal.ins[:1]:
+    scales = name == "mul" or (name == "div" and is_signal(signal.ins[0]))
+    if scales and alike and len(signals) == 1:
         (constant,) = (value for value in signal.ins if not is_signal(value))
         return Part("scale", signals, (constant, name == "div"))
     if name == "concatenate" and len(signals) == len(signal.ins):
@@ -139,7 +144,7 @@ def _unmoved(signal: Signal) -> Signal | None:
 
 
 def _only_source(signal: Signal, x: Signal) -> Signal | None:
-    """Returns the input, or an operation's result, that all elements but the constants are elements of."""
+    """Returns the signal that all elements but constants come from, the input or an operation's result; else None."""
     if len(signal.elements.sources) != 1:
         return None
     owner = signal.elements.sources[0].owner

@@ -30,7 +30,13 @@ _TRIES = 60
 """The value and its gradient are computed so many times."""
 
 _OPERATIONS = 4e8
-"""Each time so many operations are always allowed: cubes of the sides of matrices. That is some 0.3 seconds."""
+"""At least so many operations are allowed for one value and its gradient, about 0.3 seconds.
+
+What is counted are cubes of the sides of matrices. A larger run may take a seventh of what all its frequencies take.
+"""
+
+_LEAST_TRIES = 16
+"""Fewer computations than this are not worth beginning."""
 
 _POWERS = (8, 30, 120)
 """The largest eigenvalue is smoothed by sums of such powers, one after the other."""
@@ -89,11 +95,9 @@ def _certified(legs: Sequence[Leg], found: Sequence[_Found]) -> float:
             continue
         for tried in _attempts(own):
             out, top = certify(leg.stage, leg.arrays, tried / size, roots, np.float64)
-            if (
-                not own.multipliers.size
-                or 0 < top < math.inf
-                and np.divide(*_peak_and_mean(leg.stage, out)) <= _PEAK * own.peak
-            ):
+            if not own.multipliers.size:
+                break
+            if 0 < top < math.inf and np.divide(*_peak_and_mean(leg.stage, out)) <= _PEAK * own.peak:
                 break
         if not 0 < top < math.inf:
             return math.inf
@@ -122,15 +126,16 @@ def _optimised(legs: Sequence[Leg]) -> list[_Found] | None:
     if sampled is None:
         return None
     sample, tries = sampled
+    # No margin is needed where the sample is the whole circle.
     margin = 0.0 if _operations(sample) == _operations(legs) else _MARGIN
-    run = _Run(sample, margin)
+    run = _RunValue(sample, margin)
     at = run.relative([leg.multipliers for leg in legs])
     if at is None:
         return None
-    best = _Best(run, at)
-    for n, power in enumerate(_POWERS):
+    best = _Incumbent(run, at)
+    for n, power in enumerate(_POWERS):  # half of the tries at the smoothest, a quarter at each of the others
         descend(lambda logs, power=power: best.value(logs, power), best.at, tries // 4 if n else tries // 2)
-    run.value(best.at, 1)
+    run.value(best.at, 1)  # so that every part has the Gram matrices of these multipliers
     peaks = [np.trace(part.gram, axis1=-2, axis2=-1).real.max() for part in run.parts]
     parts = np.split(np.exp(best.at), run.ends), np.split(np.exp(at), run.ends)
     return [_Found(*each) for each in zip(*parts, peaks, strict=True)]
@@ -145,13 +150,13 @@ def _sampled(legs: Sequence[Leg]) -> tuple[list[Leg], int] | None:
     for points in range(int(max(whole, default=1)), 0, -1):
         sample = _on_circle(legs, np.minimum(whole, points) * strides)
         if _operations(sample) <= allowed or points <= 4:
-            tries = int(min(_TRIES, _TRIES * allowed / _operations(sample)))
-            return (sample, tries) if tries >= 16 else None
-    return None
+            break
+    tries = int(min(_TRIES, _TRIES * allowed / _operations(sample)))
+    return (sample, tries) if tries >= _LEAST_TRIES else None
 
 
 def _on_circle(legs: Sequence[Leg], grid: np.ndarray) -> list[Leg]:
-    """Returns the same run on another circle. A sum over pixels remembers its own."""
+    """Returns the same run on another circle. A sum over pixels keeps its own, and has the new one as its sample."""
     found = []
     for leg in legs:
         if leg.stage is not None and leg.stage.grid:
@@ -164,16 +169,16 @@ def _on_circle(legs: Sequence[Leg], grid: np.ndarray) -> list[Leg]:
 
 
 def _operations(legs: Sequence[Leg]) -> float:
-    """Returns about how many operations a value and its gradient take, over a constant."""
+    """Returns about how many operations a value and its gradient take, but for a constant factor."""
     stages = [leg.stage for leg in legs if leg.stage is not None]
     work = lambda side, *rest: (sum(rest) + 1) ** 2 * (side + sum(rest))
     return float(sum((math.prod(stage.coarse_grid) / 2 + 1) * work(*stage.sides) for stage in stages))
 
 
-class _Best:
+class _Incumbent:
     """Remembers the multipliers of the least value, which need not be those of the least smoothed one."""
 
-    def __init__(self, run: _Run, at: np.ndarray):
+    def __init__(self, run: _RunValue, at: np.ndarray):
         self.run, self.at, self.top = run, at, math.inf
 
     def value(self, logs: np.ndarray, power: float) -> tuple[float, np.ndarray]:
@@ -183,7 +188,7 @@ class _Best:
         return value, gradient
 
 
-class _Run:
+class _RunValue:
     """A run of stages as a function of its multipliers' logarithms.
 
     Behind each stage what is known is divided by its size, and the multipliers of the next one are relative to that. So
@@ -191,7 +196,7 @@ class _Run:
     """
 
     def __init__(self, legs: Sequence[Leg], margin: float):
-        self.parts = [_Sum(leg) if leg.stage is None else _Part(leg, margin) for leg in legs]
+        self.parts = [_PixelSum(leg) if leg.stage is None else _StageValue(leg, margin) for leg in legs]
         self.ends = np.cumsum([part.count for part in self.parts])[:-1]
 
     def relative(self, multipliers: Sequence[np.ndarray]) -> np.ndarray | None:
@@ -222,12 +227,13 @@ class _Run:
         top = values.max()
         ratios = np.maximum(values / top, 0)
         smooth = np.sum(ratios**power) ** (1 / power)
-        slope = (vectors * (ratios / smooth)[:, None, :] ** (power - 1)) @ adjoint(vectors) / (top * smooth)
+        by_gram = (vectors * (ratios / smooth)[:, None, :] ** (power - 1)) @ adjoint(vectors) / (top * smooth)
         gradients = []
         for part in reversed(self.parts):
-            inner = np.sum(slope * part.gram.conj()).real
-            slope = slope / part.size + (1 - inner) / (part.size * len(slope)) * np.eye(slope.shape[-1])
-            gradient, slope = part.backward(slope)
+            # The derivative through gram / size and log(size), of which size is the mean trace.
+            inner = np.sum(by_gram * part.gram.conj()).real
+            by_gram = by_gram / part.size + (1 - inner) / (part.size * len(by_gram)) * np.eye(by_gram.shape[-1])
+            gradient, by_gram = part.backward(by_gram)
             gradients.append(gradient)
         return log + math.log(top), log + math.log(top * smooth), np.concatenate(gradients[::-1])
 
@@ -237,7 +243,7 @@ def _size(gram: np.ndarray) -> float:
     return float(np.trace(gram, axis1=-2, axis2=-1).real.mean())
 
 
-class _Part:
+class _StageValue:
     """A stage at half of its frequencies. What a way forward computes is kept for the way back."""
 
     def __init__(self, leg: Leg, margin: float):
@@ -261,7 +267,7 @@ class _Part:
         self.weights = weights
         roots = self._roots(gram, half)
         f, b = (self._scaled(x, roots) for x in (self.linear.f, self.linear.b))
-        best = self._best(f, adjoint(b))
+        best = self._solved(f, adjoint(b))
         if best is None:
             return None
         self.z, self.d = f @ best, best[:, first:] / np.sqrt(2 * weights)[:, None]
@@ -269,14 +275,17 @@ class _Part:
         out = (out + adjoint(out)) / 2
         return out if np.isfinite(out).all() and _size(out) > 0 else None
 
-    def _best(self, f: np.ndarray, b: np.ndarray) -> np.ndarray | None:
-        """Returns Q^-1 b; None where Q is not positive definite. First the stage's input is eliminated."""
+    def _solved(self, f: np.ndarray, b: np.ndarray) -> np.ndarray | None:
+        """Returns Q^-1 b; None where Q is not positive definite, which Cholesky factorisations find out.
+
+        The stage's input is eliminated first: of Q = [[corner, crossᴴ], [cross, inner]] the Schur complement
+        inner - cross corner^-1 crossᴴ is left. Where no slope interval has two ends other than 0, corner is I.
+        """
         low, high, first, weights = self.linear.low, self.linear.high, self.first, self.weights
         start, rest = f[..., :first], f[..., first:]
         outer = -(np.sqrt(weights / 2) * (low + high))[:, None]
         cross, inner = outer * start, outer * rest
         inner = inner + adjoint(inner) + (1 - self.margin) * np.eye(inner.shape[-1])
-        right = np.concatenate([adjoint(cross), b[:, :first]], axis=-1)
         try:
             if np.any(low * high):
                 both = (2 * weights * low * high)[:, None]
@@ -285,6 +294,8 @@ class _Part:
                 cross = cross + adjoint(rest) @ (both * start)
                 inner = inner + adjoint(rest) @ (both * rest)
                 right = np.linalg.solve(corner, np.concatenate([adjoint(cross), b[:, :first]], axis=-1))
+            else:
+                right = np.concatenate([adjoint(cross), b[:, :first]], axis=-1)
             side = inner.shape[-1]
             inner = inner - cross @ right[..., :side]
             np.linalg.cholesky(inner)
@@ -314,11 +325,11 @@ class _Part:
             start = start.reshape(many, rows, self.first)
         return np.concatenate([start, form[..., self.first :] / np.sqrt(2 * self.weights)], axis=-1)
 
-    def backward(self, slope: np.ndarray) -> tuple[np.ndarray, Any]:
-        """Returns derivatives by the multipliers' logarithms and by the stage's input, from that by its output."""
+    def backward(self, by_output: np.ndarray) -> tuple[np.ndarray, Any]:
+        """Returns derivatives by the multipliers' logarithms and by G Gᴴ, from that by the stage's own result."""
         low, high = self.linear.low[:, None], self.linear.high[:, None]
         d, z, weights = self.d, self.z, self.weights[:, None]
-        terms = (d - low * z) * ((high * z - d) @ slope).conj()
+        terms = (d - low * z) * ((high * z - d) @ by_output).conj()
         gradient = np.bincount(self.rows, 2 * np.sum(terms.real, axis=(0, -1)) * self.weights, self.count)
         if self.before is None:
             return gradient, None
@@ -327,13 +338,13 @@ class _Part:
         eta = start(self.linear.b) + start(self.linear.f) @ lift
         where, turned, many = self.before
         eta = eta.reshape(len(eta), where.shape[1], self.stage.channels, eta.shape[-1])
-        parts = eta @ slope[:, None] @ adjoint(eta)
+        parts = eta @ by_output[:, None] @ adjoint(eta)
         out = np.zeros((many, *parts.shape[-2:]), complex)
         np.add.at(out, where, np.where(turned, parts.conj(), parts))
         return gradient, out
 
 
-class _Sum:
+class _PixelSum:
     """The sum over all pixels of an image."""
 
     count, size, gram = 0, 1.0, np.zeros(0)
@@ -352,14 +363,17 @@ class _Sum:
         self.weights = np.bincount(half.expand, self.of_points.ravel(), len(gram))
         return np.sum(self.weights[:, None, None] * gram, axis=0, keepdims=True).real.astype(complex)
 
-    def backward(self, slope: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return np.zeros(0), self.weights[:, None, None] * slope
+    def backward(self, by_output: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return np.zeros(0), self.weights[:, None, None] * by_output
 
 
 def descend(
     value: Callable[[np.ndarray], tuple[float, np.ndarray]], at: np.ndarray, tries: int, memory: int = 10
 ) -> np.ndarray:
     """Minimises a function by L-BFGS, and keeps away from where it is infinite.
+
+    More than half of the values can be infinite here, for which the line searches of SciPy and optax are not made.
+    (With a finite penalty in their place, SciPy's left a bound on a ResNet-20 that was twice as large.)
 
     Args:
       value: returns the function's value and gradient.
@@ -371,7 +385,7 @@ def descend(
     tries -= 1
     pairs: list[tuple[np.ndarray, np.ndarray]] = []
     while tries > 0:
-        step = _newton_step(gradient, pairs)
+        step = _quasi_newton_step(gradient, pairs)
         step /= max(1.0, np.abs(step).max())
         slope, length, outside, found = float(step @ gradient), 1.0, False, None
         while tries > 0:
@@ -400,8 +414,8 @@ def descend(
     return at
 
 
-def _newton_step(gradient: np.ndarray, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """Returns the step of L-BFGS; that of steepest descent, of half a unit, where nothing is remembered."""
+def _quasi_newton_step(gradient: np.ndarray, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Returns the step of L-BFGS; where nothing is remembered that of steepest descent, with 0.5 as largest entry."""
     if not pairs:
         return -gradient * (0.5 / max(np.abs(gradient).max(), 1e-300))
     step, kept = -gradient, []

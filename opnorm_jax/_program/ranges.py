@@ -22,7 +22,7 @@ Range = tuple[float, float]
 
 EVERYTHING: Range = (-math.inf, math.inf)
 
-ACTIVATIONS: dict[str, Range] = {"hard_tanh": (-1.0, 1.0), "soft_sign": (-1.0, 1.0)}
+ACTIVATION_RANGES: dict[str, Range] = {"hard_tanh": (-1.0, 1.0), "soft_sign": (-1.0, 1.0)}
 """Ranges of the functions that ``slopes.py`` recognises, where the rules here would not find them."""
 
 _FUNCTIONS: dict[str, Range] = {
@@ -34,8 +34,9 @@ _FUNCTIONS: dict[str, Range] = {
     "sin": (-1.0, 1.0),
     "tanh": (-1.0, 1.0),
 }
-_SAME = """broadcast_in_dim copy cummax cummin dynamic_slice reduce_max reduce_min reshape rev slice split squeeze tile
-transpose unstack""".split()
+_UNCHANGED = """broadcast_in_dim copy cummax cummin dynamic_slice reduce_max reduce_min reshape rev slice split squeeze
+tile transpose unstack""".split()
+"""Operations whose results are among the numbers of their first operand."""
 
 
 def range_of(signal: Any) -> Range:
@@ -48,11 +49,10 @@ def range_of(signal: Any) -> Range:
         name, ins = "square", ins[:1]
     if name in _FUNCTIONS:
         return _FUNCTIONS[name]
-    rule = (lambda eqn, first, *_: first) if name in _SAME else _RULES.get(name)
-    if rule is None:
+    if (rule := _RULES.get(name)) is None:
         return EVERYTHING
     ranges: list[Range] = [EVERYTHING] * len(ins)
-    # Those first that are told quickly: along a chain of sums the others may be long.
+    # The shortest history first: if one operand of a sum has no range, the other's long chain need not be walked.
     for n in sorted(range(len(ranges)), key=lambda n: getattr(ins[n], "depth", 0)):
         ranges[n] = range_of_operand(ins[n])
         if ranges[n] == EVERYTHING and name in ("add", "add_any", "sub"):
@@ -60,7 +60,8 @@ def range_of(signal: Any) -> Range:
     low, high = rule(eqn, *ranges)
     if math.isnan(low) or math.isnan(high):
         return EVERYTHING
-    return low - 2**-50 * abs(low) if math.isfinite(low) else low, high + 2**-50 * abs(high)
+    widened = lambda value, sign: value + sign * 2**-50 * abs(value) if math.isfinite(value) else value
+    return widened(low, -1), widened(high, 1)
 
 
 def range_of_operand(value: Any) -> Range:
@@ -204,4 +205,5 @@ _RULES: dict[str, Callable[..., Range]] = {
     "sqrt": _root,
     "square": _power_of,
     "sub": lambda eqn, a, b: _sum(eqn, a, _negative(eqn, b)),
+    **dict.fromkeys(_UNCHANGED, lambda eqn, first, *_: first),
 }

@@ -37,6 +37,18 @@ class Window(NamedTuple):
     circles: Sequence[bool]  # whether the axis wraps around
 
 
+class State(NamedTuple):
+    """What is known of a value besides its step."""
+
+    image: tuple[int, ...]
+    uncropped: bool  # whether something may lie outside of the image, on the circle
+    coarse: bool  # whether it lies on the strided grid
+
+
+DENSE = Layout(-1, ())
+"""Of a signal without pixels."""
+
+
 class Reader:
     """Reads the part of a network between two cuts as a stage."""
 
@@ -46,13 +58,13 @@ class Reader:
         self.arrays: list[jax.Array] = []
         self.gains: list[Number] = []  # of the linear form before each diagonal, by the product's rules
         self.index = {id(start): 0}
-        self.states = [(self._image(start), False, False)]  # image's size, pending crop, coarse
-        self.completed: dict[int, int] = {}
+        self.states = [State(self._image(start), False, False)]
+        self.cropped: dict[int, int] = {}
         self.strides: tuple[int, ...] | None = None
-        self.needs: list[tuple[bool, tuple[int, ...]]] = []  # on the coarse grid?; pixels that a circle must have
+        # On the coarse grid?; the pixels that a circle must have.
+        self.needs: list[tuple[bool, tuple[int, ...]]] = [(False, self._image(start))]
         self.exact: list[tuple[bool, tuple[int | None, ...]]] = []  # None where any is right
         self.channels = start.shape[layout.channel]
-        self.needs.append((False, self._image(start)))
 
     @property
     def diagonals(self) -> int:
@@ -75,27 +87,34 @@ class Reader:
     def whole(self, signal: Signal) -> int:
         """Returns the number of a value that has been cropped to its image."""
         n = self.read(signal)
-        image, pending, coarse = self.states[n]
-        if not pending:
+        state = self.states[n]
+        if not state.uncropped:
             return n
-        if n not in self.completed:
-            channels = signal.shape[self.layout.channel]
+        if n not in self.cropped:
+            step = Step("mask", (n,), signal.shape[self.layout.channel], state.coarse)
             self.gains.append(self._gain(signal))
-            self.completed[n] = self._add(Step("mask", (n,), channels, coarse), (image, False, coarse))
-        return self.completed[n]
+            self.cropped[n] = self._add(step, state._replace(uncropped=False))
+        return self.cropped[n]
 
     def _gain(self, signal: Signal) -> Number:
         if not has_bound(signal):
             raise NotAStage
         return signal.bound / self.start.bound
 
-    def _add(self, step: Step, state: Any) -> int:
+    def _common(self, values: Sequence[int]) -> State:
+        """Returns the state of a sum or a concatenation."""
+        states = [self.states[n] for n in values]
+        if len({(state.image, state.coarse) for state in states}) != 1:
+            raise NotAStage
+        return states[0]._replace(uncropped=any(state.uncropped for state in states))
+
+    def _add(self, step: Step, state: State) -> int:
         self.steps.append(step)
         self.states.append(state)
         return len(self.steps)
 
     def _numbers(self, value: Any) -> Any:
-        """An array as it is computed with: in double precision, unless it is traced."""
+        """Returns an array in double precision, or in ``self.dtype`` if it is traced."""
         return value.astype(self.dtype) if isinstance(value, jax.core.Tracer) else np.asarray(value, np.float64)
 
     def _array(self, array: Any) -> int:
@@ -125,13 +144,9 @@ class Reader:
 
     def _sum(self, signal: Signal, part: Part) -> int:
         sources = tuple(map(self.read, part.sources))
-        states = [self.states[n] for n in sources]
-        if len({(image, coarse) for image, _, coarse in states}) != 1:
-            raise NotAStage
-        image, _, coarse = states[0]
-        pending = any(state[1] for state in states)
-        step = Step("sum", sources, signal.shape[self.layout.channel], coarse, signs=part.data)
-        return self._add(step, (image, pending, coarse))
+        state = self._common(sources)
+        step = Step("sum", sources, signal.shape[self.layout.channel], state.coarse, signs=part.data)
+        return self._add(step, state)
 
     def _scale(self, signal: Signal, part: Part) -> int:
         source, rank = self.read(part.sources[0]), len(signal.shape)
@@ -142,36 +157,33 @@ class Reader:
         channels = signal.shape[self.layout.channel]
         factor = self._numbers(factor).reshape(-1)
         factor = (1 / factor if divides else factor) * np.ones(channels, self.dtype)
-        step = Step("scale", (source,), channels, self.states[source][2], self._array(factor))
+        step = Step("scale", (source,), channels, self.states[source].coarse, self._array(factor))
         return self._add(step, self.states[source])
 
     def _concatenate(self, signal: Signal, part: Part) -> int:
         if part.data != self.layout.channel:
             raise NotAStage
         sources = tuple(map(self.read, part.sources))
-        states = [self.states[n] for n in sources]
-        if len({(image, coarse) for image, _, coarse in states}) != 1:
-            raise NotAStage
-        image, _, coarse = states[0]
-        step = Step("concatenate", sources, signal.shape[self.layout.channel], coarse)
-        return self._add(step, (image, any(state[1] for state in states), coarse))
+        state = self._common(sources)
+        step = Step("concatenate", sources, signal.shape[self.layout.channel], state.coarse)
+        return self._add(step, state)
 
     def _slope(self, signal: Signal, part: Part) -> int:
         (inner,), (low, high) = part.sources, part.data
         source = self.read(inner)
-        image, pending, coarse = self.states[source]
+        image, uncropped, coarse = self.states[source]
         low, high = self._numbers(low), self._numbers(high)
         xp = jnp if isinstance(low + high, jax.core.Tracer) else np
         # What is no whole number may have been rounded to single precision.
         widened = lambda value, sign: xp.where(value % 1 == 0, value, value + sign * 2**-22 * abs(value))
         low, high = widened(low, -1), widened(high, 1)
-        if pending:  # the crop is a slope of 0
+        if uncropped:  # the crop is a slope of 0
             low, high = xp.minimum(low, 0), xp.maximum(high, 0)
         channels = signal.shape[self.layout.channel]
         self.gains.append(self._gain(inner) * xp.maximum(abs(low), abs(high)))
         interval = xp.stack([low, high])
         step = Step("slope", (source,), channels, coarse, self._array(interval))
-        return self._add(step, (image, False, coarse))
+        return self._add(step, State(image, False, coarse))
 
     def _dot_general(self, signal: Signal, part: Part) -> int:
         (before,), layer = part.sources, part.data
@@ -186,7 +198,7 @@ class Reader:
         ones = (1,) * len(self.layout.spatial)
         array = self._array(kernel.reshape(*ones, *kernel.shape))
         step = Step("conv", (source,), signal.shape[-1], coarse, array, (0,) * len(ones), ones)
-        return self._add(step, (image, False, coarse))
+        return self._add(step, State(image, False, coarse))
 
     def _conv_general_dilated(self, signal: Signal, part: Part) -> int:
         (before,), layer, eqn = part.sources, part.data, signal.eqn
@@ -251,6 +263,7 @@ class Reader:
             if circle and n % s:
                 raise NotAStage
             masked = masked or not circle and (k > 1 or low != 0 or n != s * m)
+            # The image, the padding before it, what the last output reads, and all outputs.
             need.append(n if circle else max(n, n + low, s * (m - 1) + (k - 1) * d - low + 1, s * m))
         self.needs.append((coarse, tuple(need)))
         self.exact.append((coarse, tuple(n if circle else None for n, circle in zip(image, circles, strict=True))))
@@ -265,7 +278,7 @@ class Reader:
             strided,
             masked,
         )
-        return self._add(step, (out, masked, coarse or strided))
+        return self._add(step, State(out, masked, coarse or strided))
 
     @property
     def stage_strides(self) -> tuple[int, ...]:
@@ -276,7 +289,7 @@ class Reader:
         steps = self.steps
         if end != len(steps):  # the output must be the last
             step = Step(
-                "sum", (end,), steps[end - 1].channels if end else self.channels, self.states[end][2], signs=(1,)
+                "sum", (end,), steps[end - 1].channels if end else self.channels, self.states[end].coarse, signs=(1,)
             )
             steps = [*steps, step]
         return Stage(self.channels, tuple(steps), grid, self.stage_strides)

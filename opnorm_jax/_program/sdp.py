@@ -13,7 +13,7 @@ with v = (u, d1, d2, ...)
 
 summed over the frequencies. Where every Q is positive definite and t = B v is the stage's output, the Schur complement
 gives :math:`t = G' u'` with :math:`G' G'^H = B Q^{-1} B^H`: the root for the next stage. This is LipSDP (Fazlyab et
-al., 2019) with one multiplier per diagonal, cut into the blocks of the discrete Fourier transform.
+al., 2019) cut into the blocks of the discrete Fourier transform.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from opnorm_jax._program.movement import (
     with_common_sources,
 )
 from opnorm_jax._program.numbers import Number, hypot, largest, times
-from opnorm_jax._program.ranges import ACTIVATIONS, Range, range_of
+from opnorm_jax._program.ranges import ACTIVATION_RANGES, Range, range_of
 from opnorm_jax._program.rules import RULES, Refused, is_signal, refused
 
 _SETTLE = 40
@@ -134,8 +134,8 @@ class Signal:
     def range(self) -> Range:
         """The numbers between which all elements lie, for every input."""
         if self.eqn is not None:
-            if (found := slopes.find(self)) is not None and found[0] in ACTIVATIONS:
-                return ACTIVATIONS[found[0]]
+            if (found := slopes.find(self)) is not None and found[0] in ACTIVATION_RANGES:
+                return ACTIVATION_RANGES[found[0]]
             if _softmax_of(self) is not None:
                 return 0.0, 1.0
         return range_of(self)

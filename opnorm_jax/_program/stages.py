@@ -7,6 +7,7 @@ never above the product.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ import numpy as np
 from opnorm_jax._program.cuts import NotAStage, Part, find_cuts
 from opnorm_jax._program.joint import Leg, improved
 from opnorm_jax._program.numbers import Number, times
-from opnorm_jax._program.reader import Layout, Reader
+from opnorm_jax._program.reader import DENSE, Layout, Reader
 from opnorm_jax._program.sdp import Stage, Step, certify, search, summed
 from opnorm_jax._program.signals import Signal
 
@@ -28,6 +29,9 @@ _LARGEST_SIDE = 2048
 
 _LARGEST_BYTES = 2**30
 """The roots that are carried from stage to stage take so many bytes at most."""
+
+_WORTH_CARRYING = 1.01
+"""Roots that show at most so many times the product's gain are kept: later stages may make up for it."""
 
 
 def semidefinite_bound(x: Signal, out: Signal, dtype: Any) -> Number | None:
@@ -88,7 +92,7 @@ class _Carrier:
         signal = self.cuts[at + 1]
         part = self.parts[id(signal)]
         if layout and layout.spatial and self.roots is not None:
-            all_summed = set(self._summed(signal, part, layout)) == set(layout.spatial)
+            all_summed = set(_axes_summed(signal, part, layout)) == set(layout.spatial)
             channels_last = signal.shape[-1:] == (self.cuts[at].shape[layout.channel],)
             if all_summed and channels_last:
                 image = tuple(self.cuts[at].shape[axis] for axis in layout.spatial)
@@ -98,25 +102,15 @@ class _Carrier:
                 legs = [Leg(None, image=image, grid=self.grid), Leg(stage)]
                 self._accept(legs, *certify(stage, (), np.zeros(0), root, self.dtype), self._ratio(at, at + 1))
                 self.grid = ()
-                return at + 1, Layout(-1, ())
+                return at + 1, DENSE
         if self.roots is not None:  # another circle may fit where this one does not
             self._close()
             return at, None
         self._close(self._ratio(at, at + 1))
         return at + 1, None
 
-    def _summed(self, signal: Signal, part: Part, layout: Layout) -> tuple[int, ...]:
-        """Returns the axes over the whole of which a signal is summed."""
-        if part.kind == "total":
-            return part.data
-        if part.kind == "pool" and math.prod(signal.shape[n] for n in layout.spatial) == 1:
-            params, shape = part.data.params, part.sources[0].shape
-            whole = tuple(n if axis in layout.spatial else 1 for axis, n in enumerate(shape))
-            if tuple(params["window_dimensions"]) == whole and not any(map(any, params["padding"])):
-                return layout.spatial
-        return ()
-
     def _ratio(self, start: int, end: int) -> Number:
+        """Returns what the product's rules say from one cut to another."""
         ratio = self.cuts[end].bound / self.cuts[start].bound
         return times(ratio, 1 + 1e-6)
 
@@ -151,7 +145,7 @@ class _Carrier:
                     spec = inner.eqn.params["dimension_numbers"].lhs_spec
                     return Layout(spec[1], tuple(spec[2:])) if len(spec) == rank else None
                 if part.kind == "dot_general":
-                    return Layout(-1, ()) if rank else None
+                    return DENSE if rank else None
         return None
 
     def _between(self, signal: Signal) -> list[Signal]:
@@ -181,17 +175,17 @@ class _Carrier:
                 break
             if reader.side > _LARGEST_SIDE:
                 break
-            _, pending, coarse = reader.states[value]
+            _, uncropped, coarse = reader.states[value]
             if reader.strides and not coarse:
                 break
             if diagonals is not None:
                 if reader.diagonals > diagonals:
                     break
                 if end == len(self.cuts) - 1:
-                    best = _Read(_frozen(reader), value, end, not pending)
+                    best = _Read(_frozen(reader), value, end, not uncropped)
                 continue
-            best = _Read(_frozen(reader), value, end, not pending)
-            if pending and end + 1 < len(self.cuts) and not self._simple(end + 1):
+            best = _Read(_frozen(reader), value, end, not uncropped)
+            if uncropped and end + 1 < len(self.cuts) and not self._simple(end + 1):
                 try:
                     value = reader.whole(self.cuts[end])
                 except NotAStage:
@@ -209,14 +203,12 @@ class _Carrier:
         return part.kind in ("slope", "scale", "sum", "same") and part.sources == [self.cuts[n - 1]]
 
     def _through(self, read: _Read, at: int, grid: tuple[int, ...]) -> tuple[int, ...]:
-        """Applies a stage. Returns the grid of its output."""
+        """Carries the bound through a stage. Returns the grid of its output."""
         reader = read.reader
         stage = reader.stage(grid, read.value)
         product = self._ratio(at, read.end)
-        size = (
-            math.prod(stage.coarse_grid) * max(stage.side(stage.steps[-1]), 1) ** 2 * 2 * np.dtype(self.dtype).itemsize
-        )
-        if size > _LARGEST_BYTES:
+        numbers = 2 * math.prod(stage.coarse_grid) * max(stage.side(stage.steps[-1]), 1) ** 2  # real and imaginary
+        if numbers * np.dtype(self.dtype).itemsize > _LARGEST_BYTES:
             self._close(product)
             return stage.coarse_grid
         multipliers = self._multipliers(reader.gains)
@@ -242,7 +234,7 @@ class _Carrier:
         """Goes on from the roots of a stage's output; or, if they show much more than the product, from that."""
         if not any(isinstance(value, jax.core.Tracer) for value in (top, product)):
             gain = math.sqrt(float(top)) * (1 + 2**-50)
-            if 0 < gain < 1.01 * float(product):
+            if 0 < gain < _WORTH_CARRYING * float(product):
                 self.gain, self.roots = times(self.gain, gain), roots / gain
                 self.legs += legs
             else:
@@ -250,7 +242,7 @@ class _Carrier:
             return
         finite = jnp.isfinite(top) & (top > 0)
         gain = jnp.sqrt(jnp.where(finite, top, 1)) * (1 + 4 * jnp.finfo(self.dtype).eps)
-        better = finite & (gain < 1.01 * product)
+        better = finite & (gain < _WORTH_CARRYING * product)
         self.gain = times(self.gain, jnp.where(better, gain, product).astype(self.dtype))
         self.roots = jnp.where(
             better, roots / gain.astype(roots.dtype), jnp.eye(roots.shape[-1], dtype=roots.dtype)[None]
@@ -264,11 +256,23 @@ class _Carrier:
         return np.clip(1 / np.maximum(np.asarray(gains, np.float64), 1e-15) ** 2, 1e-30, 1e30)
 
 
+def _axes_summed(signal: Signal, part: Part, layout: Layout) -> tuple[int, ...]:
+    """Returns the axes over the whole of which a signal is summed."""
+    if part.kind == "total":
+        return part.data
+    if part.kind == "pool" and math.prod(signal.shape[n] for n in layout.spatial) == 1:
+        params, shape = part.data.params, part.sources[0].shape
+        whole = tuple(n if axis in layout.spatial else 1 for axis, n in enumerate(shape))
+        if tuple(params["window_dimensions"]) == whole and not any(map(any, params["padding"])):
+            return layout.spatial
+    return ()
+
+
 def _frozen(reader: Reader) -> Reader:
-    """Returns the reader as it is now."""
-    copy = object.__new__(Reader)
-    vars(copy).update({name: list(value) if isinstance(value, list) else value for name, value in vars(reader).items()})
-    return copy
+    """Returns the reader as it is now. What its dictionaries will hold besides does not matter to it."""
+    frozen = copy.copy(reader)
+    vars(frozen).update({name: list(value) for name, value in vars(reader).items() if isinstance(value, list)})
+    return frozen
 
 
 def _fit(readers: Sequence[Reader], fixed: tuple[int, ...] | None) -> tuple[int, ...] | None:

@@ -305,6 +305,7 @@ def dense(b):
             f"x = jnp.einsum('...i,i->...', x, {b.normal(n)})",
             f"x = x * {b.normal(n)}.reshape({[1] * (len(b.shape) - 1) + [n]})",
             f"x = x / (jnp.abs({b.normal(n)}) + 0.1).reshape({[1] * (len(b.shape) - 1) + [n]})",
+            f"x = {b.normal(n)}.reshape({[1] * (len(b.shape) - 1) + [n]}) / (2 + jnp.tanh(x))",
             f"x = x * {b.normal(middle)}.reshape({[1, middle] + [1] * (len(b.shape) - 2)})",
             f"x = jax.vmap(lambda w: x @ w)({b.normal(3, n, m)})",
             f"x = jax.vmap(lambda w, x: x @ w, in_axes=(0, -1))({b.normal(n, middle if len(b.shape) > 2 else b.shape[0], 2)}, x)",

@@ -53,6 +53,7 @@ NETWORKS = {
     "a bias": (lambda p, x: conv(x, p[0]) + jnp.arange(4.0).reshape(1, 1, 1, 4), lambda: norm(PAIR[0])),
     "two layers": (lambda p, x: conv(jnp.tanh(conv(x, p[0])), p[1]), lambda: norm(PAIR[0]) * norm(PAIR[1])),
     "batch norm folded": (lambda p, x: jax.nn.relu(normalised(conv(x, p[0]))), lambda: norm(scaled_kernel(PAIR[0]))),
+    "a constant over a bounded signal": (lambda p, x: np.arange(1, 4, dtype=np.float32) / (2 + jnp.tanh(x)), lambda: 3),
     "strides": (lambda p, x: conv(x, p[0], "VALID", (2, 1)), lambda: norm(PAIR[0], "VALID", strides=(2, 1))),
     "circular": (lambda p, x: conv(wrap(x), p[0], "VALID"), lambda: norm(PAIR[0], "CIRCULAR")),
     "reflected": (lambda p, x: conv(wrap(x, "reflect"), p[0], "VALID"), lambda: 2 * norm(PAIR[0], "VALID", (8, 8))),

@@ -396,7 +396,7 @@ def span(axis: Axis) -> int:
 def overshoot(span: int, grid: int) -> float:
     """Returns the factor by which the supremum over all frequencies can exceed the largest norm on a grid (M. Riesz).
 
-    Along an axis the symbol is a trigonometric polynomial of this span.
+    Along one axis the symbol is a trigonometric polynomial; its exponents differ by ``span`` at most.
     """
     return 1 / math.cos(math.pi * span / (2 * grid))
 

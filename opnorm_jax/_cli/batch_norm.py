@@ -69,7 +69,7 @@ def factors(
     Args:
       checkpoint: where the arrays are.
       convs: what the kernels are, by name.
-      norms: the layer of the batch normalisation behind a kernel, by the kernel's name.
+      norms: for a kernel's name, that of the batch normalisation behind it.
       epsilon: what the normalisation adds to the variance. Files do not hold it.
 
     Returns:

@@ -214,9 +214,9 @@ def _input_shift(axis: Axis) -> int:
 
 
 def _gather(out: jax.Array, plan: Plan, constant: list[bool]) -> tuple[jax.Array, tuple[int, ...]]:
-    """Gathers outputs in runs. Returns an array (frequencies' axes, g, batch, n), and the sizes that joined the batch.
+    """Gathers the output pixels that share a frequency's block. Returns an array (frequencies' axes, g, batch, n).
 
-    The batch consists of the given one and the axes along which all blocks are equal.
+    Axes along which all blocks are equal become batch axes, behind the given one; their sizes are returned too.
     """
     rank, groups = len(plan.axes), plan.groups
     runs = [axis.run // axis.stride for axis in plan.axes]

@@ -87,9 +87,9 @@ def read_convolution(
 
 
 def is_adjoint(one: Conv, other: Conv, shape: Sequence[int]) -> bool:
-    """Tells whether a kernel of a shape makes two layers of which one is the other's transpose, perhaps mirrored.
+    """Tells whether two layers with the same kernel are each other's transpose, perhaps mirrored.
 
-    Their norms are equal. So are those of an encoder and a decoder that share a kernel.
+    Then their norms are equal, as for an encoder and a decoder that share a kernel.
     """
     transposed = _adjoint(one, shape)
     return transposed is not None and _trimmed(transposed, shape) == _trimmed(other, shape)
@@ -255,7 +255,7 @@ def _mode(entries: np.ndarray) -> str:
 
 
 def _padded_by(entries: np.ndarray, low: int, n: int) -> str:
-    """Returns the mode by which ``np.pad`` makes the entries of n of them, from ``low`` on; empty if none does."""
+    """Returns the mode by which ``np.pad`` makes ``entries`` from its n entries at ``low``; empty if none does."""
     core, pads = entries[low : low + n], (low, len(entries) - n - low)
     for mode in ("edge", "reflect", "symmetric"):
         if np.array_equal(np.pad(core, pads, mode=mode), entries):  # type: ignore[call-overload]

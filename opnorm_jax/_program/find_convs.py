@@ -53,9 +53,9 @@ def find_convs(
     or an index takes apart along any axes, and those that ``vmap`` runs side by side) get the ``Conv`` of each member,
     with ``stacked`` set.
 
-    A convolution's input is the array before its pixels were last moved. It is described where along each axis its
-    pixels occur once, with zeros around or between them; or come round in a circle; or are padded with edge pixels or
-    reflections as far as the taps reach. Any other movement is reported: padding by other modes or widths, nearest
+    A convolution's input is the array before its pixels were last moved. A ``Conv`` describes it if one of these holds
+    along each axis: every pixel occurs once, with zeros around or between them; the pixels repeat in a circle; edge
+    pixels or reflections are added as far as the taps reach. Any other movement is reported: padding by other modes or widths, nearest
     resizing, copies of channels or of examples, constant channels. The reason then gives the ``Conv`` of the layer
     alone, to be written by hand.
 

@@ -90,9 +90,9 @@ class Axes:
 
         Args:
           letters: of the operand's axes.
-          groups: of the equation.
-          is_one_image: tells whether it is sure that the image was not merged from several. Asked only if need be.
-          is_split: tells whether the output channels are taken apart again, as by ``vmap``. Likewise.
+          groups: the equation's ``feature_group_count``.
+          is_one_image: tells whether it is certain that the image was not merged from several; called only if needed.
+          is_split: tells whether the output channels are taken apart again, as ``vmap`` does; called only if needed.
         """
         missing, own_groups = [], groups
         for n, along in enumerate(self.along):

@@ -35,7 +35,7 @@ _LARGEST_TABLE = 2**26
 class Source:
     """An array whose elements are followed; two sources are never the same array.
 
-    Joining arrays gives a new source, if no element of them is used twice. Sources are compared by identity.
+    A concatenation is a new source, unless an element occurs in it twice. Sources are compared by identity.
     """
 
     shape: tuple[int, ...]
@@ -106,7 +106,7 @@ class ElementMap:
 
 
 def _digits(entries: np.ndarray) -> list[tuple[int, int]]:
-    """Writes different entries as numbers of mixed radix: the step and the span of each digit."""
+    """Writes different entries as all sums of multiples, like a number's digits; returns each digit's step and span."""
     left, digits = np.unique(entries[entries > HOLE // 2]), []
     while len(left) > 1:
         gaps = np.diff(left)

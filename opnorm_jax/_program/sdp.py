@@ -366,7 +366,10 @@ def linear_part(stage: Stage, arrays: Sequence[Any], frequencies: np.ndarray) ->
 
 
 def _input(arithmetic, stage, roots, fine):
-    """Returns the stage's input in u: each alias' root, (frequencies, aliases, channels, aliases times channels)."""
+    """Returns the stage's input as a matrix times u, (frequencies, aliases, channels, aliases times channels).
+
+    Each alias has its own root, and depends on its own part of u alone.
+    """
     xp, dtype, channels, (many, copies) = arithmetic.xp, arithmetic.dtype, stage.channels, fine.shape[:2]
     eye = xp.asarray(np.eye(copies), dtype)[:, None, :, None]
     own = xp.asarray(np.eye(channels), _complex(dtype)) if roots is None else roots[_flat(fine, stage.grid)]

@@ -55,9 +55,9 @@ def find_convs(
 
     A convolution's input is the array before its pixels were last moved. A ``Conv`` describes it if one of these holds
     along each axis: every pixel occurs once, with zeros around or between them; the pixels repeat in a circle; edge
-    pixels or reflections are added as far as the taps reach. Any other movement is reported: padding by other modes or widths, nearest
-    resizing, copies of channels or of examples, constant channels. The reason then gives the ``Conv`` of the layer
-    alone, to be written by hand.
+    pixels or reflections are added as far as the taps reach. Any other movement is reported: padding by other modes or
+    widths, nearest resizing, copies of channels or of examples, constant channels. The reason then gives the ``Conv``
+    of the layer alone, to be written by hand.
 
     Args:
       fn: a function of the parameters first. A kernel captured by closure instead cannot be found, and is reported.

@@ -3,12 +3,12 @@
     python -m benchmarks [NAME ...] [--quick] [--repeats 7] [--out benchmarks/results] [--data-dir CIFAR10]
 
 NAME: spectrum (the paper's section 4.1), claims (one kernel), projection (in units of a clip), lipschitz (bounds on
-whole networks), real_networks (the same on published ones, in the folder --weights), training (shares of a step),
-spectral_norm (what Flax's SpectralNorm leaves of a norm), optimizers (Muon for convolutions and others, on digits and
-CIFAR-10), rivals (published norms and clips), scaling (map, channels, layers, devices, memory), throughput (of the
-trainer), gpu (all that is claimed of accelerators, throughput included, in one run of under 9 minutes), tpu-aot
-(programs compiled for a TPU, which needs none); without one, spectrum to scaling, but not real_networks. Each writes
-NAME.jsonl, with versions and hardware on every line.
+whole networks), training (shares of a step), spectral_norm (what Flax's SpectralNorm leaves of a norm), optimizers
+(Muon for convolutions and others, on digits and CIFAR-10), rivals (published norms and clips), scaling (map, channels,
+layers, devices, memory); real_networks (bounds on ResNet-18, or on the networks in the folder --weights),
+trained_networks (the paper's section 4.4, on the networks in that folder); throughput (of the trainer), gpu (all that
+is claimed of accelerators, throughput included, in one run of under 9 minutes), tpu-aot (programs compiled for a TPU,
+which needs none). Without one: spectrum to scaling. Each writes NAME.jsonl, with versions and hardware on every line.
 ``--table`` prints the tables of docs/speed.md from the files that are there, writes those of other pages into them,
 draws the pictures, and measures nothing.
 """
@@ -22,7 +22,7 @@ from benchmarks.measure import CORES, RESULTS, write
 import jax  # isort: skip  (after benchmarks.measure, which sets what is read when the libraries load)
 
 CPU = ("spectrum", "claims", "projection", "lipschitz", "training", "spectral_norm", "optimizers", "rivals", "scaling")
-NAMES = (*CPU, "real_networks", "throughput", "gpu", "tpu-aot")
+NAMES = (*CPU, "real_networks", "trained_networks", "throughput", "gpu", "tpu-aot")
 
 
 def main():
@@ -32,7 +32,9 @@ def main():
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--data-dir", type=Path, help="where CIFAR-10 is, for optimizers")
-    parser.add_argument("--weights", type=Path, help="a folder of trained networks, for real_networks and rivals")
+    parser.add_argument(
+        "--weights", type=Path, help="a folder of trained networks, for real_networks, trained_networks and rivals"
+    )
     parser.add_argument("--sizes", type=int, nargs="+", default=[32], help="sides of images, for real_networks")
     parser.add_argument("--inputs", type=Path, help="an .npy of images, for real_networks; otherwise random ones")
     parser.add_argument("--seconds", type=float, help="stop gpu before so long")

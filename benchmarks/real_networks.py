@@ -31,8 +31,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import opnorm_jax as oj
-from benchmarks.networks import ResNet, largest_jacobian
+from benchmarks.networks import largest_jacobian
 from benchmarks.scaling import gib
+from benchmarks.trained_networks import load_run
 
 ROOT = Path(__file__).parent.parent
 RANDOM = "ResNet-18, random weights"
@@ -99,25 +100,14 @@ def random_resnet18():
     return params
 
 
-def trained_here(folder):
-    """What train/cifar.py left: a name, the network's function, its parameters, and the channels of its input."""
-    import checkpoint  # of train/, which benchmarks.networks makes importable
-
-    config = json.loads((folder / "config.json").read_text())
-    weights, _ = checkpoint.load_weights(folder / "params.safetensors")
-    model = ResNet(config["depth"], config["width"], batch_norm=config["batch_norm"])
-    fn = lambda weights, x: model.apply(weights, x, train=False)
-    arm = config["constraint"] + f" {config['max_norm']:g}" * (config["constraint"] != "none")
-    name = f"ResNet-{config['depth']} of train/, {config['epochs']} epochs, {arm}"
-    return name, fn, weights, weights["params"]["stem"]["kernel"].shape[2]
-
-
 def load(path):
     """A network: its name, a function, its parameters, and the channels of its input."""
     if str(path) == RANDOM:
         return RANDOM, resnet, random_resnet18(), 3
     if path.is_dir():
-        return trained_here(path)
+        name, model, variables, _ = load_run(path)
+        fn = lambda variables, x: model.apply(variables, x, train=False)
+        return name, fn, variables, variables["params"]["stem"]["kernel"].shape[2]
     with np.load(path, allow_pickle=False) as arrays:
         params = {name: arrays[name] for name in arrays.files}
     heads = {"linear.weight", "fc.weight"}

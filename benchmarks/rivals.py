@@ -7,7 +7,7 @@ lip4conv   a random 5x5 kernel, 64 -> 64 channels, on 12x12 pixels, with circula
 ResNet-18, VGG-19   the convolutions in the tables of Grishina et al., for images of 224x224 pixels: each shape once,
            with the networks' strides and zero padding, and random kernels. 1x1 kernels are left out, as they are
            matrices, and so are VGG-19's maps above 56x56, where the truth takes too long
-FOLDER     trained kernels: .npz files as for benchmarks/trained_networks.py, whose maps begin at 32x32 pixels
+FOLDER     trained kernels: .npz files as for benchmarks/trained_networks.py
 clip       the norm that is left of twice the bound, and how far the kernel moved
 
 The truth of zero padding is a converged Lanczos iteration in float64 through the layer itself, that of circular padding
@@ -27,7 +27,7 @@ import numpy as np
 import opnorm_jax as oj
 from benchmarks import renderings
 from benchmarks.measure import interleaved, read, show, write
-from benchmarks.trained_networks import describe
+from benchmarks.trained_networks import of_pytorch
 
 LIP4CONV = (5, 64, 64, 12, 1)  # taps, channels in and out, map, stride
 SMALL = (3, 32, 32, 16, 1)  # of ResNet-32
@@ -219,18 +219,6 @@ def layer(case, padding=None):
     )
 
 
-def trained(folder):
-    """(network, layer, kernel, description) of every convolution with more than one tap in the files of ``folder``."""
-    for path in sorted(folder.glob("*.npz")):
-        with np.load(path, allow_pickle=False) as weights:
-            for name in weights.files:
-                if weights[name].ndim == 4 and weights[name].shape[2] > 1:
-                    kernel = weights[name].astype(np.float32).transpose(2, 3, 1, 0)
-                    conv = describe(name, kernel.shape[:2], 32)
-                    conv = oj.Conv(conv.input_shape, strides=conv.strides, padding=conv.padding)
-                    yield path.stem, name, kernel, conv
-
-
 def run(options):
     """All rows."""
     rows, repeats = [] if options.quick else read(options.out, "rivals"), min(options.repeats, 3)
@@ -257,6 +245,7 @@ def run(options):
         for case in cases:
             label, kernel, conv = layer(case)
             add(norms, {"claim": "norm", "set": network, **label}, kernel, conv, repeats)
-    for network, name, kernel, conv in trained(options.weights) if options.weights else ():
-        add(norms, {"claim": "norm", "set": "trained", "network": network, "layer": name}, kernel, conv, 1)
+    for path in sorted(options.weights.glob("*.npz")) if options.weights else ():
+        for name, kernel, conv in of_pytorch(path):
+            add(norms, {"claim": "norm", "set": "trained", "network": path.stem, "layer": name}, kernel, conv, 1)
     return rows

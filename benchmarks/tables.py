@@ -36,6 +36,7 @@ def filled(page, folder):
         spectrum_ratios,
         lipschitz,
         real_networks,
+        trained_networks,
         rival_norms,
         rival_circular,
         rival_clips,
@@ -160,6 +161,27 @@ def real_networks(rows):
         for row in rows
     ]
     return markdown(["network", "images", "product", "sdp", "largest Jacobian seen", "sdp, s", "GiB"], lines)
+
+
+def trained_networks(rows):
+    """Of each network's layers with the same map and stride: norms, and how fast their singular values fall."""
+    groups = {}
+    for row in rows:
+        first = row["channels"][0] <= 3
+        groups.setdefault((row["network"], first, row["map"], row["stride"]), []).append(row)
+
+    def spread(values, form):
+        low, high = (form.format(value) for value in (min(values), max(values)))
+        return low if low == high else f"{low} to {high}"
+
+    lines = []
+    for (network, first, size, stride), own in groups.items():
+        layers = f"{len(own)} of {size} x {size}" + f", stride {stride}" * (stride > 1) + ", the first" * first
+        norms, clipped = [row["norm"] for row in own], [row["after a clip"][0] for row in own]
+        shares = [spread([100 * row[f"above {share}"] for row in own], "{:.2g} %") for share in (0.5, 0.01)]
+        lines.append([network, layers, spread(norms, "{:.3g}"), *shares, spread(clipped, "{:.3g}")])
+    header = ["network", "layers", "norm", "values above half of the largest", "above a hundredth"]
+    return markdown([*header, "one clip at half of the norm leaves, over its bound"], lines)
 
 
 def power(value):

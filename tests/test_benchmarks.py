@@ -63,17 +63,21 @@ def test_real_networks_are_read_from_a_folder(tmp_path):
     ]
     assert subprocess.run(trainer, cwd=ROOT, capture_output=True).returncode == 0
 
-    def run(*options):
-        command = [sys.executable, "-m", "benchmarks", "real_networks", "--out", str(tmp_path / "out"), *options]
+    def run(*options, name="real_networks"):
+        command = [sys.executable, "-m", "benchmarks", name, "--out", str(tmp_path / "out"), *options]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
     assert "holds no .npz files" in run("--weights", str(tmp_path / "run" / "checkpoints")).stderr
     done = run("--weights", str(tmp_path), "--sizes", "8")
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in (tmp_path / "out" / "real_networks.jsonl").read_text().splitlines()]
-    names = ["dncnn", "resnet", "ResNet-8 of train/, 1 epochs, rescale 1", "torchvision"]
+    names = ["dncnn", "resnet", "ResNet-8 of train/, 1 epoch, rescale 1", "torchvision"]
     assert [row["network"] for row in rows] == names
     assert all(row["seen"] < row["sdp"] < row["product"] for row in rows)
+    done = run("--weights", str(tmp_path), "--quick", name="trained_networks")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "ResNet-8 of train/, 1 epoch, rescale 1 stem 3 8 1 (1, 16)" in done.stdout
+    assert "resnet conv1 3 32 1 (3, 4)" in done.stdout
     np.savez(tmp_path / "other.npz", odd=np.zeros(3))
     assert "no network that is known here" in run("--weights", str(tmp_path), "--sizes", "8").stderr
 

@@ -95,6 +95,9 @@ def factors(
                 f"{name}: expected the batch normalisation {norm!r} to have {expected[-1]} channels, got shape "
                 f"{variance.shape}."
             )
-        factor = 1 / np.sqrt(variance.astype(np.float64) + epsilon)
+        variance = variance.astype(np.float64) + epsilon
+        if not (variance > 0).all():
+            raise UserError(f"{name}: expected the variances of {norm!r} to be positive, got {variance.min():.3g}.")
+        factor = 1 / np.sqrt(variance)
         result[name] = factor if scale is None else factor * scale.astype(np.float64)
     return result

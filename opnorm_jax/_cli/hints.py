@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from opnorm_jax._cli.checkpoint import Entry
 from opnorm_jax._conv import Conv, member_shape
 
-_TRANSPOSED = re.compile(r"transpose|deconv|upconv|convt|(^|[./_])up(sample)?([./_\d]|$)", re.IGNORECASE)
+_TRANSPOSED = re.compile(r"transpose|deconv|upconv|convt|(^|_)up(sample)?(_|\d|$)", re.IGNORECASE)
 _SHORTCUT = re.compile(r"downsample|shortcut|skip|proj", re.IGNORECASE)
 
 
@@ -31,25 +31,50 @@ def hints(convs: Mapping[str, Conv], entries: Mapping[str, Entry]) -> list[str]:
     }
     inputs = {name: size["I"] * convs[name].feature_group_count for name, size in sizes.items()}
     names = list(sizes)
-    before = 0  # the output channels of the kernel before
-    for name, after in zip(names, [*names[1:], None]):
+    before, turned = 0, False  # the output channels of the kernel before, if any; whether it seems to be transposed
+    for last, name, after in zip([None, *names], names, [*names[1:], None]):
+        if last is None or not _follows(last, name):
+            before, turned = 0, False
         conv, i, o = convs[name], inputs[name], sizes[name]["O"]
         plain = conv.feature_group_count == 1 and set(conv.input_dilation) == {1}
-        wanted = inputs[after] if after else None
         several_taps = math.prod(sizes[name][letter] for letter in conv.kernel_layout if letter not in "IO") > 1
         grouped = several_taps and before > i and before % i == 0 and o % (before // i) == 0
-        transposed = before == o != i and i > 1 and (wanted == i or not grouped)
-        if plain and (transposed or _TRANSPOSED.search(name)):
+        # A transposed layer's kernel has its input channels in the place of the output channels. The kernel after it
+        # takes what stands in the place of its input channels, or has that as its own output channels.
+        wanted, onward = (inputs[after], sizes[after]["O"]) if after and _follows(name, after) else (0, 0)
+        goes_on, goes_on_turned = wanted == o, i in (wanted, onward)
+        transposed = several_taps and o != i != before and (i > 1 or turned)
+        if before == o:
+            transposed = transposed and (goes_on_turned or turned or not (grouped or goes_on))
+        else:
+            transposed = transposed and before == 0 and goes_on_turned and not goes_on
+        named = _is_named_transposed(name) and (before != i or i == o)
+        turned = plain and (transposed or named)
+        if turned:
             found.append(
                 f'{name} may be a transposed layer: then give it its stride as "input_dilation", no "strides", k - 1 - '
                 'p as "padding", and in PyTorch\'s files "IOHW" as "kernel_layout"'
             )
-            o = i
         elif plain and grouped:
             kind = "depthwise" if i == 1 else "grouped"
             found.append(
                 f"{name} may be {kind}: its kernel has {i} input channel{'s' * (i > 1)}, and the one before it "
                 f'gives {before}; then give it {before // i} as "feature_group_count"'
             )
-        before = o
+        before = i if turned else o
     return found
+
+
+def _is_named_transposed(name: str) -> bool:
+    """Tells by the layer's own name: the last word before the kernel's that is no number."""
+    words = [word for word in re.split("[./]", name)[:-1] if not word.isdigit() and word != "kernel"]
+    return bool(words) and _TRANSPOSED.search(words[-1]) is not None
+
+
+def _follows(one: str, other: str) -> bool:
+    """Tells whether the order of two names is that of a sequence: they first differ by a number."""
+    first, second = (re.split(r"[./]", name) for name in (one, other))
+    for a, b in zip(first, second):
+        if a != b:
+            return re.sub(r"\d+$", "", a) == re.sub(r"\d+$", "", b)
+    return False

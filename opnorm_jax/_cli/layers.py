@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import fnmatch
+import itertools
 import json
 import math
 import re
@@ -117,7 +118,7 @@ def find_kernels(checkpoint: Checkpoint, options: argparse.Namespace) -> Kernels
         axes = _axes(name, found) if "input_shape" in found else None
         shaped = len(entry.shape) > 2 if axes is None else len(entry.shape) == axes
         named = any(pattern in _spellings(name) for pattern in rules)
-        if name in factors and (shaped or named or len(entry.shape) > 2):
+        if name in factors and entry.dtype in _FLOATS and (shaped or named or len(entry.shape) > 2):
             unknown[name] = Unknown(factors[name])
         elif shaped and entry.dtype not in _FLOATS and (named or _is_suspect(name, entry.dtype)):
             unknown[name] = Unknown(_wrong_dtype(entry.dtype))
@@ -170,7 +171,8 @@ def find_factors(names: Iterable[str]) -> dict[str, str]:
     """Finds arrays from which a layer's weight is computed, and which are not that weight; says what to do instead.
 
     PyTorch's weight and spectral normalisation and its pruning, under the names of torch.nn.utils and of
-    torch.nn.utils.parametrizations; Flax's WeightNorm and SpectralNorm.
+    torch.nn.utils.parametrizations; Flax's WeightNorm and SpectralNorm; masks, the gains of standardised kernels, and
+    low-rank changes, by the names that they have beside a kernel.
     """
     names = set(names)
     remedy = "save the model after {}, which leaves the weight itself, or leave this array out with --exclude"
@@ -194,7 +196,31 @@ def find_factors(names: Iterable[str]) -> dict[str, str]:
             for kernel in names:
                 if kernel == found[3] or kernel.endswith("/" + found[3]):
                     factors[kernel] = f"not the kernel that the layer uses, which Flax's {found[2]} normalises; {how}"
+    for name, (companion, what, computed) in itertools.product(names, _COMPANIONS):
+        if found := re.fullmatch(companion, _plain(name)):
+            factors.setdefault(name, f"{what}, not a layer's weight; leave it out with --exclude")
+            how = (
+                "store the weight that it uses in its place, without the other, or leave this array out with --exclude"
+            )
+            for kernel in names & _beside(found):
+                factors.setdefault(kernel, f"not the weight that the layer uses, {computed} {_last(name)}; {how}")
     return factors
+
+
+_COMPANIONS = (
+    (r"(?P<layer>.*[./])?((?P<kernel>\w+)_)?mask", "a mask", "which is masked by"),
+    (r"(?P<layer>.*[./])?gain", "the gain of a standardised kernel", "which is standardised and multiplied by"),
+    (r"(?P<layer>.*[./])?lora_\w+([./].*)?", "part of a low-rank change", "to which is added the low-rank change"),
+)
+"""Arrays beside a kernel that change it: their names, what they are, and how."""
+
+
+def _beside(found: re.Match[str]) -> set[str]:
+    """Returns the names that the kernel may have which an array changes."""
+    groups = found.groupdict()
+    kernels = [groups["kernel"]] if groups.get("kernel") else _KERNEL_NAMES
+    folders = [groups["layer"] or "", (groups["layer"] or "") + "base_layer."]
+    return {folder + kernel + end for folder in folders for kernel in kernels for end in ("", "_orig", "/value")}
 
 
 def _is_suspect(name: str, dtype: str) -> bool:
@@ -217,9 +243,8 @@ def _one_or_all(numbers: list[int]) -> int | list[int]:
 
 
 def _padding(words: list[str]) -> Any:
-    if all(re.fullmatch(r"-?\d+", word) for word in words):
-        return _one_or_all([int(word) for word in words])
-    return words[0].upper() if len(words) == 1 else [word if word.isdigit() else word.upper() for word in words]
+    read = [int(word) if re.fullmatch(r"-?\d+", word) else word.upper() for word in words]
+    return read[0] if len(read) == 1 else read
 
 
 def _conv(name: str, entry: Entry, found: dict[str, Any]) -> Conv:

@@ -84,6 +84,8 @@ def _moved(eqn: Any, ins: Sequence[Value]) -> list[ElementMap]:
     if any(ins[n].from_input for n in control_operands(name, len(ins))):
         if name in ("gather", "scatter", "scatter-add", "dynamic_update_slice"):
             raise NotUnderstood(f"its input was put together by {name} at places not known beforehand")
+        if name == "select_n" and ins[0].shape == outs[0].aval.shape and _alike(ins[1:]):
+            return fresh()  # computed from each element by itself, as by an activation
         unmoved(ins, f"it was chosen by {name}")
         return fresh()
     parts = [value.elements if value.from_input and math.prod(value.shape) else None for value in ins]
@@ -106,6 +108,12 @@ def _moved(eqn: Any, ins: Sequence[Value]) -> list[ElementMap]:
     if found is None and name not in ("reduce_sum", "scatter-add"):  # those compute new numbers
         unmoved(ins, f"it was chosen by {name}")
     return fresh() if found is None else found
+
+
+def _alike(values: Sequence[Value]) -> bool:
+    """Tells whether all arrays that were only moved hold the same elements in the same order."""
+    maps = [value.elements for value in values if value.movement]
+    return all(one.sources == maps[0].sources and np.array_equal(one.numbers(), maps[0].numbers()) for one in maps[1:])
 
 
 def _moved_kernels(eqn: Any, ins: Sequence[Value], outs: list[Value]) -> list[Value]:

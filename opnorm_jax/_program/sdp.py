@@ -155,7 +155,7 @@ def certify(stage: Stage, arrays: Sequence[Any], multipliers: Any, roots: Any, d
 
 def _certify(arithmetic, stage, arrays, multipliers, roots):
     xp, half = arithmetic.xp, half_grid(stage.coarse_grid)
-    growth = _growth(stage, arrays, multipliers, roots) if xp is np else (0, 0)
+    growth = _growth(arithmetic, stage, arrays, multipliers, roots)
 
     def one(k):
         forms = _forms(arithmetic, stage, arrays, roots, k)
@@ -413,38 +413,40 @@ def _weights(xp, stage, multipliers):
     return [xp.tile(part, stage.side(step) // step.channels) for part, step in zip(parts, steps, strict=True)]
 
 
-def _growth(stage, arrays, multipliers, roots):
+def _growth(arithmetic, stage, arrays, multipliers, roots):
     """Returns by how much the terms of Q and of B exceed what they add up to: their rounding grows with them.
 
     A form's row is a sum of products; the sum of their moduli bounds what rounding changes, over the unit of rounding.
     It exceeds the row by much where what a kernel reads is nearly zero, and there multipliers can be very large.
     """
-    start = np.ones(stage.channels) if roots is None else np.sqrt(np.sum(abs(roots) ** 2, -1).max(0))
+    xp, modulus = arithmetic.xp, lambda n: abs(arithmetic.xp.asarray(arrays[n], arithmetic.dtype))
+    ones = lambda count: xp.ones(count, arithmetic.dtype)
+    start = ones(stage.channels) if roots is None else xp.sqrt(xp.sum(abs(roots) ** 2, -1).max(0))
     values: list[Any] = [(start, 0 * start)]
-    copies, inner = math.prod(stage.strides), 1.0
-    weights = iter(_weights(np, stage, multipliers))
+    copies, inner = math.prod(stage.strides), ones(())
+    weights = iter(_weights(xp, stage, multipliers))
     for step in stage.steps:
         parts = [values[n] for n in step.sources]
         done, pending = parts[0]
         if step.kind == "conv":
-            kernel = abs(np.asarray(arrays[step.array], np.float64))
-            out = (done + pending) @ kernel.reshape(-1, *kernel.shape[-2:]).sum(0)
+            kernel = modulus(step.array)
+            out = arithmetic.mul(done + pending, kernel.reshape(-1, *kernel.shape[-2:]).sum(0))
             out = out * math.sqrt(copies) if step.strided else out
             values.append((0 * out, out) if step.masked else (out, 0 * out))
         elif step.kind == "scale":
-            values.append(tuple(abs(np.asarray(arrays[step.array])) * each for each in parts[0]))
+            values.append(tuple(modulus(step.array) * each for each in parts[0]))
         elif step.kind == "sum":
             values.append(tuple(sum(each) for each in zip(*parts)))
         elif step.kind == "concatenate":
-            values.append(tuple(np.concatenate(each) for each in zip(*parts)))
+            values.append(tuple(xp.concatenate(each) for each in zip(*parts)))
         else:
-            low, high = (0.0, 1.0) if step.kind == "mask" else abs(np.asarray(arrays[step.array], np.float64))
+            low, high = (0.0, 1.0) if step.kind == "mask" else modulus(step.array)
             z, weight = pending if step.kind == "mask" else done + pending, next(weights)[: step.channels]
-            both = stage.side(step) / step.channels * np.sum(2 * weight * low * high * z**2)
-            inner = max(inner, np.max(np.sqrt(weight / 2) * (low + high) * z), both)
-            own = 1 / np.sqrt(2 * weight) * np.ones(step.channels)
+            both = stage.side(step) / step.channels * xp.sum(2 * weight * low * high * z**2)
+            inner = xp.maximum(inner, xp.maximum(xp.max(xp.sqrt(weight / 2) * (low + high) * z), both))
+            own = ones(step.channels) / xp.sqrt(2 * weight)
             values.append((own + (done if step.kind == "mask" else 0), 0 * own))
-    return inner, np.max(sum(values[-1]))
+    return arithmetic.still(inner), arithmetic.still(xp.max(sum(values[-1])))
 
 
 def _joined(xp, blocks, sides, many, dtype):
@@ -475,11 +477,14 @@ def _certified(arithmetic, stage, q, b, growth):
     factor = arithmetic.cholesky(q - by_matrix(slack) * identity(side))
     found = _schur(arithmetic, factor, b)
     top, vector = arithmetic.top(still(found))
-    top = xp.maximum(top, 1e-8 * growth[1] ** 2)
-    # Errors of B between two blocks are outweighed by c on the first and their square over c on the second.
-    more = slack * xp.maximum(1, growth[1] ** 2 / xp.where(top > 0, top, 1))
-    smallest = xp.diagonal(factor, axis1=-2, axis2=-1).real.min(-1) ** 2
-    found = found + by_matrix(still((2 * more + slack / smallest) * top)) * identity(rows)
+    # Rounding changes B by slack * growth[1] at most. What it does between two blocks is outweighed by a number on the
+    # first and another on the second, whose product is the square of that.
+    top = xp.maximum(top, (8 * slack * growth[1]) ** 2)
+    smallest = still(xp.diagonal(factor, axis1=-2, axis2=-1).real.min(-1) ** 2)
+    error = slack * xp.maximum(1, growth[1] / xp.sqrt(xp.where(top > 0, top, 1)))
+    first = xp.maximum(slack, error * xp.sqrt(smallest))
+    second = xp.maximum(slack, error**2 / first)
+    found = found + by_matrix(still((2 * second + first / smallest) * top)) * identity(rows)
     # Whether Q and what was found enclose B is checked by one more factorisation, of a matrix of about unit size.
     positive = by_matrix(top > 0)
     scale = xp.where(positive, 1 / xp.sqrt(xp.where(positive, by_matrix(top), 1)), 0)
@@ -489,7 +494,7 @@ def _certified(arithmetic, stage, q, b, growth):
     whole = xp.concatenate([rows_above, xp.concatenate([scale * b, unit], axis=-1)], axis=-2)
     last = np.diag(np.arange(side + rows) >= side)
     checked = arithmetic.cholesky(
-        still(whole - xp.where(last, by_matrix(more), by_matrix(slack) * identity(side + rows)))
+        still(whole - xp.where(last, by_matrix(second), by_matrix(first) * identity(side + rows)))
     )
     holds = xp.isfinite(checked).all((-1, -2)) & xp.isfinite(top)
     column = vector[:, :, None]

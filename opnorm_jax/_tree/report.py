@@ -273,14 +273,17 @@ def _cells(layer: LayerReport) -> tuple[str, ...]:
 def _marks(layer: LayerReport) -> tuple[str, str]:
     """Returns the marks of the smallest value and of the condition."""
     if layer.smallest_of == "layer":
-        return "", ""
+        return ("", "") if layer.exact else ("*", "*")
     return (">=", "<=") if layer.smallest_lower > 0 else ("~", "~")
 
 
 def _notes(layers: tuple[LayerReport, ...]) -> list[str]:
-    if all(layer.reason or _marks(layer) != ("~", "~") for layer in layers):
-        return []
-    return ["~ of the circle that certifies the upper bound; the layer's own has no formula"]
+    notes = {
+        "~": "~ of the circle that certifies the upper bound; the layer's own has no formula",
+        "*": "* converged; a certified lower bound is smallest_lower",
+    }
+    marks = {_marks(layer)[0] for layer in layers if not layer.reason}
+    return [note for mark, note in notes.items() if mark in marks]
 
 
 def _format_kernel(shape: tuple[int, ...], conv: Conv) -> str:

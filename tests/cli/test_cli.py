@@ -21,6 +21,7 @@ import safetensors.numpy
 
 import opnorm_jax as oj
 from opnorm_jax._cli import checkpoint, layers
+from opnorm_jax._cli.hints import hints
 from opnorm_jax._cli.main import main
 
 RNG = np.random.default_rng(0)
@@ -202,6 +203,27 @@ FACTORS = {
         ["c.weight_orig"],
         "not the weight that the layer uses.*prune.remove",
     ),
+    "pruning, with a mask of numbers": (
+        {"c.weight_orig": KERNEL, "c.weight_mask": np.ones(KERNEL.shape)},
+        ["c.weight_mask", "c.weight_orig"],
+        "(a mask|not the weight that the layer uses.*prune.remove)",
+    ),
+    "a mask": (
+        {"c.weight": KERNEL, "c.mask": np.ones(KERNEL.shape)},
+        ["c.mask", "c.weight"],
+        "(a mask, not a layer's weight|which is masked by mask)",
+    ),
+    "a boolean mask": ({"c.weight": KERNEL, "c.mask": np.ones(KERNEL.shape, bool)}, ["c.weight"], "masked by mask"),
+    "a gain": (
+        {"c.weight": KERNEL, "c.gain": np.ones((4, 1, 1, 1))},
+        ["c.gain", "c.weight"],
+        "(the gain of a standardised kernel|standardised and multiplied by gain)",
+    ),
+    "a low-rank change": (
+        {"c.base_layer.weight": KERNEL, "c.lora_A.default.weight": KERNEL},
+        ["c.base_layer.weight", "c.lora_A.default.weight"],
+        "low-rank change",
+    ),
     "Flax's weight norm": (
         {"Conv_0/kernel": FIRST, "WeightNorm_0/Conv_0/kernel/scale": np.ones(4)},
         ["Conv_0/kernel"],
@@ -331,6 +353,30 @@ def test_states_of_nnx_need_no_value_in_patterns(tmp_path, capsys):
         (row,) = facts["layers"]
         assert row["path"] == "conv/kernel/value" and facts["batch_norms"] == {"conv/kernel/value": "bn"}
         assert row["norm"] == pytest.approx(TRUE["conv1.weight"] / 2, rel=1e-5)
+
+
+CHAINS = {  # (output, input) channels as they are stored, by name; those that are transposed
+    "DCGAN": (
+        {f"main.{3 * n}": sizes for n, sizes in enumerate([(100, 512), (512, 256), (256, 128), (128, 3)])},
+        "0 3 6 9",
+    ),
+    "an encoder and a decoder": ({"0": (16, 3), "2": (32, 16), "4": (32, 16), "6": (16, 3)}, "4 6"),
+    "U-Net": ({"inc.0": (64, 3), "up1.conv.0": (512, 1024), "up1.conv.3": (512, 512), "up1.up": (1024, 512)}, "up"),
+    "sorted, but not in order": ({"blocks.0.conv1": (32, 16), "blocks.0.conv2": (32, 32), "conv1": (16, 3)}, ""),
+    "ResNet": (
+        {"conv1": (16, 3), "layer1.0.conv1": (16, 16), "layer2.0.conv1": (32, 16), "layer2.0.conv2": (32, 32)},
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_chains_of_transposed_layers_are_hinted_at(name):
+    chain, transposed = CHAINS[name]
+    entries = {f"{layer}.weight": checkpoint.Entry((*sizes, 3, 3), "float32") for layer, sizes in chain.items()}
+    convs = dict.fromkeys(entries, oj.Conv((8, 8), padding=1, kernel_layout="OIHW"))
+    found = [hint.split(".weight")[0].split(".")[-1] for hint in hints(convs, entries)]
+    assert found == transposed.split()
 
 
 def test_layers_that_look_like_others_are_hinted_at(tmp_path, capsys):
@@ -517,6 +563,14 @@ def test_pickles_are_never_loaded(tmp_path, capsys, monkeypatch):
     with np.load(out, allow_pickle=True) as made:
         made["extra"][0].close()
     assert crater.exists()  # the bomb was a live one
+
+
+def test_padding_may_be_a_name_and_a_number(npz, capsys):
+    """One for each axis, in any mixture."""
+    facts, _ = report(capsys, npz, "--input-shape", 8, 8, "--padding", "reflect", 1, "--include", "conv1")
+    (row,) = facts["layers"]
+    true = oracle.dense_singular_values(FIRST, (8, 8), padding=("REFLECT", (1, 1)))[0]
+    assert row["lower"] <= true * (1 + 1e-6) and true <= row["upper"]
 
 
 # name: (arguments after the file, message)

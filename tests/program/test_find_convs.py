@@ -245,6 +245,15 @@ def padded(x, mode, width=1):
     return jnp.pad(x, ((0, 0), (width, width), (width, width), (0, 0)), mode=mode)
 
 
+@pytest.mark.parametrize("activation", [jax.nn.relu, jax.nn.gelu, jax.nn.leaky_relu, jax.nn.elu, jax.nn.celu])
+def test_the_input_is_what_an_activation_gives(activation):
+    """Those that choose between two numbers too: not the array that was resized or padded before them."""
+    resized = lambda k, x: conv(activation(jax.image.resize(x, (2, 16, 12, 4), "nearest")), k)
+    assert oj.find_convs(resized, K, X) == oj.Conv((16, 12), padding=ONES)
+    padded_before = lambda k, x: conv(activation(padded(x, "edge")), k, "VALID")
+    assert oj.find_convs(padded_before, K, X) == oj.Conv((10, 8), padding=0)
+
+
 def chosen(params, x):
     return conv(x, lax.cond(x.sum() > 0, lambda: params["a"], lambda: params["b"]))
 
@@ -314,6 +323,10 @@ UNKNOWN = {
     "modulated by the input": (
         lambda p, x: conv(x, p["a"] * x.mean((0, 1, 2))[None, None, :, None]),
         {"a": "through fn's input"},
+    ),
+    "one of two paddings, for each pixel": (
+        lambda p, x: conv(jnp.where(padded(x, "edge") > 0, padded(x, "edge"), padded(x, "reflect")), p["a"], "VALID"),
+        {"a": "padded or copied before it was chosen"},
     ),
     "its output folded": (
         lambda p, x: conv(x, p["a"], "VALID")[:, :, :, :].reshape(2, 2, 3, 4, 4).sum(1),

@@ -328,3 +328,43 @@ def test_single_precision_certificates_hold(generate, cases, one_multiplier):
         found = net.steepest(np.random.default_rng(seed))
         assert found * (1 - 1e-6) <= bound <= 1.02 * known, (seed, found, bound, known)
         forget()
+
+
+def cancelling(rng):
+    """A network in which large numbers cancel: a function, its parameters, its input, and its true constant."""
+    size, kind = 10.0 ** rng.uniform(0, 5), rng.choice(["convolutions", "matrices", "one behind the other"])
+    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    x = jax.ShapeDtypeStruct((1, 6), jnp.float32)
+    if kind == "convolutions":
+        first = np.float32(size) * normal(3, 3, 2, 2)
+        params = [first, first + np.float32(0.01) * normal(3, 3, 2, 2)]
+        wrapped = lambda x: jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="wrap")
+        conv = lambda x, k: jax.lax.conv_general_dilated(
+            wrapped(x), k, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        fn, x = lambda p, x: conv(x, p[0]) - conv(x, p[1]), jax.ShapeDtypeStruct((1, 4, 5, 2), jnp.float32)
+        matrix = oracle.dense_matrix(np.subtract(*params, dtype=np.float64), (4, 5), padding="CIRCULAR")
+    elif kind == "matrices":
+        params = [np.float32(size) * normal(6, 4)]
+        params += [params[0] + np.float32(0.01) * normal(6, 4)]
+        fn, matrix = lambda p, x: x @ p[0] - x @ p[1], np.subtract(*params, dtype=np.float64)
+    else:  # the columns of the second are nearly orthogonal to the rows of the first
+        first = np.float32(size) * normal(6, 8)
+        nearly = np.linalg.svd(first.astype(np.float64))[2][6:].T + 1e-4 * rng.uniform() * rng.standard_normal((8, 2))
+        params = [first, nearly.astype(np.float32)]
+        fn, matrix = lambda p, x: (x @ p[0]) @ p[1], np.matmul(*params, dtype=np.float64)
+    if rng.uniform() < 0.5:
+        return fn, params, x, np.linalg.norm(matrix, 2)
+    return lambda p, x: jax.nn.leaky_relu(fn(p, x), 0.9), params, x, 0.9 * np.linalg.norm(matrix, 2)
+
+
+@pytest.mark.parametrize("seed", range(300 if THOROUGH else 12))
+def test_what_cancels_is_allowed_for(seed):
+    """In single precision under jit, and in double precision: rounding grows with the terms, not with their sum."""
+    fn, params, x, true = cancelling(np.random.default_rng(seed))
+    traced = float(jax.jit(oj.lipschitz_bound, static_argnums=0)(fn, params, x))
+    known, product = (float(oj.lipschitz_bound(fn, params, x, method=method)) for method in ("sdp", "product"))
+    assert true <= known <= product and true <= traced <= product * (1 + 1e-5)
+    if product < 1e3 * true:
+        assert known <= 1.12 * true  # the slopes of 0.9 and 1 are all that is between them
+    forget()

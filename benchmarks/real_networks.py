@@ -10,10 +10,10 @@ no part of the repository:
              normalisation (``model.0.weight``), as the noise that it predicts
 RUN          folders that train/cifar.py left, with config.json and params.safetensors
 
-Each network is measured in a process of its own, at each size of images. ``seen`` is the largest norm of a Jacobian by
-power iteration at 8 random inputs, or at the first 8 of IMAGES (n, height, width, channels) where they fit. Seconds are
-wall time of one call, with what it compiles; the product comes first. GiB are the process' peak after both bounds,
-before that of the Jacobians. Rows that are there already are not measured again.
+Each network is measured in a process of its own, at each of the sizes; a run at that of its own images. ``seen`` is the
+largest norm of a Jacobian by power iteration at 8 random inputs, or at the first 8 of IMAGES (n, height, width,
+channels) where they fit. Seconds are wall time of one call, with what it compiles; the product comes first. GiB are the
+process' peak after both bounds, before that of the Jacobians. Rows that are there already are not measured again.
 """
 
 import argparse
@@ -142,7 +142,8 @@ def run(options):
         paths = sorted([*folder.glob("*.npz"), *(path.parent for path in folder.glob("*/params.safetensors"))])
         if not paths:
             raise SystemExit(f"{folder} holds no .npz files of networks and no folders that train/cifar.py left.")
-        cases = [(path, size) for path in paths for size in options.sizes]
+        sizes = lambda path: [load_run(path)[3]] if path.is_dir() else options.sizes
+        cases = [(path, size) for path in paths for size in sizes(path)]
         cases = [(paths[0], 8)] if options.quick else cases
     rows = [] if options.quick else read(options.out, "real_networks")
     there = {(row["network"], row["size"]) for row in rows}

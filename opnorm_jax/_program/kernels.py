@@ -121,7 +121,8 @@ class Axes:
             raise ValueError(f"the convolution takes a part of it, {self.operand}")
         if len(single) < len(missing):
             raise ValueError(
-                f"an axis is inserted before the convolution takes it as {self.operand}: store it with all of its axes"
+                f"an axis is inserted before the convolution takes it as {self.operand}: store it with all of its axes "
+                "(a depthwise kernel of Keras with depth_multiplier above 1 has no Conv)"
             )
         # Axes of length 1 are all alike: the usual layouts first.
         spatial = sorted(set(letters.values()) - {"I", "O"}, key="DHW".index)

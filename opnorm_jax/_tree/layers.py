@@ -76,13 +76,19 @@ def check_convs(convs: Any, *, keep_unknown: bool = False) -> Any:
         )
 
     is_leaf = lambda node: isinstance(node, Conv) or is_masked(node) or _is_shape(node)
-    convs = jax.tree_util.tree_map_with_path(check, convs, is_leaf=is_leaf)
-    if not jax.tree.leaves(convs):
+    checked = jax.tree_util.tree_map_with_path(check, convs, is_leaf=is_leaf)
+    if not jax.tree.leaves(checked):
+        reasons = [
+            f"{jax.tree_util.keystr(path)} is unknown: {node.reason}"
+            for path, node in jax.tree_util.tree_leaves_with_path(convs, is_leaf=is_leaf)
+            if isinstance(node, Unknown)
+        ]
         raise ValueError(
             "expected convs to be a tree shaped like the parameters with a Conv at each kernel and None elsewhere; it "
-            "holds no Conv at all. Put opnorm_jax.Conv(input_shape, ...) at each convolution's kernel."
+            "holds no Conv at all. Put opnorm_jax.Conv(input_shape, ...) at each convolution's kernel. "
+            + "; ".join(reasons[:4])
         )
-    return convs
+    return checked
 
 
 def find_layers(params: Any, convs: Any) -> list[Layer | None]:

@@ -68,6 +68,7 @@ def test_smallest_values_of_the_layers_themselves():
     lines = str(before).splitlines()
     assert ">=" in lines[3] and "<=" in lines[3] and lines[4].count("~") == 2 and lines[-1].startswith("~")
     assert not any(mark in str(after) for mark in ("~", ">="))
+    assert "* converged; a certified lower bound is smallest_lower" in str(after)
     assert before.layers[1].as_dict()["smallest_lower"] > 0
     with pytest.raises(TypeError, match="smallest to be True or False"):
         oj.spectral_report(params, convs, smallest=1)

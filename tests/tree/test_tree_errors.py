@@ -24,6 +24,11 @@ def update(params=PARAMS, convs=CONVS, max_norm=1.0, pass_params=True, **options
 TREES = {
     "params missing in update": (lambda: update(pass_params=False), ValueError, "not passing `params`"),
     "no conv at all": (lambda: update(convs={"conv": None}), ValueError, "holds no Conv at all"),
+    "none that is known": (
+        lambda: update(convs={"conv": oj.Unknown("it is masked")}),
+        ValueError,
+        r"no Conv at all.*\['conv'\] is unknown: it is masked",
+    ),
     "extra key": (lambda: update(convs={**CONVS, "other": None}), ValueError, "structure of the parameters"),
     "missing key": (
         lambda: update(convs={"conv": {"kernel": oj.Conv((8, 8))}}),

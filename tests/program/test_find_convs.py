@@ -324,6 +324,10 @@ UNKNOWN = {
         lambda p, x: conv(x, p["a"] * x.mean((0, 1, 2))[None, None, :, None]),
         {"a": "through fn's input"},
     ),
+    "turned in one branch": (
+        lambda p, x: conv(x, lax.cond(x.sum() > 0, lambda: p["a"], lambda: p["a"].transpose(1, 0, 2, 3))),
+        {"a": "a branch"},
+    ),
     "one of two paddings, for each pixel": (
         lambda p, x: conv(jnp.where(padded(x, "edge") > 0, padded(x, "edge"), padded(x, "reflect")), p["a"], "VALID"),
         {"a": "padded or copied before it was chosen"},

@@ -90,9 +90,9 @@ NETWORKS = {
     "max pooling": (lambda p, x: nn.max_pool(x, (2, 2), (2, 2)), lambda: 1),
     "overlapping max pooling": (lambda p, x: nn.max_pool(x, (3, 3), (2, 2), "SAME"), lambda: 2),
     "repeated": (lambda p, x: jnp.broadcast_to(x[:, None], (1, 4, 6, 6, 3)), lambda: 2),
-    "a pixel twice": (
-        lambda p, x: conv(conv(x, p[0])[:, jnp.array([2, 2])], jnp.eye(4)[None, None]),
-        lambda: np.sqrt(2) * norm(PAIR[0]),
+    "a row six times": (
+        lambda p, x: conv(conv(x, p[0])[:, jnp.full(6, 2)], jnp.eye(4)[None, None]),
+        lambda: np.sqrt(6) * norm(PAIR[0]),
     ),
     "turned": (lambda p, x: conv(x[:, ::-1].transpose(0, 2, 1, 3), p[0]), lambda: norm(PAIR[0])),
     "the larger of two": (lambda p, x: jnp.maximum(x, 2 * x), lambda: np.sqrt(5)),

@@ -47,6 +47,8 @@ def scaled_kernel(kernel):
     return np.asarray(kernel) / np.sqrt(np.asarray(VARIANCE))
 
 
+FALLING = jnp.diag(jnp.arange(6.0, 0.0, -1))
+
 # (function, what the bound should be to 2 %; None: only that it is one)
 NETWORKS = {
     "one layer": (lambda p, x: conv(x, p[0]), lambda: norm(PAIR[0])),
@@ -77,6 +79,14 @@ NETWORKS = {
     "several outputs": (lambda p, x: {"a": x, "b": [2 * x]}, lambda: np.sqrt(5)),
     "masked weights": (lambda p, x: conv(x, p[0] * (p[0] > 0)), lambda: norm(np.maximum(PAIR[0], 0))),
     "dense": (lambda p, x: x.reshape(1, -1) @ jnp.ones((108, 5)), lambda: np.sqrt(540)),
+    "rows of a product, each by its own factor": (
+        lambda p, x: (x[0, :, :, 0] @ FALLING) * jnp.arange(1.0, 7.0)[:, None],
+        lambda: 36,
+    ),
+    "columns of a product, each by its own factor": (
+        lambda p, x: (FALLING @ x[0, :, :, 0]) * jnp.arange(1.0, 7.0),
+        lambda: 36,
+    ),
     "einsum": (lambda p, x: jnp.einsum("nhwi,hio->nwo", x, jnp.ones((6, 3, 2))), lambda: 6),
     "mean over space": (lambda p, x: x.mean((1, 2)), lambda: 1 / 6),
     "sum": (lambda p, x: x.sum(), lambda: np.sqrt(108)),

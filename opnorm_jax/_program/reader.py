@@ -223,9 +223,8 @@ class Reader:
             else:
                 lows.append(conv.padding[a][0])
         if groups > 1:
-            kernel = kernel.reshape(*taps, i, groups, o // groups)
-            kernel = kernel[..., None, :, :, :] * np.eye(groups, dtype=kernel.dtype)[:, None, :, None]
-            kernel = kernel.reshape(*taps, groups * i, o)
+            own = np.eye(groups, dtype=kernel.dtype).reshape(*[1] * len(taps), groups, 1, groups, 1)
+            kernel = (own * kernel.reshape(*taps, 1, i, groups, o // groups)).reshape(*taps, groups * i, o)
         return self._filter(signal, before, kernel, Window(conv.strides, lows, conv.kernel_dilation, circles))
 
     def _pool(self, signal: Signal, part: Part) -> int:

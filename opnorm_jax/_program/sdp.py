@@ -478,11 +478,12 @@ def _certified(arithmetic, stage, q, b, growth):
     found = _schur(arithmetic, factor, b)
     top, vector = arithmetic.top(still(found))
     # Rounding changes B by slack * growth[1] at most. What it does between two blocks is outweighed by a number on the
-    # first and another on the second, whose product is the square of that.
+    # first and another on the second, whose product is the square of that. On the first, which may be nearly singular,
+    # the number is no larger than is needed to make the second one negligible.
     top = xp.maximum(top, (8 * slack * growth[1]) ** 2)
     smallest = still(xp.diagonal(factor, axis1=-2, axis2=-1).real.min(-1) ** 2)
     error = slack * xp.maximum(1, growth[1] / xp.sqrt(xp.where(top > 0, top, 1)))
-    first = xp.maximum(slack, error * xp.sqrt(smallest))
+    first = xp.maximum(slack, xp.minimum(error * xp.sqrt(smallest), error**2 / 1e-4))
     second = xp.maximum(slack, error**2 / first)
     found = found + by_matrix(still((2 * second + first / smallest) * top)) * identity(rows)
     # Whether Q and what was found enclose B is checked by one more factorisation, of a matrix of about unit size.

@@ -178,7 +178,7 @@ def trained_networks(rows):
     for (network, first, size, stride), own in groups.items():
         layers = f"{len(own)} of {size} x {size}" + f", stride {stride}" * (stride > 1) + ", the first" * first
         norms, clipped = [row["norm"] for row in own], [row["after a clip"][0] for row in own]
-        shares = [spread([100 * row[f"above {share}"] for row in own], "{:.2g} %") for share in (0.5, 0.01)]
+        shares = [spread([100 * row[f"above {share}"] for row in own], "{:.3g} %") for share in (0.5, 0.01)]
         lines.append([network, layers, spread(norms, "{:.3g}"), *shares, spread(clipped, "{:.3g}")])
     header = ["network", "layers", "norm", "values above half of the largest", "above a hundredth"]
     return markdown([*header, "one clip at half of the norm leaves, over its bound"], lines)

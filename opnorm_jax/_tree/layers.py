@@ -85,8 +85,8 @@ def check_convs(convs: Any, *, keep_unknown: bool = False) -> Any:
         ]
         raise ValueError(
             "expected convs to be a tree shaped like the parameters with a Conv at each kernel and None elsewhere; it "
-            "holds no Conv at all. Put opnorm_jax.Conv(input_shape, ...) at each convolution's kernel. "
-            + "; ".join(reasons[:4])
+            "holds no Conv at all. Put opnorm_jax.Conv(input_shape, ...) at each convolution's kernel."
+            + "".join(f" {reason}." for reason in reasons[:4])
         )
     return checked
 

@@ -473,16 +473,17 @@ def _certified(arithmetic, stage, q, b, growth):
     starts = [0, *np.cumsum(stage.sides)]
     sizes = [xp.sum(xp.abs(q[:, i:j, i:j]), axis=-1).max(-1) for i, j in zip(starts, starts[1:])]
     size = (1 + len(sizes)) * functools.reduce(xp.maximum, sizes, growth[0])
-    slack = still(semidefinite_rounding(side + rows, arithmetic.dtype) * size)
+    rounding = semidefinite_rounding(side + rows, arithmetic.dtype)
+    slack = still(rounding * size)
     factor = arithmetic.cholesky(q - by_matrix(slack) * identity(side))
     found = _schur(arithmetic, factor, b)
     top, vector = arithmetic.top(still(found))
-    # Rounding changes B by slack * growth[1] at most. What it does between two blocks is outweighed by a number on the
-    # first and another on the second, whose product is the square of that. On the first, which may be nearly singular,
-    # the number is no larger than is needed to make the second one negligible.
-    top = xp.maximum(top, (8 * slack * growth[1]) ** 2)
+    # Rounding changes B by rounding * growth[1] at most. What it does between two blocks is outweighed by a number on
+    # the first and another on the second, whose product is the square of that. On the first, which may be nearly
+    # singular, the number is no larger than is needed to make the second one negligible.
+    top = xp.maximum(top, (8 * rounding * growth[1]) ** 2)
     smallest = still(xp.diagonal(factor, axis1=-2, axis2=-1).real.min(-1) ** 2)
-    error = slack * xp.maximum(1, growth[1] / xp.sqrt(xp.where(top > 0, top, 1)))
+    error = xp.maximum(slack, rounding * growth[1] / xp.sqrt(xp.where(top > 0, top, 1)))
     first = xp.maximum(slack, xp.minimum(error * xp.sqrt(smallest), error**2 / 1e-4))
     second = xp.maximum(slack, error**2 / first)
     found = found + by_matrix(still((2 * second + first / smallest) * top)) * identity(rows)

@@ -157,7 +157,7 @@ def real_networks(rows):
     """Bounds on published networks, seconds and memory."""
     lines = [
         [row["network"], f"{row['size']} x {row['size']}", power(row["product"]), power(row["sdp"])]
-        + [f"{row['seen']:.3g}", f"{row['sdp_seconds']:.2g}", f"{row['GiB at most']:.2g}"]
+        + [f"{row['seen']:.3g}", power(float(f"{row['sdp_seconds']:.2g}")), f"{row['GiB at most']:.2g}"]
         for row in rows
     ]
     return markdown(["network", "images", "product", "sdp", "largest Jacobian seen", "sdp, s", "GiB"], lines)
@@ -187,7 +187,9 @@ def trained_networks(rows):
 def power(value):
     """A number in Markdown, as a power of ten if it is large."""
     digits, exponent = f"{value:.1e}".split("e")
-    return f"{value:.3g}" if value < 1e4 else f"{digits} · 10<sup>{int(exponent)}</sup>"
+    if value >= 1e4:
+        return f"{digits} · 10<sup>{int(exponent)}</sup>"
+    return f"{value:.3g}" if value < 1e3 else f"{value:,.0f}"
 
 
 def gpu(rows):

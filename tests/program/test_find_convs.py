@@ -324,6 +324,10 @@ UNKNOWN = {
         lambda p, x: conv(x, p["a"] * x.mean((0, 1, 2))[None, None, :, None]),
         {"a": "through fn's input"},
     ),
+    "copies beside another array": (
+        lambda p, x: conv(jnp.concatenate([jnp.repeat(x[..., :1], 2, -1), jax.nn.relu(x)[..., :2]], -1), p["a"]),
+        {"a": "pieces of several arrays"},
+    ),
     "turned in one branch": (
         lambda p, x: conv(x, lax.cond(x.sum() > 0, lambda: p["a"], lambda: p["a"].transpose(1, 0, 2, 3))),
         {"a": "a branch"},

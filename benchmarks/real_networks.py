@@ -101,26 +101,26 @@ def random_resnet18():
 
 
 def load(path):
-    """A network: its name, a function, its parameters, and the channels of its input."""
+    """A network: its name, a function, its parameters, the channels of its input, and their size if it is known."""
     if str(path) == RANDOM:
-        return RANDOM, resnet, random_resnet18(), 3
+        return RANDOM, resnet, random_resnet18(), 3, 224
     if path.is_dir():
-        name, model, variables, _ = load_run(path)
+        name, model, variables, size = load_run(path)
         fn = lambda variables, x: model.apply(variables, x, train=False)
-        return name, fn, variables, variables["params"]["stem"]["kernel"].shape[2]
+        return name, fn, variables, variables["params"]["stem"]["kernel"].shape[2], size
     with np.load(path, allow_pickle=False) as arrays:
         params = {name: arrays[name] for name in arrays.files}
     heads = {"linear.weight", "fc.weight"}
     if {"conv1.weight", "bn1.running_var", "layer1.0.conv1.weight"} <= params.keys() and heads & params.keys():
-        return path.stem, resnet, params, params["conv1.weight"].shape[1]
+        return path.stem, resnet, params, params["conv1.weight"].shape[1], None
     if {"model.0.weight", "model.0.bias"} <= params.keys() and not any("running" in key for key in params):
-        return path.stem, dncnn, params, params["model.0.weight"].shape[1]
+        return path.stem, dncnn, params, params["model.0.weight"].shape[1], None
     raise SystemExit(f"{path} is no network that is known here; its first keys are {list(params)[:3]}.")
 
 
 def measure(path, size, inputs):
     """The child: one row."""
-    name, fn, params, channels = load(path)
+    name, fn, params, channels, _ = load(path)
     row = {"network": name, "size": size, "inputs": "random"}
     for method in ("product", "sdp"):
         began = time.perf_counter()
@@ -137,19 +137,19 @@ def measure(path, size, inputs):
 
 def run(options):
     """All rows."""
-    cases = [(Path(RANDOM), 32 if options.quick else 224)]
+    paths, quick = [Path(RANDOM)], 32
     if folder := options.weights:
+        quick = 8
         paths = sorted([*folder.glob("*.npz"), *(path.parent for path in folder.glob("*/params.safetensors"))])
         if not paths:
             raise SystemExit(f"{folder} holds no .npz files of networks and no folders that train/cifar.py left.")
-        sizes = lambda path: [load_run(path)[3]] if path.is_dir() else options.sizes
-        cases = [(path, size) for path in paths for size in sizes(path)]
-        cases = [(paths[0], 8)] if options.quick else cases
     rows = [] if options.quick else read(options.out, "real_networks")
-    there = {(row["network"], row["size"]) for row in rows}
+    there, cases = {(row["network"], row["size"]) for row in rows}, []
+    for path in paths[:1] if options.quick else paths:
+        name, *_, own = load(path)
+        sizes = [quick] if options.quick else [own] if own else options.sizes
+        cases += [(path, size) for size in sizes if (name, size) not in there]
     for path, size in cases:
-        if (load(path)[0], size) in there:
-            continue
         command = [sys.executable, "-m", "benchmarks.real_networks", str(path), str(size)]
         command += ["--inputs", str(options.inputs.resolve())] if options.inputs else []
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)

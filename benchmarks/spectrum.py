@@ -54,10 +54,16 @@ def measure(taps, size, channels, repeats):
     return row
 
 
+def summary(rows):
+    """How many times faster than each rival: (rival, the geometric mean, the least)."""
+    for rival in (name for name in METHODS if name != "opnorm_jax"):
+        ratios = [row["seconds"][rival] / row["seconds"]["opnorm_jax"] for row in rows if rival in row["seconds"]]
+        yield rival, geometric_mean(ratios), min(ratios)
+
+
 def run(options):
     """All rows."""
     rows = [measure(*case, options.repeats) for case in (QUICK if options.quick else CASES)]
-    for rival in ("full matrix", "paper, NumPy", "plain jax.numpy"):
-        ratios = [row["seconds"][rival] / row["seconds"]["opnorm_jax"] for row in rows if rival in row["seconds"]]
-        print(f"times faster than {rival}: geometric mean {geometric_mean(ratios):.2f}, least {min(ratios):.2f}")
+    for rival, mean, least in summary(rows):
+        print(f"times faster than {rival}: geometric mean {mean:.2f}, least {least:.2f}")
     return rows

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks import spectrum
 from benchmarks.claims import summary
 from benchmarks.measure import geometric_mean, read
 from benchmarks.projection import inside
@@ -123,26 +124,23 @@ def scaling(rows):
 def spectrum_times(rows):
     """Milliseconds for all singular values, for each version of jax."""
     versions = sorted({row["jax"] for row in rows})
-    names = ("full matrix", "paper, NumPy", "plain jax.numpy", "opnorm_jax")
     of = {(row["jax"], row["channels"], *row["taps"], *row["map"]): row["seconds"] for row in rows}
     lines = []
     for channels, *sizes in dict.fromkeys(key[1:] for key in of):
         seconds = [of[version, channels, *sizes] for version in versions]
-        cells = [f"{1e3 * each[name]:.3g}" if name in each else "-" for each in seconds for name in names]
+        cells = [f"{1e3 * each[name]:.3g}" if name in each else "-" for each in seconds for name in spectrum.METHODS]
         lines.append(["{} × {}, {} × {}, {}".format(*sizes, channels), *cells])
-    header = [f"{name}, jax {version}" for version in versions for name in names]
+    header = [f"{name}, jax {version}" for version in versions for name in spectrum.METHODS]
     return markdown(["kernel, map, channels", *header], lines)
 
 
 def spectrum_ratios(rows):
     """Times faster than each rival, for each version of jax: the geometric mean (least)."""
-    rivals = ("full matrix", "paper, NumPy", "plain jax.numpy")
     lines = []
     for version in sorted({row["jax"] for row in rows}):
-        seconds = [row["seconds"] for row in rows if row["jax"] == version]
-        ratios = [[each[rival] / each["opnorm_jax"] for each in seconds if rival in each] for rival in rivals]
-        lines.append([version, *(f"{geometric_mean(found):.2g} ({min(found):.2g})" for found in ratios)])
-    return markdown(["jax", *(f"than {rival}" for rival in rivals)], lines)
+        found = [*spectrum.summary([row for row in rows if row["jax"] == version])]
+        lines.append([version, *(f"{mean:.3g} ({least:.3g})" for _, mean, least in found)])
+    return markdown(["jax", *(f"than {rival}" for rival, *_ in found)], lines)
 
 
 def lipschitz(rows):

@@ -13,7 +13,6 @@ one clip at half of the norm leaves of it, over that bound. Seconds are for all 
 """
 
 import dataclasses
-import json
 import re
 import time
 
@@ -53,7 +52,7 @@ def of_pytorch(path):
 
 def load_run(folder):
     """What train/cifar.py left: a name, the model, its variables, and the size of its images."""
-    config = json.loads((folder / "config.json").read_text())
+    config = report.load_json(folder / "config.json")
     variables, _ = checkpoint.load_weights(folder / "params.safetensors")
     model = ResNet(config["depth"], config["width"], batch_norm=config["batch_norm"])
     arm = config["constraint"] + f" {config['max_norm']:g}" * (config["constraint"] != "none")

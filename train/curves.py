@@ -4,7 +4,6 @@ python train/curves.py runs/one runs/other --out curves.png
 """
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -52,7 +51,7 @@ def read(run: Path) -> tuple[str, list[int], list[dict[str, float]]]:
     for name in ("metrics.jsonl", "config.json"):
         if not (run / name).is_file():
             raise FileNotFoundError(f"expected the folder of a run, with {name}, got {run}.")
-    config = json.loads((run / "config.json").read_text())
+    config = report.load_json(run / "config.json")
     label = config["constraint"] + ("" if config["constraint"] == "none" else f" {config['max_norm']:g}")
     rows = report.read_lines(run / "metrics.jsonl")
     return label, [row["epoch"] for row in rows], rows

@@ -69,7 +69,17 @@ class Reader:
     @property
     def diagonals(self) -> int:
         """How many diagonals of slopes have been read."""
-        return sum(step.kind in ("slope", "mask") for step in self.steps)
+        return len(self._so_far.diagonals)
+
+    @property
+    def side(self) -> int:
+        """The side of the matrices that would be factorised."""
+        return sum(self._so_far.sides)
+
+    @property
+    def _so_far(self) -> Stage:
+        """What has been read, as a stage whose circle is not known yet."""
+        return self.stage((), len(self.steps))
 
     def _image(self, signal: Signal) -> tuple[int, ...]:
         return tuple(signal.shape[axis] for axis in self.layout.spatial)
@@ -292,14 +302,6 @@ class Reader:
             )
             steps = [*steps, step]
         return Stage(self.channels, tuple(steps), grid, self.stage_strides)
-
-    @property
-    def side(self) -> int:
-        copies = math.prod(self.stage_strides)
-        sides = [
-            step.channels * (1 if step.coarse else copies) for step in self.steps if step.kind in ("slope", "mask")
-        ]
-        return self.channels * copies + sum(sides)
 
 
 def _coordinates(elements: ElementMap) -> list[np.ndarray]:

@@ -47,6 +47,18 @@ _at_most_zero = lambda a: jnp.minimum(0, a)
 _at_most_one = lambda a: jnp.minimum(1, a)
 _if = lambda holds, slope: jnp.where(holds, slope, jnp.inf)
 
+
+def _by_sign(name: str, below: Callable[..., Any], *slopes: Any, **options: Any) -> list[Activation]:
+    """Returns x above zero and ``below`` of it under zero, chosen by each comparison."""
+    functions = {
+        ">": lambda x, *a: jnp.where(x > 0, x, below(x, *a)),
+        ">=": lambda x, *a: jnp.where(x >= 0, x, below(x, *a)),
+        "<": lambda x, *a: jnp.where(x < 0, below(x, *a), x),
+        "<=": lambda x, *a: jnp.where(x <= 0, below(x, *a), x),
+    }
+    return [Activation(f"{name} by {sign}", function, *slopes, **options) for sign, function in functions.items()]
+
+
 ACTIVATIONS = [
     Activation("celu", jax.nn.celu, lambda a: _if(a > 0, 1.0), 1),
     Activation("elu", jax.nn.elu, _at_least_one, 1, lowest=_at_most_zero),
@@ -71,20 +83,12 @@ ACTIVATIONS = [
     Activation("hard_swish", jax.nn.hard_swish, _constant(1.5), lowest=-0.5),
     Activation("hard_tanh", jax.nn.hard_tanh, _constant(1.0)),
     Activation("leaky_relu", jax.nn.leaky_relu, _at_least_one, 1, lowest=_at_most_one),
-    Activation("leaky_relu by >", lambda x, a: jnp.where(x > 0, x, a * x), _at_least_one, 1, lowest=_at_most_one),
-    Activation("leaky_relu by <", lambda x, a: jnp.where(x < 0, a * x, x), _at_least_one, 1, lowest=_at_most_one),
-    Activation("leaky_relu by <=", lambda x, a: jnp.where(x <= 0, a * x, x), _at_least_one, 1, lowest=_at_most_one),
+    *_by_sign("leaky_relu", lambda x, a: a * x, _at_least_one, 1, lowest=_at_most_one),
     Activation("log_sigmoid", jax.nn.log_sigmoid, _constant(1.0)),
     Activation("mish", jax.nn.mish, _constant(1.0884982), lowest=-0.1131),
     Activation("mish by hand", lambda x: x * jnp.tanh(jnp.log1p(jnp.exp(x))), _constant(1.0884982), lowest=-0.1131),
-    Activation("relu by >", lambda x: jnp.where(x > 0, x, 0.0), _constant(1.0)),
-    Activation("relu by >=", lambda x: jnp.where(x >= 0, x, 0.0), _constant(1.0)),
-    Activation("relu by <", lambda x: jnp.where(x < 0, 0.0, x), _constant(1.0)),
-    Activation("relu by <=", lambda x: jnp.where(x <= 0, 0.0, x), _constant(1.0)),
-    Activation("abs by >", lambda x: jnp.where(x > 0, x, -x), _constant(1.0), lowest=-1.0),
-    Activation("abs by >=", lambda x: jnp.where(x >= 0, x, -x), _constant(1.0), lowest=-1.0),
-    Activation("abs by <", lambda x: jnp.where(x < 0, -x, x), _constant(1.0), lowest=-1.0),
-    Activation("abs by <=", lambda x: jnp.where(x <= 0, -x, x), _constant(1.0), lowest=-1.0),
+    *_by_sign("relu", lambda x: 0.0, _constant(1.0)),
+    *_by_sign("abs", lambda x: -x, _constant(1.0), lowest=-1.0),
     Activation("relu6", jax.nn.relu6, _constant(1.0)),
     Activation("selu", jax.nn.selu, _constant(1.7580994)),
     Activation("sigmoid by exp", lambda x: 1 / (1 + jnp.exp(-x)), _constant(0.25)),

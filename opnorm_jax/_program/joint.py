@@ -26,8 +26,11 @@ from opnorm_jax._blocks.linalg import adjoint
 from opnorm_jax._geometry import half_grid
 from opnorm_jax._program.sdp import Linear, Stage, certify, linear_part, mirrored, summed
 
-_TRIES = 60
-"""The value and its gradient are computed so many times."""
+_TRIES = 600
+"""The value and its gradient are computed so many times at most."""
+
+_LARGE_TRIES = 60
+"""So many times where the operations of a value are all those that are allowed."""
 
 _OPERATIONS = 4e8
 """At least so many operations are allowed for one value and its gradient, about 0.3 seconds.
@@ -41,6 +44,9 @@ _LEAST_TRIES = 16
 _POWERS = (8, 30, 120)
 """The largest eigenvalue is smoothed by sums of such powers, one after the other."""
 
+_SHARES = (0.5, 0.75, 1)
+"""So much of all tries is used up, at most, when each of them ends."""
+
 _FACTORS = (1, 0.95, 0.8)
 """A stage's multipliers are tried with these factors, until there is a certificate at all frequencies."""
 
@@ -53,8 +59,11 @@ _PEAK = 3
 Between the frequencies that were looked at, Q can be nearly singular. The stage behind would suffer.
 """
 
-_MARGIN = 0.02
-"""Where not all frequencies are looked at, all eigenvalues of Q are at least this. Its diagonal is about 1."""
+_MARGINS = (0.02, 0.05)
+"""Where not all frequencies are looked at, all eigenvalues of Q are at least this. Its diagonal is about 1.
+
+The second is for runs that the first leaves without a certificate at the other frequencies.
+"""
 
 
 class Leg(NamedTuple):
@@ -73,8 +82,16 @@ class Leg(NamedTuple):
 
 def improved(legs: Sequence[Leg], gain: float) -> float:
     """Returns a bound on what a run of stages gains, ``gain`` or less, rounded upwards."""
-    found = _optimised(legs) if any(leg.multipliers.size for leg in legs) else None
-    return gain if found is None else min(gain, _certified(legs, found))
+    sampled = _sampled(legs) if any(leg.multipliers.size for leg in legs) else None
+    if sampled is None:
+        return gain
+    sample, tries = sampled
+    whole = _operations(sample) == _operations(legs)
+    for margin in [0.0] if whole else _MARGINS:
+        found = _optimised(_RunValue(sample, margin), [leg.multipliers for leg in legs], tries)
+        if found is not None and (own := _certified(legs, found)) < math.inf:
+            return min(gain, own)
+    return gain
 
 
 class _Found(NamedTuple):
@@ -120,21 +137,14 @@ def _peak_and_mean(stage: Stage, roots: np.ndarray) -> tuple[float, float]:
     return float(traces.max()), float(traces.mean())
 
 
-def _optimised(legs: Sequence[Leg]) -> list[_Found] | None:
-    """Returns multipliers for every leg, relative to what it is given, or None if that is too much."""
-    sampled = _sampled(legs)
-    if sampled is None:
-        return None
-    sample, tries = sampled
-    # No margin is needed where the sample is the whole circle.
-    margin = 0.0 if _operations(sample) == _operations(legs) else _MARGIN
-    run = _RunValue(sample, margin)
-    at = run.relative([leg.multipliers for leg in legs])
+def _optimised(run: _RunValue, multipliers: Sequence[np.ndarray], tries: int) -> list[_Found] | None:
+    """Returns multipliers for every leg, relative to what it is given, or None where there is nowhere to begin."""
+    at = run.relative(multipliers)
     if at is None:
         return None
     best = _Incumbent(run, at)
-    for n, power in enumerate(_POWERS):  # half of the tries at the smoothest, a quarter at each of the others
-        descend(lambda logs, power=power: best.value(logs, power), best.at, tries // 4 if n else tries // 2)
+    for power, share in zip(_POWERS, _SHARES, strict=True):
+        descend(lambda logs, power=power: best.value(logs, power), best.at, int(share * tries) - best.tries)
     run.value(best.at, 1)  # so that every part has the Gram matrices of these multipliers
     peaks = [np.trace(part.gram, axis1=-2, axis2=-1).real.max() for part in run.parts]
     parts = np.split(np.exp(best.at), run.ends), np.split(np.exp(at), run.ends)
@@ -151,7 +161,7 @@ def _sampled(legs: Sequence[Leg]) -> tuple[list[Leg], int] | None:
         sample = _on_circle(legs, np.minimum(whole, points) * strides)
         if _operations(sample) <= allowed or points <= 4:
             break
-    tries = int(min(_TRIES, _TRIES * allowed / _operations(sample)))
+    tries = int(min(_TRIES, _LARGE_TRIES * allowed / _operations(sample)))
     return (sample, tries) if tries >= _LEAST_TRIES else None
 
 
@@ -179,9 +189,10 @@ class _Incumbent:
     """Remembers the multipliers of the least value, which need not be those of the least smoothed one."""
 
     def __init__(self, run: _RunValue, at: np.ndarray):
-        self.run, self.at, self.top = run, at, math.inf
+        self.run, self.at, self.top, self.tries = run, at, math.inf, 0
 
     def value(self, logs: np.ndarray, power: float) -> tuple[float, np.ndarray]:
+        self.tries += 1
         top, value, gradient = self.run.value(logs, power)
         if top < self.top:
             self.at, self.top = logs, top
@@ -378,13 +389,17 @@ def descend(
     Args:
       value: returns the function's value and gradient.
       at: where to begin.
-      tries: how often the function may be computed.
+      tries: how often the function may be computed at most. Once ten steps gain less than 1e-4, it is enough.
       memory: of so many steps the changes of the gradient are remembered.
     """
     best, gradient = value(at)
     tries -= 1
     pairs: list[tuple[np.ndarray, np.ndarray]] = []
+    values: list[float] = []
     while tries > 0:
+        values.append(best)
+        if len(values) > memory and values[-1 - memory] - best < 1e-4:
+            break
         step = _quasi_newton_step(gradient, pairs)
         step /= max(1.0, np.abs(step).max())
         slope, length, outside, found = float(step @ gradient), 1.0, False, None

@@ -148,7 +148,7 @@ def lipschitz(rows):
     number = lambda row, key: power(row[key]) if key in row else ""
     keys = ("product", "sdp", "sdp, jit", "seen")
     lines = [[row["network"], *(number(row, key) for key in keys)] for row in rows]
-    return markdown(["network", "product", "sdp", "sdp under `jit`", "largest Jacobian at random points"], lines)
+    return markdown(["network", "product", "sdp", "sdp under `jit`", "largest Jacobian norm at random points"], lines)
 
 
 def real_networks(rows):
@@ -158,7 +158,7 @@ def real_networks(rows):
         + [f"{row['seen']:.3g}", power(float(f"{row['sdp_seconds']:.2g}")), f"{row['GiB at most']:.2g}"]
         for row in rows
     ]
-    return markdown(["network", "images", "product", "sdp", "largest Jacobian seen", "sdp, s", "GiB"], lines)
+    return markdown(["network", "images", "product", "sdp", "largest Jacobian norm seen", "sdp, s", "GiB"], lines)
 
 
 def trained_networks(rows):

@@ -4,6 +4,7 @@ Start with :func:`singular_values`, :func:`operator_norm_bounds` and :func:`cons
 """
 
 import importlib as _importlib
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from opnorm_jax._conv import Conv, Unknown
 from opnorm_jax._execution import Execution
@@ -28,6 +29,11 @@ from opnorm_jax._tree.plot import plot_spectra
 from opnorm_jax._tree.radius import certified_radius
 from opnorm_jax._tree.report import LayerReport, SpectralReport, spectral_report
 from opnorm_jax._tree.transform import ConstrainOperatorNormState, constrain, constrain_operator_norm
+
+if _TYPE_CHECKING:
+    from opnorm_jax import equinox as equinox
+    from opnorm_jax import linen as linen
+    from opnorm_jax import nnx as nnx
 
 __version__ = "0.1.0"
 
@@ -67,8 +73,15 @@ __all__ = [
 ]
 
 
+_FRAMEWORKS = ("equinox", "linen", "nnx")
+
+
 def __getattr__(name: str) -> object:
     """Imports the wrappers of a framework's layers when they are first asked for: ``linen``, ``nnx``, ``equinox``."""
-    if name in ("equinox", "linen", "nnx"):
+    if name in _FRAMEWORKS:
         return _importlib.import_module(f"opnorm_jax.{name}")
     raise AttributeError(f"module 'opnorm_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_FRAMEWORKS]

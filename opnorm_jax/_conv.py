@@ -73,7 +73,7 @@ class Conv:
         input_shape: Sequence[int],
         *,
         strides: int | Sequence[int] = 1,
-        padding: str | int | Sequence[int] | Sequence[tuple[int, int]] = "SAME",
+        padding: str | int | Sequence[int | str | tuple[int, int]] = "SAME",
         input_dilation: int | Sequence[int] = 1,
         kernel_dilation: int | Sequence[int] = 1,
         feature_group_count: int = 1,
@@ -103,10 +103,17 @@ class Conv:
         set_("kernel_layout", layout(kernel_layout, rank))
         set_("stacked", _stacked(stacked, rank + 2))
 
+    def __repr__(self) -> str:
+        """Returns the call that makes this object, without the arguments that have their defaults."""
+        plain = Conv(self.input_shape)
+        names = [field.name for field in dataclasses.fields(self)[1:]]
+        given = [f"{name}={getattr(self, name)!r}" for name in names if getattr(self, name) != getattr(plain, name)]
+        return f"Conv({', '.join([repr(self.input_shape), *given])})"
+
 
 @dataclasses.dataclass(frozen=True)
 class Unknown:
-    """A kernel that no :class:`Conv` describes, in the place of one in a tree; every function passes over it."""
+    """Marks a kernel that no :class:`Conv` describes, in a tree of them. Functions of whole trees skip it."""
 
     reason: str
 

@@ -1,4 +1,4 @@
-"""Exact spectral normalisation for Equinox: a layer wrapper in the place of ``equinox.nn.SpectralNorm``."""
+"""Certified spectral normalisation for Equinox: a layer wrapper in the place of ``equinox.nn.SpectralNorm``."""
 
 from __future__ import annotations
 

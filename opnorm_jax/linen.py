@@ -1,4 +1,4 @@
-"""Exact spectral normalisation for Flax Linen: a layer wrapper in the place of ``flax.linen.SpectralNorm``."""
+"""Certified spectral normalisation for Flax Linen: a layer wrapper in the place of ``flax.linen.SpectralNorm``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exact spectral normalisation for Flax NNX: a layer wrapper in the place of ``flax.nnx.SpectralNorm``."""
+"""Certified spectral normalisation for Flax NNX: a layer wrapper in the place of ``flax.nnx.SpectralNorm``."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -73,7 +74,10 @@ def rescale_operator_norm(
     Raises:
       ValueError, TypeError: the kernel does not fit ``conv``, or ``max_norm`` is not a positive scalar.
 
-    Cost: one upper bound; or, inside the ball, the certificate described under :func:`clip_operator_norm`.
+    Cost: one upper bound; inside the ball, a certificate that takes only Cholesky factorisations is tried before. For
+    3x3 kernels it looks at 25 points, which are enough if the norm is under two thirds of ``max_norm``, then at 81
+    (0.88) and 324 (0.97), and last at the layer's own frequencies. A kernel outside leaves each of these at the first
+    points that fail. (On accelerators and meshes: at 25 points alone.)
 
     Differentiable: twice, as :func:`operator_norm`, in the kernel and in ``max_norm``; at the boundary the
     derivative is that of the inside.
@@ -116,10 +120,8 @@ def clip_operator_norm(
       ValueError, TypeError: the kernel does not fit ``conv``, or ``max_norm`` is not a positive scalar.
 
     Cost: for half of the frequencies a Gram matrix on the smaller channel side; on a CPU, its Cholesky factorisation,
-    and its eigendecomposition where that finds a value above ``max_norm``. First a certificate is tried that takes
-    only Cholesky factorisations. For 3x3 kernels it looks at 25 points, which are enough if the norm is under two
-    thirds of ``max_norm``, then at 81 (0.88) and 324 (0.97), and last at the layer's own frequencies. A kernel outside
-    leaves each of these at the first points that fail. (On accelerators and meshes: at 25 points alone.)
+    and its eigendecomposition where that finds a value above ``max_norm``. First the certificate is tried that is
+    described under :func:`rescale_operator_norm`.
 
     Differentiable: once, both modes, in the kernel and in ``max_norm`` (divided differences: finite at ties). A second
     derivative raises ``NotImplementedError``.
@@ -227,12 +229,15 @@ def project_operator_norm_info(
 
 
 def _checked_options(tolerance: float, max_iterations: int, norm_wanted: bool, execution: Execution) -> Options:
-    for name, value in (("tolerance", tolerance), ("max_iterations", max_iterations)):
-        if isinstance(value, bool) or not isinstance(value, (int, float) if name == "tolerance" else int):
-            raise TypeError(f"expected {name} to be a number that is static under jit, got {value!r}.")
+    for name, value, kind, kinds in (
+        ("tolerance", tolerance, "a number", (int, float, np.integer, np.floating)),
+        ("max_iterations", max_iterations, "an int", (int, np.integer)),
+    ):
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise TypeError(f"expected {name} to be {kind}, static under jit, got {value!r}.")
         if not value > 0:
             raise ValueError(f"expected {name} to be positive, got {value}.")
-    return Options(float(tolerance), max_iterations, norm_wanted, execution)
+    return Options(float(tolerance), int(max_iterations), norm_wanted, execution)
 
 
 def constrained(

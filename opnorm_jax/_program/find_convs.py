@@ -281,14 +281,19 @@ def _convolution(eqn: Any, ins: list[Value], sites: Sites, sharded: bool, jaxpr:
         sites.add(kernel.kernel.leaf, site)
         return dataclasses.replace(out, site=site, kernels=frozenset())
     if kernel.leaves and (kernel.kernels or not kernel.from_input):
-        through = "fn's input" if kernel.from_input else ", ".join(kernel.ops)
-        reason = f"reaches the convolution through {through} (masked, modulated, standardised, sliced?)"
+        through = "fn's input" if kernel.from_input else _shown(kernel.ops)
+        reason = f"reaches the convolution through {through} (masked, modulated, standardised, normalised, sliced?)"
         sites.add_reason(kernel.kernels or kernel.leaves, reason)
     elif kernel.from_input:
         sites.add_unowned(f"{shape}, computed from fn's input (or fn contains its own gradient: trace it without)")
     elif kernel.captured:
         sites.add_unowned(f"{shape}, captured by closure: pass it to fn inside params, unless it is a fixed filter")
     return dataclasses.replace(out, kernels=frozenset())
+
+
+def _shown(ops: Sequence[str], most: int = 6) -> str:
+    """Names the first operations, and counts the rest."""
+    return ", ".join(ops[:most]) + (f" and {len(ops) - most} more" if len(ops) > most else "")
 
 
 def _covers(eqn: Any) -> tuple[bool, ...]:

@@ -1,4 +1,4 @@
-"""Spectral normalisation, exactly: a function whose kernels are rescaled into the ball before they are used."""
+"""Certified spectral normalisation: a function whose kernels are rescaled into the ball before they are used."""
 
 from __future__ import annotations
 
@@ -88,14 +88,19 @@ def normalize(
     def normalized(params: Any, *args: Any, **kwargs: Any) -> Any:
         leaves, treedef = jax.tree.flatten((params, args, kwargs))
         shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "dtype") else x for x in leaves)
-        try:
-            convs = described(treedef, shapes)
-        except TypeError:  # an argument that cannot be hashed; or what was wrong is said again
-            convs = described.__wrapped__(treedef, shapes)
+        convs = (described if _is_hashable((treedef, shapes)) else described.__wrapped__)(treedef, shapes)
         factors = scales(params, *args, **kwargs) if scales else None
         return fn(rescaled(params, max_norm, convs, execution, factors), *args, **kwargs)
 
     return functools.update_wrapper(normalized, fn, updated=())
+
+
+def _is_hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 def rescaled(params: Any, max_norm: Any, convs: Any, execution: Execution, scales: Any = None) -> Any:

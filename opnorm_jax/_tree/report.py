@@ -279,7 +279,7 @@ def _marks(layer: LayerReport) -> tuple[str, str]:
 
 def _notes(layers: tuple[LayerReport, ...]) -> list[str]:
     notes = {
-        "~": "~ of the circle that certifies the upper bound; the layer's own has no formula",
+        "~": "~ of the circulant embedding, not of the layer itself",
         "*": "* converged; a certified lower bound is smallest_lower",
     }
     marks = {_marks(layer)[0] for layer in layers if not layer.reason}

@@ -15,7 +15,7 @@ import optax
 from opnorm_jax._conv import Conv, canonical_shape, check_max_norm, compute_dtype, stacked_back, stacked_first
 from opnorm_jax._execution import Execution, check_execution
 from opnorm_jax._kernel.compiled import exportable, place
-from opnorm_jax._kernel.constrain import Constrained, Options, constrained
+from opnorm_jax._kernel.constrain import Options, constrained
 from opnorm_jax._rounding import inside_tolerance, rounding
 from opnorm_jax._tree.alike import map_alike, replicate
 from opnorm_jax._tree.landing import apply_update, find_scale, round_to, round_update, single_entry, wider
@@ -35,12 +35,6 @@ class ConstrainOperatorNormState(NamedTuple):
 
     count: jax.Array  # shape=(), dtype=int32: the number of updates so far
     norms: Any  # None; with log_norms, shaped like convs with shape=(), dtype=float32 at each Conv
-
-
-class _Options(NamedTuple):
-    constraint: str
-    log_norms: bool
-    execution: Execution
 
 
 def constrain_operator_norm(
@@ -75,8 +69,9 @@ def constrain_operator_norm(
         which leaves the norm at 1.2 to 1.4 times ``max_norm``). See :func:`rescale_operator_norm`,
         :func:`project_operator_norm` and :func:`clip_operator_norm`.
       every: act on one update in so many.
-      log_norms: keep in the state the norm that each kernel had when it was last acted on, before that. This costs the
-        norm of every kernel, also of those inside, for which a cheaper certificate would do.
+      log_norms: keep in the state the norm that each kernel had when it was last acted on, before that. It is that of
+        the circulant embedding, so at least the layer's own; 0 where there is no bound, and before the first time.
+        This costs the norm of every kernel, also of those inside, for which a cheaper certificate would do.
       execution: how to compute; see :class:`Execution`.
 
     Returns:
@@ -89,7 +84,7 @@ def constrain_operator_norm(
         ``convs`` and the parameters do not fit; in ``update``, if ``params`` is missing.
 
     Cost: layers of equal shape and geometry are constrained in one batched call. A kernel inside the ball costs the
-    certificate described under :func:`clip_operator_norm`, others what the constraint costs.
+    certificate described under :func:`rescale_operator_norm`, others what the constraint costs.
 
     ``optax.masked``, ``optax.partition`` and ``optax.MultiSteps`` may wrap it. Under ``optax.inject_hyperparams``,
     ``max_norm`` and ``every`` become traced, so their values are not checked.
@@ -110,27 +105,23 @@ def constrain_operator_norm(
     check_execution(execution)
     _check_max_norms(max_norm)
     every = _check_every(every)
-    options = _Options(constraint, log_norms, execution)
+    options = Options(norm_wanted=log_norms, execution=execution)
 
-    def find(params: Any) -> list[tuple[int, Layer, Any]]:
-        """Lists the layers that have a bound: index of the leaf, layer, bound."""
-        bounds = broadcast(max_norm, params, "max_norm", lambda node: node is None or callable(node))
-        layers = enumerate(zip(find_layers(params, convs), bounds, strict=True))
-        return [(n, layer, bound) for n, (layer, (*_, bound)) in layers if layer is not None and bound is not None]
-
-    def places(params: Any) -> list[int]:
+    def norm_indices(params: Any) -> list[int]:
         """Returns for each leaf of the parameters which of the norms in the state is its."""
         leaves, treedef = jax.tree.flatten(convs)
         numbers = treedef.unflatten(range(len(leaves)))
-        return [place for *_, place in broadcast(numbers, params, "convs", lambda node: node is None)]
+        return [index for *_, index in broadcast(numbers, params, "convs", lambda node: node is None)]
 
     def init_fn(params: Any) -> ConstrainOperatorNormState:
-        layers = find(params) if jax.tree.leaves(params) else []  # optax.tree.map_params gives a placeholder
+        # optax.tree.map_params gives a placeholder.
+        layers = _bounded(params, max_norm, convs) if jax.tree.leaves(params) else []
         norms = None
         if log_norms:
             norms, treedef = jax.tree.flatten(jax.tree.map(lambda _: jnp.zeros((), jnp.float32), convs))
+            indices = norm_indices(params) if layers else []
             for index, layer, _ in layers:
-                norms[places(params)[index]] = replicate(jnp.zeros(layer.stack, jnp.float32), layer.kernel)
+                norms[indices[index]] = replicate(jnp.zeros(layer.stack, jnp.float32), layer.kernel)
             norms = treedef.unflatten(norms)
         return ConstrainOperatorNormState(jnp.zeros((), jnp.int32), norms)
 
@@ -140,18 +131,19 @@ def constrain_operator_norm(
             raise ValueError(_NO_PARAMS_MSG)
         leaves, treedef = jax.tree.flatten(params, is_leaf=is_masked)
         moves = treedef.flatten_up_to(updates)
-        found = [(index, layer, bound) for index, layer, bound in find(params) if not is_masked(moves[index])]
+        found = [row for row in _bounded(params, max_norm, convs) if not is_masked(moves[row[0]])]
         layers = [layer for _, layer, _ in found]
         norms, norms_def = jax.tree.flatten(state.norms)
 
         def act(operands):
             kernels, steps, norms = operands
             bounds = [bound(state.count) if callable(bound) else bound for *_, bound in found]
-            steps, new_norms = _constrain_layers(layers, kernels, steps, bounds, options)
+            steps, new_norms = _constrain_layers(layers, kernels, steps, bounds, constraint, options)
             norms = list(norms)
-            for (index, *_), norm in zip(found, new_norms, strict=True):
-                if log_norms:
-                    norms[places(params)[index]] = norm.astype(jnp.float32)
+            if log_norms:
+                indices = norm_indices(params)
+                for (index, *_), norm in zip(found, new_norms, strict=True):
+                    norms[indices[index]] = norm.astype(jnp.float32)
             return steps, norms
 
         kernels = [jnp.asarray(leaves[index]) for index, *_ in found]
@@ -211,20 +203,25 @@ def constrain(
     check_execution(execution)
     _check_max_norms(max_norm, schedules=False)
     leaves, treedef = jax.tree.flatten(params, is_leaf=is_masked)
-    bounds = broadcast(max_norm, params, "max_norm", lambda node: node is None)
-    rows = enumerate(zip(find_layers(params, convs), bounds, strict=True))
-    found = [(n, layer, bound) for n, (layer, (*_, bound)) in rows if layer is not None and bound is not None]
+    found = _bounded(params, max_norm, convs)
     layers = [layer for _, layer, _ in found]
     kernels = [jnp.asarray(layer.kernel) for layer in layers]
-    options = _Options(constraint, False, execution)
-    kernels, _ = _constrain_layers(layers, kernels, None, [bound for *_, bound in found], options)
+    options = Options(execution=execution)
+    kernels, _ = _constrain_layers(layers, kernels, None, [bound for *_, bound in found], constraint, options)
     for (index, *_), kernel in zip(found, kernels, strict=True):
         leaves[index] = kernel
     return treedef.unflatten(leaves)
 
 
+def _bounded(params: Any, max_norm: Any, convs: Any) -> list[tuple[int, Layer, Any]]:
+    """Lists the layers that have a bound: index of the leaf, layer, bound."""
+    bounds = broadcast(max_norm, params, "max_norm", lambda node: node is None or callable(node))
+    rows = enumerate(zip(find_layers(params, convs), bounds, strict=True))
+    return [(n, layer, bound) for n, (layer, (*_, bound)) in rows if layer is not None and bound is not None]
+
+
 def _constrain_layers(
-    layers: list[Layer], kernels: list, steps: list | None, bounds: list, options: _Options
+    layers: list[Layer], kernels: list, steps: list | None, bounds: list, constraint: str, options: Options
 ) -> tuple[list, list]:
     """Returns each layer's constrained update (without updates, its kernel), and its norm before.
 
@@ -234,15 +231,15 @@ def _constrain_layers(
     limits = [jnp.broadcast_to(limit, layer.stack) for layer, limit in zip(layers, limits, strict=True)]
     given = (kernels,) if steps is None else (kernels, steps)
     columns = [[stacked_first(array, layer.conv) for layer, array in zip(layers, arrays)] for arrays in given]
-    constrain_one = lambda conv, bound, *arrays: _constrain_one(arrays, bound, conv, options)
+    constrain_one = lambda conv, bound, *arrays: _constrain_one(arrays, bound, conv, constraint, options)
     outs = map_alike(constrain_one, layers, list(zip(limits, *columns, strict=True)))
     results = [stacked_back(out, layer.conv) for layer, (out, _) in zip(layers, outs, strict=True)]
     return list(map(place, results, given[-1])), [norm for _, norm in outs]
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _constrain_one(
-    arrays: tuple[Any, ...], bound: jax.Array, conv: Conv, options: _Options
+    arrays: tuple[Any, ...], bound: jax.Array, conv: Conv, constraint: str, options: Options
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the constrained update of one kernel (without an update, the kernel), and the norm before.
 
@@ -258,14 +255,14 @@ def _constrain_one(
         before, dtype = apply_update(kernel, update, wide), update.dtype
         reach = lambda target: apply_update(kernel, round_update(target, kernel, dtype), target.dtype)
     usable = jnp.where(bound > 0, bound, 1)
-    if options.constraint == "clip":
-        out = _call(options, before, conv, usable)
+    if constraint == "clip":
+        out = constrained(constraint, before, conv, usable, options)
         target, changed = out.kernel, out.changed
     else:
         eps, r = float(jnp.finfo(wide).eps), rounding(canonical_shape(kernel, conv), wide)
         aim = usable * (1 - 2 * r - inside_tolerance(wide) - 8 * eps)
         limit = usable * (1 + 2 * float(jnp.finfo(kernel.dtype).eps))
-        out = _call(options, before, conv, aim)
+        out = constrained(constraint, before, conv, aim, options)
         changed = ~(out.norm * (1 + r) <= limit)
         aimed = out.kernel
         scale = find_scale(aimed, reach, conv, aim, limit * (1 - 2 * r))
@@ -276,11 +273,6 @@ def _constrain_one(
     if update is None:
         return jnp.where(changed, target.astype(kernel.dtype), kernel), out.norm
     return jnp.where(changed, round_update(target, kernel, dtype), update), out.norm
-
-
-def _call(options: _Options, kernel: jax.Array, conv: Conv, bound: jax.Array) -> Constrained:
-    execution, norm_wanted = options.execution, options.log_norms
-    return constrained(options.constraint, kernel, conv, bound, Options(norm_wanted=norm_wanted, execution=execution))
 
 
 def _check_constraint(constraint: str) -> None:
@@ -295,7 +287,9 @@ def _check_every(every: Any) -> Any:
     if isinstance(every, jax.Array) and every.shape == () and float(every).is_integer():
         every = int(every)  # optax.inject_hyperparams makes arrays of floats of all numbers
     try:
-        every = operator.index("" if isinstance(every, (bool, np.bool)) else every)  # type: ignore[arg-type]
+        if isinstance(every, (bool, np.bool)):
+            raise TypeError
+        every = operator.index(every)
     except TypeError:
         raise TypeError(f"expected every to be an int, got {every!r} ({type(every).__name__}).") from None
     if every < 1:

@@ -87,6 +87,28 @@ def test_flattened_kernel_norm_is_no_bound():
     assert flattened < 0.8 * oracle.dense_singular_values(kernel, (8, 8), padding="SAME")[0]
 
 
+def test_what_the_embedding_and_the_published_formula_lose_on_small_maps():
+    """The figures in the docs, of extreme kernels: ones, and signs that alternate as the squares of a chessboard."""
+    true = lambda kernel, n: oracle.dense_singular_values(kernel, (n, n), padding="SAME")[0]
+    for n, excess in ((4, 0.31), (8, 0.09), (16, 0.02), (32, 0.006)):
+        ones = np.ones((3, 3, 1, 1), np.float32)
+        upper = oj.operator_norm_bounds(ones, oj.Conv((n, n))).upper
+        np.testing.assert_allclose(upper / true(ones, n) - 1, excess, rtol=0.16)
+    for taps, n, lost in ((3, 5, 0.08), (7, 9, 0.17), (3, 3, 0.31)):
+        signs = np.float32(-1) ** np.add.outer(np.arange(taps), np.arange(taps)).reshape(taps, taps, 1, 1)
+        np.testing.assert_allclose(1 - oj.operator_norm(signs, (n, n)) / true(signs, n), lost, atol=0.006)
+
+
+def test_what_constraints_leave_unused_on_small_maps():
+    """The figures in the docs: the norm of the layer itself after rescaling to 1, the mean of 20 random kernels."""
+    kernels = np.random.default_rng(0).standard_normal((20, 3, 3, 4, 4)).astype(np.float32)
+    for n, norm in ((3, 0.78), (4, 0.88), (8, 0.97), (16, 0.99)):
+        conv = oj.Conv((n, n))
+        rescaled = jax.jit(jax.vmap(lambda kernel, conv=conv: oj.rescale_operator_norm(kernel, conv, 1.0)))(kernels)
+        norms = jax.jit(jax.vmap(lambda kernel, conv=conv: oj.operator_norm(kernel, conv)))(rescaled)
+        np.testing.assert_allclose(norms.mean(), norm, atol=0.012)
+
+
 @pytest.mark.slow
 def test_upper_bound_is_within_its_slack_and_independent_of_dilation():
     for taps, channels in (((3, 3), (3, 3)), ((5, 5), (2, 4)), ((2, 4), (3, 1)), ((7,), (2, 2)), ((3, 3, 3), (2, 2))):

@@ -117,12 +117,12 @@ OPTIONS = {
     "traced tolerance": (
         lambda: jax.jit(lambda t: oj.project_operator_norm(K, (8, 8), 1.0, tolerance=t))(0.1),
         TypeError,
-        "tolerance to be a number that is static",
+        "tolerance to be a number, static under jit",
     ),
     "float iterations": (
         lambda: oj.project_operator_norm(K, (8, 8), 1.0, max_iterations=10.5),
         TypeError,
-        "max_iterations to be a number that is static",
+        "max_iterations to be an int, static under jit, got 10.5",
     ),
     "no iterations": (
         lambda: oj.project_operator_norm(K, (8, 8), 1.0, max_iterations=0),

@@ -52,6 +52,14 @@ def norm(matrix):
     return np.linalg.norm(matrix, 2) if matrix.size else 0.0
 
 
+def test_a_conv_is_shown_as_the_call_that_makes_it():
+    assert repr(oj.Conv((8, 8))) == "Conv((8, 8))" and repr(oj.Conv(())) == "Conv(())"
+    assert repr(oj.Conv((8,), strides=2, padding="CAUSAL")) == "Conv((8,), strides=(2,), padding='CAUSAL')"
+    for seed in range(100):
+        conv = generate(seed).conv
+        assert eval(repr(conv), {"Conv": oj.Conv}) == conv
+
+
 def test_embeddings_of_random_layers():
     """In float64, by loops, of 1500 layers of one axis, many with taps or outputs that meet nothing.
 

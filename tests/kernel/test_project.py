@@ -45,6 +45,13 @@ def dykstra(kernel, image, bound, steps):
     return x[: k[0], : k[1]]
 
 
+def test_options_may_be_numpys():
+    kernel = np.ones((3, 3, 1, 1), np.float32)
+    plain = oj.project_operator_norm(kernel, (8, 8), 1.0, tolerance=0.125, max_iterations=9)
+    given = oj.project_operator_norm(kernel, (8, 8), 1.0, tolerance=np.float32(0.125), max_iterations=np.int64(9))
+    np.testing.assert_array_equal(plain, given)
+
+
 @pytest.mark.parametrize("shape", [(3, 3, 2, 3), (3, 3, 3, 2), (3, 4, 2, 2), (2, 3, 4, 4), (1, 1, 3, 3), (5, 5, 1, 2)])
 @pytest.mark.parametrize("image", [(8, 8), (6, 9)], ids=str)
 def test_clip_is_the_papers(shape, image):

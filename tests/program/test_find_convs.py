@@ -302,11 +302,11 @@ UNKNOWN = {
     ),
     "copied examples": (
         lambda p, x: conv(jnp.concatenate([x, x], 0), p["a"]),
-        {"a": r"along the batch axis.*write Conv\(input_shape=\(8, 6\), .*\) by hand"},
+        {"a": r"along the batch axis.*write Conv\(\(8, 6\), .*\) by hand"},
     ),
     "resized by repetition": (
         lambda p, x: conv(jax.image.resize(x, (2, 16, 12, 4), "nearest"), p["a"]),
-        {"a": r"up to 2 of each.*write Conv\(input_shape=\(16, 12\)"},
+        {"a": r"up to 2 of each.*write Conv\(\(16, 12\)"},
     ),
     "gathered at places from the input": (
         lambda p, x: conv(x[:, jnp.argsort(x[0, :, 0, 0])], p["a"]),

@@ -292,6 +292,18 @@ def test_programs_are_read_once_for_each_shape():
     assert len(calls) == 6
 
 
+def test_an_error_of_the_function_is_met_once():
+    calls = []
+
+    def wrong(params, x):
+        calls.append(None)
+        raise TypeError("the function's own")
+
+    with pytest.raises(TypeError, match="the function's own"):
+        oj.normalize(wrong)(jnp.ones((2, 2, 3, 3)), jnp.ones((1, 2, 5, 5)))
+    assert len(calls) == 1
+
+
 def test_stacked_and_masked_leaves_and_dtypes():
     def fn(params, x):
         step = lambda x, kernel: (jax.lax.conv(x, kernel, (1, 1), "SAME"), None)
@@ -336,5 +348,6 @@ def test_wrong_calls():
         oj.normalize(apply, scales=lambda *_: {"Conv_7": None})(params, x)
     with pytest.raises(ValueError, match="expected the layer to have a parameter 'kernel'"):
         oj.equinox.OperatorNorm(eqx.nn.Linear(3, 3, key=jax.random.key(0)), "kernel")
+    assert {"equinox", "linen", "nnx"} <= set(dir(oj))
     with pytest.raises(AttributeError, match="no attribute 'torch'"):
         oj.torch  # noqa: B018

@@ -126,7 +126,7 @@ def test_zero_padding_is_marked_not_claimed():
     np.testing.assert_allclose(row.smallest, circle[-1], atol=1e-5 * circle[0])
     np.testing.assert_allclose(row.condition, circle[0] / circle[-1], rtol=1e-3)
     text = str(oj.spectral_report({"kernel": K}, {"kernel": conv}))
-    assert f"~{row.smallest:.3g}" in text and f"~{row.condition:.3g}" in text and "~ of the circle" in text
+    assert f"~{row.smallest:.3g}" in text and f"~{row.condition:.3g}" in text and "~ of the circulant embedding" in text
     assert "~" not in str(oj.spectral_report({"kernel": K}, {"kernel": CIRCLE}))
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from opnorm_jax._conv import canonical_shape, stacked_back, stacked_first
 from opnorm_jax._kernel.compiled import place
-from opnorm_jax._tree.layers import Layer, broadcast, check_convs, find_layers, is_masked, layer_path
+from opnorm_jax._tree.layers import Layer, bounded_layers, broadcast, check_convs, find_layers, is_masked, layer_path
 
 
 def map_alike(
@@ -54,20 +54,22 @@ def map_alike(
     return outs
 
 
-def map_kernels(function: Callable[..., Any], tree: Any, convs: Any, scales: Any = None) -> Any:
-    """Replaces each kernel that has a ``Conv`` by ``function(conv, kernel)``, placed on devices as the kernel was.
+def map_kernels(function: Callable[..., Any], tree: Any, convs: Any, *, max_norm: Any = 1.0, scales: Any = None) -> Any:
+    """Replaces each kernel that has a ``Conv`` and a bound by ``function(conv, kernel, bound)``.
 
-    Where the tree ``scales`` holds an array, a factor for each output channel, it is the function's third argument.
+    The results are placed on devices as the kernels were. ``max_norm`` is a prefix of the tree. Where the tree
+    ``scales`` holds an array, a factor for each output channel, it is the function's last argument.
     """
     leaves, treedef = jax.tree.flatten(tree, is_leaf=is_masked)
     factors = [factor for *_, factor in broadcast(scales, tree, "scales", lambda node: node is None)]
-    found = [(n, layer) for n, layer in enumerate(find_layers(tree, convs)) if layer is not None]
-    kernels = [jnp.asarray(layer.kernel) for _, layer in found]
+    found = bounded_layers(tree, max_norm, convs)
+    kernels = [jnp.asarray(layer.kernel) for _, layer, _ in found]
     arrays = [
-        (stacked_first(kernel, layer.conv), *_factor(factors[n], layer)) for kernel, (n, layer) in zip(kernels, found)
+        (stacked_first(kernel, layer.conv), jnp.broadcast_to(bound, layer.stack), *_factor(factors[n], layer))
+        for kernel, (n, layer, bound) in zip(kernels, found, strict=True)
     ]
-    outs = map_alike(function, [layer for _, layer in found], arrays)
-    for (n, layer), kernel, out in zip(found, kernels, outs, strict=True):
+    outs = map_alike(function, [layer for _, layer, _ in found], arrays)
+    for (n, layer, _), kernel, out in zip(found, kernels, outs, strict=True):
         leaves[n] = place(stacked_back(out, layer.conv), kernel)
     return treedef.unflatten(leaves)
 

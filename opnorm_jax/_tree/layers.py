@@ -13,7 +13,7 @@ import jax.core
 import numpy as np
 import optax
 
-from opnorm_jax._conv import Conv, Unknown, check_kernel, member_shape, stacked_axes, stacked_first
+from opnorm_jax._conv import Conv, Unknown, check_kernel, check_max_norm, member_shape, stacked_axes, stacked_first
 from opnorm_jax._geometry import resolve
 
 
@@ -142,6 +142,27 @@ def natural_key(path: str) -> list[list[Any]]:
     number = lambda digits: (len(digits.lstrip("0")), digits.lstrip("0"))  # an int of many digits is refused
     split = lambda part: [number(s) if n % 2 else s for n, s in enumerate(re.split("([0-9]+)", part))]
     return [split(part) for part in path.split("/")]
+
+
+def check_max_norms(max_norm: Any, schedules: bool = False) -> None:
+    """Raises an error that names the place where a tree of bounds holds anything else."""
+
+    def one(path, node):
+        if node is None or (schedules and callable(node)):
+            return
+        try:
+            check_max_norm(node)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"max_norm{jax.tree_util.keystr(path)}: {error}") from None
+
+    jax.tree_util.tree_map_with_path(one, max_norm)
+
+
+def bounded_layers(params: Any, max_norm: Any, convs: Any) -> list[tuple[int, Layer, Any]]:
+    """Lists the layers that have a bound in a prefix tree of bounds: index of the leaf, layer, bound."""
+    bounds = broadcast(max_norm, params, "max_norm", lambda node: node is None or callable(node))
+    rows = enumerate(zip(find_layers(params, convs), bounds, strict=True))
+    return [(n, layer, bound) for n, (layer, (*_, bound)) in rows if layer is not None and bound is not None]
 
 
 def broadcast(prefix: Any, tree: Any, name: str, is_leaf: Callable[[Any], bool], path: tuple = ()) -> list:

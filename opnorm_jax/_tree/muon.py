@@ -97,7 +97,7 @@ def scale_by_conv_muon(
             momentum = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, ahead, own)
         else:
             momentum = mu  # the direction of a multiple is the same
-        one = lambda conv, kernel: steepest_direction(kernel, conv, exact=exact, execution=execution).direction
+        one = lambda conv, kernel, _: steepest_direction(kernel, conv, exact=exact, execution=execution).direction
         directions = map_kernels(one, momentum, convs)
         out = jax.tree.map(lambda new, old: new.astype(old.dtype), directions, updates)
         return out, ScaleByConvMuonState(count, optax.tree.cast(mu, mu_dtype))

@@ -9,13 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from opnorm_jax._conv import Conv, along_outputs, check_max_norm, compute_dtype
+from opnorm_jax._conv import Conv, along_outputs, compute_dtype
 from opnorm_jax._execution import Execution, check_execution
 from opnorm_jax._kernel.bounds import operator_norm_bounds
 from opnorm_jax._kernel.constrain import rescale_operator_norm
 from opnorm_jax._program.find_convs import check_search, find_convs
 from opnorm_jax._tree.alike import map_kernels
-from opnorm_jax._tree.layers import check_convs
+from opnorm_jax._tree.layers import check_convs, check_max_norms
 
 
 def normalize(
@@ -40,7 +40,8 @@ def normalize(
 
     Args:
       fn: a function of the parameters first, of any framework, such as ``model.apply``.
-      max_norm: positive; may be traced. The same for all layers.
+      max_norm: a positive number, which may be traced, or a tree of them that is a prefix of the parameters' (``None``
+        leaves the kernels of a subtree as they are).
       dense: normalise dense layers too.
       on_unknown: as in :func:`find_convs`. ``"skip"`` leaves kernels that no ``Conv`` describes as they are.
       scales: folds what follows a layer into its norm, such as batch normalisation on running statistics. A function
@@ -75,7 +76,7 @@ def normalize(
       <https://arxiv.org/abs/1802.05957>`_, 2018.
     """
     check_search(fn, on_unknown)
-    check_max_norm(max_norm)
+    check_max_norms(max_norm)
     check_execution(execution)
     if scales is not None and not callable(scales):
         raise TypeError(f"expected scales to be a function of fn's arguments, or None, got {type(scales).__name__}.")
@@ -106,13 +107,13 @@ def _is_hashable(value: Any) -> bool:
 def rescaled(params: Any, max_norm: Any, convs: Any, execution: Execution, scales: Any = None) -> Any:
     """Rescales the kernels of a tree into the ball, differentiably."""
 
-    def one(conv: Conv, kernel: jax.Array, scale: jax.Array | None = None) -> jax.Array:
+    def one(conv: Conv, kernel: jax.Array, bound: jax.Array, scale: jax.Array | None = None) -> jax.Array:
         if scale is None:
-            return rescale_operator_norm(kernel, conv, max_norm, execution=execution)
+            return rescale_operator_norm(kernel, conv, bound, execution=execution)
         wide = kernel.astype(jnp.promote_types(compute_dtype(kernel.dtype), scale.dtype))
         scaled = wide * along_outputs(scale.astype(wide.dtype), conv)
-        bound = jnp.asarray(max_norm, wide.dtype)
+        bound = bound.astype(wide.dtype)
         upper = operator_norm_bounds(scaled, conv, execution=execution).upper
         return (wide * (bound / jnp.maximum(bound, upper))).astype(kernel.dtype)
 
-    return map_kernels(one, params, check_convs(convs), scales)
+    return map_kernels(one, params, check_convs(convs), max_norm=max_norm, scales=scales)

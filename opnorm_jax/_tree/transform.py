@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from opnorm_jax._conv import Conv, canonical_shape, check_max_norm, compute_dtype, stacked_back, stacked_first
+from opnorm_jax._conv import Conv, canonical_shape, compute_dtype, stacked_back, stacked_first
 from opnorm_jax._execution import Execution, check_execution
 from opnorm_jax._kernel.compiled import exportable, place
 from opnorm_jax._kernel.constrain import Options, constrained
 from opnorm_jax._rounding import inside_tolerance, rounding
 from opnorm_jax._tree.alike import map_alike, replicate
 from opnorm_jax._tree.landing import apply_update, find_scale, round_to, round_update, single_entry, wider
-from opnorm_jax._tree.layers import Layer, broadcast, check_convs, find_layers, is_masked
+from opnorm_jax._tree.layers import Layer, bounded_layers, broadcast, check_convs, check_max_norms, is_masked
 
 CONSTRAINTS = ("clip", "project", "rescale")
 
@@ -103,7 +103,7 @@ def constrain_operator_norm(
     convs = check_convs(convs)
     _check_constraint(constraint)
     check_execution(execution)
-    _check_max_norms(max_norm)
+    check_max_norms(max_norm, schedules=True)
     every = _check_every(every)
     options = Options(norm_wanted=log_norms, execution=execution)
 
@@ -115,7 +115,7 @@ def constrain_operator_norm(
 
     def init_fn(params: Any) -> ConstrainOperatorNormState:
         # optax.tree.map_params gives a placeholder.
-        layers = _bounded(params, max_norm, convs) if jax.tree.leaves(params) else []
+        layers = bounded_layers(params, max_norm, convs) if jax.tree.leaves(params) else []
         norms = None
         if log_norms:
             norms, treedef = jax.tree.flatten(jax.tree.map(lambda _: jnp.zeros((), jnp.float32), convs))
@@ -131,7 +131,7 @@ def constrain_operator_norm(
             raise ValueError(_NO_PARAMS_MSG)
         leaves, treedef = jax.tree.flatten(params, is_leaf=is_masked)
         moves = treedef.flatten_up_to(updates)
-        found = [row for row in _bounded(params, max_norm, convs) if not is_masked(moves[row[0]])]
+        found = [row for row in bounded_layers(params, max_norm, convs) if not is_masked(moves[row[0]])]
         layers = [layer for _, layer, _ in found]
         norms, norms_def = jax.tree.flatten(state.norms)
 
@@ -201,9 +201,9 @@ def constrain(
     convs = check_convs(convs)
     _check_constraint(constraint)
     check_execution(execution)
-    _check_max_norms(max_norm, schedules=False)
+    check_max_norms(max_norm)
     leaves, treedef = jax.tree.flatten(params, is_leaf=is_masked)
-    found = _bounded(params, max_norm, convs)
+    found = bounded_layers(params, max_norm, convs)
     layers = [layer for _, layer, _ in found]
     kernels = [jnp.asarray(layer.kernel) for layer in layers]
     options = Options(execution=execution)
@@ -211,13 +211,6 @@ def constrain(
     for (index, *_), kernel in zip(found, kernels, strict=True):
         leaves[index] = kernel
     return treedef.unflatten(leaves)
-
-
-def _bounded(params: Any, max_norm: Any, convs: Any) -> list[tuple[int, Layer, Any]]:
-    """Lists the layers that have a bound: index of the leaf, layer, bound."""
-    bounds = broadcast(max_norm, params, "max_norm", lambda node: node is None or callable(node))
-    rows = enumerate(zip(find_layers(params, convs), bounds, strict=True))
-    return [(n, layer, bound) for n, (layer, (*_, bound)) in rows if layer is not None and bound is not None]
 
 
 def _constrain_layers(
@@ -295,15 +288,3 @@ def _check_every(every: Any) -> Any:
     if every < 1:
         raise ValueError(f"expected every to be at least 1, got {every}.")
     return every
-
-
-def _check_max_norms(max_norm: Any, schedules: bool = True) -> None:
-    def one(path, node):
-        if node is None or (schedules and callable(node)):
-            return
-        try:
-            check_max_norm(node)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"max_norm{jax.tree_util.keystr(path)}: {error}") from None
-
-    jax.tree_util.tree_map_with_path(one, max_norm)

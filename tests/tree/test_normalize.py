@@ -292,6 +292,32 @@ def test_programs_are_read_once_for_each_shape():
     assert len(calls) == 6
 
 
+def test_bounds_may_differ_and_leave_layers_free():
+    """A prefix of the parameters: a layer of its own bound, one that is free, members of a stack."""
+    kernels = dict(zip("abcd", jax.random.normal(jax.random.key(0), (4, 2, 2, 3, 3))))
+    stack = jax.random.normal(jax.random.key(1), (3, 2, 2, 3, 3))
+    params = {"one": {"a": kernels["a"], "b": kernels["b"]}, "free": {"c": kernels["c"]}, "stack": stack}
+    seen = {}
+
+    def fn(params, x):
+        seen.update(params)
+        for kernel in (*params["one"].values(), *params["free"].values()):
+            x = jax.lax.conv(x, kernel, (1, 1), "SAME")
+        return jax.lax.scan(lambda x, kernel: (jax.lax.conv(x, kernel, (1, 1), "SAME"), None), x, params["stack"])[0]
+
+    x = jnp.ones((1, 2, 5, 5))
+    conv = oj.Conv((5, 5), kernel_layout="OIHW")
+    norm = lambda kernel: float(oj.operator_norm_bounds(kernel, conv).upper)
+    oj.normalize(fn, {"one": {"a": 0.5, "b": 2.0}, "free": None, "stack": 1.5})(params, x)
+    np.testing.assert_allclose([norm(seen["one"]["a"]), norm(seen["one"]["b"])], [0.5, 2], rtol=1e-5)
+    np.testing.assert_allclose([norm(kernel) for kernel in seen["stack"]], [1.5] * 3, rtol=1e-5)
+    assert seen["free"]["c"] is params["free"]["c"]
+    with pytest.raises(ValueError, match="expected max_norm to have the structure of the parameters"):
+        oj.normalize(fn, {"one": 1.0})(params, x)
+    with pytest.raises(ValueError, match=r"max_norm\['one'\]: expected max_norm to be positive"):
+        oj.normalize(fn, {"one": -1.0, "free": None, "stack": None})
+
+
 def test_an_error_of_the_function_is_met_once():
     calls = []
 

@@ -102,7 +102,7 @@ def _moved(eqn: Any, ins: Sequence[Value]) -> list[ElementMap]:
         if not whole or len(joined) < sum(map(len, within)) or len(sources) < len(parts):
             raise NotUnderstood("its input was put together from pieces of several arrays")
         return [identity(Source(outs[0].aval.shape, joined, eqn.params["dimension"]))]
-    found = moved(eqn, parts, _known(ins))
+    found = moved(eqn, parts, _known(ins), shifted=True)
     if found is None and name in ("gather", "scatter", "dynamic_update_slice"):
         raise NotUnderstood(f"its input was put together by {name} at places not known beforehand")
     if found is None and name not in ("reduce_sum", "scatter-add"):  # those compute new numbers

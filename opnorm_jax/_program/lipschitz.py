@@ -78,7 +78,7 @@ def lipschitz_bound(fn: Callable[..., Any], params: Any, x: Any, *, method: str 
         The message names it. Products, quotients, powers, roots and exponentials are accepted where functions such as
         ``jnp.clip``, ``jnp.tanh`` and ``jax.nn.sigmoid`` hold their operands between limits, as in gated units and in
         squeeze and excitation behind a bounded activation. Activations are recognised by their expression: those of
-        ``jax.nn`` except ``glu`` and ``standardize``, and common ones written by hand.
+        ``jax.nn`` except ``glu``, ``standardize`` and ``log_softmax``, and common ones written by hand.
       ValueError: ``method`` is none of the two.
       TypeError: ``x`` is no array of a real floating dtype, or ``fn`` is no function.
 
@@ -121,7 +121,7 @@ def lipschitz_bound(fn: Callable[..., Any], params: Any, x: Any, *, method: str 
         outs = [out for out in _Run().run(traced.program, [*map(widest, values), signal]) if is_signal(out)]
         bound = hypot([out.bound for out in outs])
         if method == "sdp" and len(outs) == 1:
-            dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+            dtype = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
             bound = minimum([bound, semidefinite_bound(signal, outs[0], dtype)])
     except Refused as error:
         raise ValueError(f"expected fn to be made of operations with a known Lipschitz constant; {error}") from None
@@ -184,6 +184,8 @@ class _Run:
         """Returns the results of an equation on arrays, in at least single precision where that can be had."""
         if not computes_narrowly(eqn):
             return evaluate(program, eqn, ins)
+        if eqn.primitive.name == "bitcast_convert_type":
+            return [widest(out) for out in evaluate(program, eqn, [_in_its_dtype(eqn, *ins)])]
         if inner := called_program(eqn):
             return self.run(inner, ins)
         if eqn.primitive is p.reduce_precision_p:
@@ -227,6 +229,7 @@ class _Run:
         for n in range(eqn.params["length"]):
             n = eqn.params["length"] - 1 - n if eqn.params["reverse"] else n
             alone = Signal(scanned.shape[1:], bound=1.0)
+            alone.range = scanned.range
             part = [alone if value is scanned else value[n] for value in ins[consts + carries :]]
             outs = self.run(eqn.params["jaxpr"], [*ins[:consts], *carry, *part])
             carry = outs[:carries]
@@ -282,9 +285,19 @@ class _Run:
             return None  # constants among them could differ from pair to pair
         key = frozenset((elements.sources, each.shape, each.tobytes()) for elements, each in zip(both, numbers))
         if key not in self.pairs:
-            bound = bound_of(stack(both, signal.shape))
-            self.pairs[key] = Signal((2, *signal.shape), bound=bound, ins=signal.ins)
+            pair = stack(both, signal.shape)
+            self.pairs[key] = Signal((2, *signal.shape), compute=lambda: bound_of(pair), ins=signal.ins)
         return row(self.pairs[key].elements, int(signal.eqn.primitive.name == "max"))
+
+
+def _in_its_dtype(eqn: Any, value: Any) -> Any:
+    """Returns the operand of an equation that reads its bits in the dtype that it has there."""
+    dtype = eqn.invars[0].aval.dtype
+    if value.dtype == dtype:
+        return value
+    if isinstance(value, jax.core.Tracer) or np.any(np.asarray(value) != (own := value.astype(dtype))):
+        raise Refused(f"{eqn.primitive.name} reads the bits of a {dtype} that was computed from parameters.")
+    return own
 
 
 def _row(value: Any, n: int) -> Any:
@@ -304,11 +317,11 @@ def _stacked(rows: list[Any], aval: Any) -> Any:
         elements = stack([v.elements if is_signal(v) else None for v in rows], aval.shape[1:])
         return Signal(aval.shape, elements=elements)
     except NotUnderstood:
-        return Signal(aval.shape, bound=hypot([signal.bound for signal in signals]))
+        return Signal(aval.shape, compute=lambda: hypot([signal.bound for signal in signals]))
 
 
 def _identity(value: Any) -> Any:
     """Returns the same for two operands that are equal for sure."""
     if is_unknown(value) or np.size(value) != 1 or not jnp.issubdtype(value.dtype, np.number):
         return id(value)
-    return np.asarray(value).item()
+    return np.shape(value), str(value.dtype), np.asarray(value).item()

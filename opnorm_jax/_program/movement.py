@@ -146,13 +146,20 @@ def stack(rows: Sequence[ElementMap | None], shape: tuple[int, ...]) -> ElementM
     return ElementMap(given.sources, table.shape, split_by_axis(table), table)
 
 
-def moved(eqn: Any, parts: Sequence[ElementMap | None], value: Callable[[int], np.ndarray | None]):
+def moved(
+    eqn: Any,
+    parts: Sequence[ElementMap | None],
+    value: Callable[[int], np.ndarray | None],
+    *,
+    shifted: bool = False,
+):
     """Returns the maps of an equation's results, or None if the equation does more than move numbers.
 
     Args:
       eqn: the equation.
       parts: the map of each operand, None for one that is a constant.
       value: gives the value of a constant operand by its position, None if it is not known.
+      shifted: whether numbers may be added to constants on the way, so that their changes alone are moved.
     """
     name = eqn.primitive.name
     if name not in MOVES or not is_plain(eqn) or all(math.prod(v.aval.shape) == 0 for v in eqn.outvars):
@@ -162,6 +169,12 @@ def moved(eqn: Any, parts: Sequence[ElementMap | None], value: Callable[[int], n
     controls = [parts[n] for n in control_operands(name, len(parts))]
     if any(part is not None for part in controls) or all(part is None for part in data):
         return None  # where the numbers go depends on the input
+    if (
+        name == "scatter-add"
+        and not shifted
+        and not all(part is not None or _is_zero(value(n)) for n, part in zip((0, 2), data, strict=True))
+    ):
+        return None
     if name == "reduce_sum" and any(eqn.invars[0].aval.shape[n] != 1 for n in eqn.params["axes"]):
         return None
     if name in _BY_AXIS and all(part is None or part.axes is not None for part in parts):
@@ -169,6 +182,10 @@ def moved(eqn: Any, parts: Sequence[ElementMap | None], value: Callable[[int], n
         if found is not None:
             return found
     return _by_integers(eqn, parts, value)
+
+
+def _is_zero(array: np.ndarray | None) -> bool:
+    return array is not None and not array.any()
 
 
 def is_plain(eqn: Any) -> bool:

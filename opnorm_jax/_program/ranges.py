@@ -45,6 +45,8 @@ def range_of(signal: Any) -> Range:
     if eqn is None:
         return EVERYTHING
     name = eqn.primitive.name
+    if any(jnp.issubdtype(v.aval.dtype, jnp.complexfloating) for v in (*eqn.invars, *eqn.outvars)):
+        return EVERYTHING
     if name == "mul" and ins[0] is ins[1]:
         name, ins = "square", ins[:1]
     if name in _FUNCTIONS:

@@ -13,8 +13,8 @@ import numpy as np
 
 from opnorm_jax._conv import canonical_kernel
 from opnorm_jax._geometry import fills
-from opnorm_jax._program.cuts import NotAStage, Part, has_bound
-from opnorm_jax._program.movement import HOLE, ElementMap
+from opnorm_jax._program.cuts import NotAStage, Part, coordinates, has_bound
+from opnorm_jax._program.movement import HOLE
 from opnorm_jax._program.numbers import Number
 from opnorm_jax._program.rules import is_signal
 from opnorm_jax._program.sdp import Stage, Step
@@ -140,7 +140,7 @@ class Reader:
     def _moved(self, signal: Signal, part: Part) -> int:
         """Strided slices, channels that are picked, and constants around: a convolution with a kernel of one tap."""
         (source,) = part.sources
-        places, spatial = _coordinates(part.data), self.layout.spatial
+        places, spatial = coordinates(part.data), self.layout.spatial
         channel = self.layout.channel % len(places)
         for axis, length in enumerate(source.shape):
             if axis not in (channel, *spatial) and not np.array_equal(places[axis], np.arange(length)):
@@ -211,27 +211,16 @@ class Reader:
         return self._add(step, State(image, False, coarse))
 
     def _conv_general_dilated(self, signal: Signal, part: Part) -> int:
-        (before,), layer, eqn = part.sources, part.data, signal.eqn
+        (before,), (layer, lows), eqn = part.sources, part.data, signal.eqn
         numbers, conv = eqn.params["dimension_numbers"], layer.conv
         layout = Layout(numbers.lhs_spec[1], tuple(numbers.lhs_spec[2:]))
         if layout != self.layout or numbers.lhs_spec != numbers.out_spec or set(conv.input_dilation) - {1}:
             raise NotAStage
         if set(eqn.params["lhs_dilation"]) - {1}:
             raise NotAStage
-        pixels = _coordinates(layer.image)
         circles = [fill == "CIRCULAR" for fill in fills(conv)]
         kernel = self._numbers(canonical_kernel(layer.kernel, conv))
         groups, (*taps, i, o) = conv.feature_group_count, kernel.shape
-        lows = []
-        for a, axis in enumerate(layout.spatial):
-            if circles[a]:
-                entries = pixels[axis]
-                first = int(np.argmax(entries == 0))
-                if not np.array_equal(entries, (np.arange(len(entries)) - first) % before.shape[axis]):
-                    raise NotAStage
-                lows.append(eqn.params["padding"][a][0] + first)
-            else:
-                lows.append(conv.padding[a][0])
         if groups > 1:
             own = np.eye(groups, dtype=kernel.dtype).reshape(*[1] * len(taps), groups, 1, groups, 1)
             kernel = (own * kernel.reshape(*taps, 1, i, groups, o // groups)).reshape(*taps, groups * i, o)
@@ -302,25 +291,6 @@ class Reader:
             )
             steps = [*steps, step]
         return Stage(self.channels, tuple(steps), grid, self.stage_strides)
-
-
-def _coordinates(elements: ElementMap) -> list[np.ndarray]:
-    """Returns, for each axis of an array, its elements' coordinates along that axis of the source; HOLE if constant."""
-    (source,), axes = elements.sources, elements.axes
-    if axes is None or len(axes) != len(source.shape):
-        raise NotAStage
-    held = [entries > HOLE // 2 for entries in axes]
-    if not all(at.any() for at in held):
-        raise NotAStage
-    lowest = [int(entries[at].min()) for entries, at in zip(axes, held)]
-    corner = sum(lowest)  # the number of the element that has the lowest coordinate along every axis
-    found, steps = [], np.cumprod([1, *source.shape[:0:-1]])[::-1]
-    for entries, at, low, step, length in zip(axes, held, lowest, steps, source.shape, strict=True):
-        place = corner // int(step) % length + (entries - low) // step
-        if ((entries - low)[at] % step).any() or (place[at] >= length).any():
-            raise NotAStage
-        found.append(np.where(at, place, HOLE))
-    return found
 
 
 def _progression(places: np.ndarray, length: int) -> tuple[int, int]:

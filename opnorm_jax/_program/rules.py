@@ -33,6 +33,13 @@ class Refused(ValueError):
 
 RULES: dict[str, Rule] = {}
 
+_ON_COMPLEX_NUMBERS = frozenset(
+    """abs add add_any broadcast_in_dim complex concatenate conj copy cumsum div dynamic_slice dynamic_update_slice fft
+    gather imag mul neg pad real reduce_sum reduce_window_sum reshape rev scatter scatter-add scatter-sub select_n slice
+    split squeeze stack sub tile transpose unstack""".split()
+)
+"""Operations whose rules hold of complex numbers too, which are pairs of real ones. Others may have no constant."""
+
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
     """Registers a rule under the names of its primitives."""
@@ -47,6 +54,29 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 def is_signal(value: Any) -> bool:
     """Tells whether a value depends on the input."""
     return getattr(value, "is_signal", False)
+
+
+def is_real(eqn: Any) -> bool:
+    """Tells whether an operation neither takes nor gives complex numbers."""
+    dtypes = (getattr(v.aval, "dtype", np.float32) for v in (*eqn.invars, *eqn.outvars))
+    return not any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes)
+
+
+def gives_floats(eqn: Any, index: int = 0) -> bool:
+    """Tells whether a result holds real or complex floating numbers. Whole numbers jump."""
+    return jnp.issubdtype(getattr(eqn.outvars[index].aval, "dtype", np.int32), jnp.inexact)
+
+
+def rule_of(eqn: Any, index: int) -> Rule:
+    """Returns the rule for an operation. Raises ``Refused`` if it has none, or none for its dtypes."""
+    name = eqn.primitive.name
+    if name not in RULES:
+        raise refused(eqn)
+    if not gives_floats(eqn, index):
+        raise refused(eqn, "gives whole numbers, which jump")
+    if not is_real(eqn) and name not in _ON_COMPLEX_NUMBERS:
+        raise refused(eqn, "has none known here for complex numbers")
+    return RULES[name]
 
 
 def refused(eqn: Any, why: str = "has none known here") -> Refused:

@@ -417,10 +417,12 @@ def _growth(arithmetic, stage, arrays, multipliers, roots):
     """Returns by how much the terms of Q and of B exceed what they add up to: their rounding grows with them.
 
     A form's row is a sum of products; the sum of their moduli bounds what rounding changes, over the unit of rounding.
-    It exceeds the row by much where what a kernel reads is nearly zero, and there multipliers can be very large.
+    It exceeds the row by much where what a kernel reads is nearly zero, and there multipliers can be very large. What
+    underflows counts too: each product may lose the smallest normal number, which later factors may make large again.
     """
     xp, modulus = arithmetic.xp, lambda n: abs(arithmetic.xp.asarray(arrays[n], arithmetic.dtype))
     ones = lambda count: xp.ones(count, arithmetic.dtype)
+    lost = float(jnp.finfo(arithmetic.dtype).tiny / jnp.finfo(arithmetic.dtype).eps)
     start = ones(stage.channels) if roots is None else xp.sqrt(xp.sum(abs(roots) ** 2, -1).max(0))
     values: list[Any] = [(start, 0 * start)]
     copies, inner = math.prod(stage.strides), ones(())
@@ -430,11 +432,13 @@ def _growth(arithmetic, stage, arrays, multipliers, roots):
         done, pending = parts[0]
         if step.kind == "conv":
             kernel = modulus(step.array)
-            out = arithmetic.mul(done + pending, kernel.reshape(-1, *kernel.shape[-2:]).sum(0))
+            *taps, i, _ = kernel.shape
+            summed = kernel.reshape(-1, *kernel.shape[-2:]).sum(0) + math.prod(taps) * lost
+            out = arithmetic.mul(done + pending, summed) + i * lost
             out = out * math.sqrt(copies) if step.strided else out
             values.append((0 * out, out) if step.masked else (out, 0 * out))
         elif step.kind == "scale":
-            values.append(tuple(modulus(step.array) * each for each in parts[0]))
+            values.append(tuple(modulus(step.array) * each + lost for each in parts[0]))
         elif step.kind == "sum":
             values.append(tuple(sum(each) for each in zip(*parts)))
         elif step.kind == "concatenate":

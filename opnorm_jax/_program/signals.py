@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -29,12 +30,15 @@ from opnorm_jax._program.movement import (
     split_by_axis,
     with_common_sources,
 )
-from opnorm_jax._program.numbers import Number, hypot, largest, times
+from opnorm_jax._program.numbers import Number, hypot, largest, plus, times
 from opnorm_jax._program.ranges import ACTIVATION_RANGES, Range, range_of
-from opnorm_jax._program.rules import RULES, Refused, is_signal, refused
+from opnorm_jax._program.rules import Refused, gives_floats, is_real, is_signal, refused, rule_of
 
 _SETTLE = 40
 """Operations after which a bound is computed at once, so that no chain of them is longer than Python's stack."""
+
+_computing: contextvars.ContextVar[Signal | None] = contextvars.ContextVar("computing", default=None)
+"""The signal whose bound is being computed."""
 
 
 class Layer(NamedTuple):
@@ -47,6 +51,7 @@ class Layer(NamedTuple):
     axis: int  # of the output's channels
     image: ElementMap | None = None  # which of its elements each of a convolution's operand is
     roundings: int = 0  # of the kernel's entries
+    lost: Number = 0.0  # the norm of what underflow took from the kernel is at most this
 
     def bound(self) -> Number:
         norm = _upper(self.kernel, self.conv)
@@ -56,7 +61,7 @@ class Layer(NamedTuple):
         # is larger than the whole, and its Frobenius norm is at most the root of its rank times that.
         *taps, i, o = canonical_shape(self.kernel, self.conv)
         slack = 1 + self.roundings * float(jnp.finfo(self.kernel.dtype).eps) * math.prod(taps) * math.sqrt(min(i, o))
-        return times(self.before.bound, norm, slack, self.scale)
+        return times(self.before.bound, plus([times(norm, slack), self.lost]), self.scale)
 
 
 @functools.partial(jax.jit, static_argnums=1)  # which leaves the lower bound uncomputed
@@ -82,9 +87,8 @@ class Signal:
         run: Any = None,
     ):
         self.shape, self.eqn, self.ins, self.index, self.run = shape, eqn, list(ins), index, run
-        self.compute = compute
-        if bound is not None:
-            self.bound = bound
+        self.compute, self._bound = compute, bound
+        self.used: list[Signal] = []  # the signals whose bounds its own was computed from
         if elements is not None:
             self.elements = elements
         self.depth = 1 + max((value.depth for value in ins if is_signal(value)), default=0)
@@ -105,9 +109,20 @@ class Signal:
     def size(self) -> int:
         return math.prod(self.shape)
 
-    @functools.cached_property
+    @property
     def bound(self) -> Number:
         """Raises ``Refused`` with the operation that has no bound."""
+        if (asking := _computing.get()) is not None:
+            asking.used.append(self)
+        if self._bound is None:
+            token = _computing.set(self)
+            try:
+                self._bound = self._computed_bound()
+            finally:
+                _computing.reset(token)
+        return self._bound
+
+    def _computed_bound(self) -> Number:
         if self.compute is not None:
             return self.compute()
         if self.layer is not None:
@@ -121,10 +136,7 @@ class Signal:
             return times(inner.bound, slope)
         if (inner := _softmax_of(self)) is not None:
             return times(inner.bound, 0.5)
-        rule = RULES.get(self.eqn.primitive.name)
-        if rule is None:
-            raise refused(self.eqn)
-        found = rule(self.eqn, self.ins)
+        found = rule_of(self.eqn, self.index)(self.eqn, self.ins)
         found = found[self.index] if isinstance(found, list) else found
         if found is None:
             raise refused(self.eqn)
@@ -165,7 +177,7 @@ class Signal:
     @functools.cached_property
     def layer(self) -> Layer | None:
         """The layer that this is the output of, shifted or scaled since."""
-        if self.eqn is None:
+        if self.eqn is None or not is_real(self.eqn) or not gives_floats(self.eqn):
             return None
         name, constants = self.eqn.primitive.name, [v for v in self.ins if not is_signal(v)]
         if name == "conv_general_dilated":
@@ -207,7 +219,9 @@ def _softmax_of(signal: Signal) -> Signal | None:
     It is exp(x - m) over its own sum, where m is the same along those axes. What m is makes no difference.
     """
     made_by = lambda value, name: is_signal(value) and value.eqn is not None and _name(value) == name
-    if not made_by(signal, "div") or not made_by(signal.ins[0], "exp") or not is_signal(signal.ins[1]):
+    if not is_real(signal.eqn) or not made_by(signal, "div"):
+        return None
+    if not made_by(signal.ins[0], "exp") or not is_signal(signal.ins[1]):
         return None
     power, total = signal.ins
     if power.shape != signal.shape or len(total.elements.sources) != 1:
@@ -250,21 +264,37 @@ def bound_of(elements: ElementMap) -> Number:
 def _convolution(eqn: Any, image: Any, kernel: Any) -> Layer | None:
     if is_signal(kernel):
         return None  # refused by the operation's rule
-    numbers = eqn.params["dimension_numbers"]
-    letters = dict(zip(numbers.rhs_spec, kernel_letters(eqn)))
-    layout = "".join(letters[n] for n in range(kernel.ndim))
-    alone, error = identity(Source(image.shape, owner=image)), None
-    for elements in (image.elements, _assembled(image), alone):
+    try:
+        kernel_letters(eqn)
+    except ValueError as error:
+        raise Refused(f"conv_general_dilated on {image.shape} has none known here: {error}.") from None
+    for elements in (image.elements, _assembled(image)):
         if elements is None:
             continue
         try:
-            conv = read_convolution(eqn, elements, layout, [False] * (kernel.ndim - 2))
-        except ValueError as found:  # padded in a way of its own, say: then the padding is a layer by itself
-            error = found
+            layer = _layer(eqn, kernel, elements)
+        except ValueError:  # padded in a way of its own, say: then the padding is a layer by itself
             continue
-        if elements is alone or not {"EDGE", "REFLECT"} & set(fills(conv)):
-            return Layer(jnp.asarray(kernel), conv, elements.sources[0].owner, 1.0, numbers.out_spec[1], elements)
-    raise Refused(f"conv_general_dilated on {image.shape} has none known here: {error}.")
+        if not {"EDGE", "REFLECT"} & set(fills(layer.conv)):
+            return layer
+    try:
+        return layer_alone(eqn, image, kernel)
+    except ValueError as error:
+        raise Refused(f"conv_general_dilated on {image.shape} has none known here: {error}.") from None
+
+
+def layer_alone(eqn: Any, image: Signal, kernel: Any) -> Layer:
+    """Returns a convolution as a layer of its own operand, whatever that was made of; a ValueError says why not."""
+    return _layer(eqn, kernel, identity(Source(image.shape, owner=image)))
+
+
+def _layer(eqn: Any, kernel: Any, elements: ElementMap) -> Layer:
+    """Returns a convolution as a layer of the one signal that its operand's elements come from."""
+    numbers = eqn.params["dimension_numbers"]
+    letters = dict(zip(numbers.rhs_spec, kernel_letters(eqn)))
+    layout = "".join(letters[n] for n in range(kernel.ndim))
+    conv = read_convolution(eqn, elements, layout, [False] * (kernel.ndim - 2))
+    return Layer(jnp.asarray(kernel), conv, elements.sources[0].owner, 1.0, numbers.out_spec[1], elements)
 
 
 def _assembled(image: Signal) -> ElementMap | None:
@@ -309,14 +339,28 @@ def _dense(eqn: Any, left: Any, right: Any) -> Layer | None:
 
 def _scaled(layer: Layer, factor: Any, name: str, rank: int) -> Layer | None:
     """Returns a layer times a constant for each of its channels."""
-    factor = jnp.asarray(factor, layer.kernel.dtype)
-    factor = factor if name == "mul" else 1 / factor
-    shape = (1,) * (rank - factor.ndim) + factor.shape
+    kernel, traced = layer.kernel, isinstance(factor, jax.core.Tracer)
+    dtype = jnp.promote_types(kernel.dtype, jnp.asarray(factor).dtype)
+    shape = (1,) * (rank - np.ndim(factor)) + np.shape(factor)
     if any(length > 1 and n != layer.axis for n, length in enumerate(shape)):
         return None
+    factor = factor.astype(dtype) if traced else np.asarray(factor, np.float64)
+    tiny, xp = float(jnp.finfo(dtype).tiny), jnp if traced else np
+    if name == "div":
+        with np.errstate(divide="ignore"):
+            factor = 1 / factor
+        factor = xp.where((factor == 0) & traced, tiny, factor)  # an inverse that underflows
+    top = xp.max(xp.abs(factor))
+    scale = times(layer.scale, top if traced else float(top))
     if factor.size == 1:
-        return layer._replace(scale=times(layer.scale, largest(factor)), roundings=layer.roundings + 1)
-    top = jnp.max(jnp.abs(factor))
-    relative = along_outputs((factor / jnp.where(top > 0, top, 1)).ravel(), layer.conv)
-    scale = times(layer.scale, largest(factor))
-    return layer._replace(kernel=layer.kernel * relative, scale=scale, roundings=layer.roundings + 5)
+        return layer._replace(scale=scale, roundings=layer.roundings + 1)
+    relative = along_outputs(jnp.asarray(factor / xp.where(top > 0, top, 1), dtype).ravel(), layer.conv)
+    # Underflow of the quotient, or of the product, changes an entry by the smallest normal number at most.
+    *taps, i, o = canonical_shape(kernel, layer.conv)
+    lost = times(math.prod(taps) * math.sqrt(i * o), tiny, plus([1.0, largest(kernel)]))
+    return layer._replace(
+        kernel=kernel.astype(dtype) * relative,
+        scale=scale,
+        roundings=layer.roundings + 5,
+        lost=plus([layer.lost, lost]),
+    )

@@ -81,6 +81,7 @@ ACTIVATIONS = [
     ),
     Activation("hard_sigmoid", jax.nn.hard_sigmoid, _constant(1 / 6)),
     Activation("hard_swish", jax.nn.hard_swish, _constant(1.5), lowest=-0.5),
+    Activation("hard_swish by hand", lambda x: x * jax.nn.relu6(x + 3) / 6, _constant(1.5), lowest=-0.5),
     Activation("hard_tanh", jax.nn.hard_tanh, _constant(1.0)),
     Activation("leaky_relu", jax.nn.leaky_relu, _at_least_one, 1, lowest=_at_most_one),
     *_by_sign("leaky_relu", lambda x, a: a * x, _at_least_one, 1, lowest=_at_most_one),

@@ -92,9 +92,8 @@ class _Carrier:
         signal = self.cuts[at + 1]
         part = self.parts[id(signal)]
         if layout and layout.spatial and self.roots is not None:
-            all_summed = set(_axes_summed(signal, part, layout)) == set(layout.spatial)
-            channels_last = signal.shape[-1:] == (self.cuts[at].shape[layout.channel],)
-            if all_summed and channels_last:
+            all_summed = part.sources == [self.cuts[at]] and _is_summed(signal, part, layout)
+            if all_summed:
                 image = tuple(self.cuts[at].shape[axis] for axis in layout.spatial)
                 root = summed(self.roots, image, self.grid, self.dtype)
                 channels = root.shape[-1]
@@ -256,16 +255,18 @@ class _Carrier:
         return np.clip(1 / np.maximum(np.asarray(gains, np.float64), 1e-15) ** 2, 1e-30, 1e30)
 
 
-def _axes_summed(signal: Signal, part: Part, layout: Layout) -> tuple[int, ...]:
-    """Returns the axes over the whole of which a signal is summed."""
+def _is_summed(signal: Signal, part: Part, layout: Layout) -> bool:
+    """Tells whether a signal is the sum over all pixels, with its channels last."""
+    shape = part.sources[0].shape
     if part.kind == "total":
-        return part.data
+        kept = [axis for axis in range(len(shape)) if axis not in part.data]
+        return set(part.data) == set(layout.spatial) and kept[-1] == layout.channel
     if part.kind == "pool" and math.prod(signal.shape[n] for n in layout.spatial) == 1:
-        params, shape = part.data.params, part.sources[0].shape
+        params = part.data.params
         whole = tuple(n if axis in layout.spatial else 1 for axis, n in enumerate(shape))
-        if tuple(params["window_dimensions"]) == whole and not any(map(any, params["padding"])):
-            return layout.spatial
-    return ()
+        unpadded = not any(map(any, params["padding"]))
+        return tuple(params["window_dimensions"]) == whole and unpadded and layout.channel == len(shape) - 1
+    return False
 
 
 def _frozen(reader: Reader) -> Reader:

@@ -656,12 +656,191 @@ def without_a_bound(b):
     )  # fmt: skip
 
 
-def generate(seed):
+MOVED = {}
+"""Operations of programs in which layers follow on movement and on channels that are taken apart."""
+
+
+def of_moved(weight=1.0):
+    def add(function):
+        MOVED[function.__name__] = (function, weight)
+        return function
+
+    return add
+
+
+def uneven(b, *shape):
+    """An array whose entries along each axis differ by powers of ten, so that directions matter."""
+    array = b.rng.standard_normal(shape)
+    for axis, length in enumerate(shape):
+        if length > 1:
+            along_axis = [length if n == axis else 1 for n in range(len(shape))]
+            array = array * 10.0 ** b.rng.integers(-2, 1, length).reshape(along_axis)
+    return b.param(array)
+
+
+def layer(b, c, out=None):
+    """A convolution of ``{}``, over the channels ``c``, in one of the usual layouts."""
+    rank, out = len(b.shape) - 2, out or b.pick([1, 2, c])
+    letters = "HW"[-rank:]
+    kernel = uneven(b, *(b.pick([1, 2, 3]) for _ in range(rank)), c, out)
+    padding = b.pick(["'SAME'", "'SAME'", "'VALID'", str([(1, 0)] * rank), str([(-1, 2)] * rank)])
+    strides = b.pick([[1] * rank] * 3 + [[2] * rank])
+    spec = b.pick([f"N{letters}C"] * 4 + [f"C{letters}N", f"{letters}NC"])
+    numbers = f"dimension_numbers=('{spec}', '{letters}IO', '{spec}')"
+    return f"lax.conv_general_dilated({{}}, {kernel}, {strides}, {padding}, {numbers})"
+
+
+MOVES_OF_IMAGES = [
+    "{x}", "{x}[:, ::-1]", "{x}[..., ::-1]", "{x}[::-1]", "jnp.roll({x}, 1, 1)", "jnp.roll({x}, 1, -1)", "{x}[:, :-1]",
+    "{x}[:, 1:]", "{x}[:, ::2]", "{x}[:, jnp.array([1, 0, 2])]", "{x}[:, jnp.array([0, 0, 1])]", "jnp.swapaxes({x}, 1, -2)",
+    "lax.rev({x}, (1, len({x}.shape) - 1))", "jnp.concatenate([{x}[:, 1:], {x}[:, :1]], 1)", "jnp.pad({x}, [(0, 0), (1, 0)] + [(0, 0)] * (len({x}.shape) - 2))",
+    "jnp.pad({x}, [(0, 0), (1, 1)] + [(0, 0)] * (len({x}.shape) - 2), mode='wrap')", "jnp.pad({x}, [(0, 0), (1, 2)] + [(0, 0)] * (len({x}.shape) - 2), mode='wrap')",
+    "jnp.pad({x}, [(0, 0), (1, 1)] + [(0, 0)] * (len({x}.shape) - 2), mode='edge')", "jnp.concatenate([0 * {x}[:, :1], {x}], 1)", "lax.pad({x}, jnp.zeros((), x.dtype), [(0, 0, 0), (0, 0, 1)] + [(0, 0, 0)] * (len({x}.shape) - 2))",
+]  # fmt: skip
+
+
+@of_moved(4)
+def convolution_of_what_was_moved(b):
+    if len(b.shape) not in (3, 4):
+        return None
+    image = b.pick(MOVES_OF_IMAGES).format(x="x")
+    return f"x = {layer(b, b.shape[-1]).format(image)}"
+
+
+@of_moved(3)
+def sum_with_what_was_moved(b):
+    if len(b.shape) not in (3, 4):
+        return None
+    move, c = b.pick(MOVES_OF_IMAGES), b.shape[-1]
+    text = layer(b, c, c).format(move.format(x="x"))
+    before = b.pick(["x", "x", "x[:, ::-1]", "x[:, :-1]", "x[:, :3]", "x[..., ::-1]"])
+    return f"x = {before} {b.pick('+-')} {b.pick(['', 'jax.nn.relu'])}({text})"
+
+
+@of_moved(3)
+def coupling(b):
+    if len(b.shape) not in (3, 4) or b.shape[-1] < 2:
+        return None
+    c, half = b.shape[-1], b.shape[-1] // 2
+    first, second = b.pick([(f"x[..., :{half}]", f"x[..., {half}:]"), (f"x[..., {c - half}:]", f"x[..., :{c - half}]")])
+    inner = b.pick(["", "jax.nn.relu", "jnp.tanh"])
+    text = layer(b, half, c - half).format(first)
+    return b.pick(
+        [
+            f"x = jnp.concatenate([{first}, {second} + {inner}({text})], -1)",
+            f"x = jnp.concatenate([{inner}({text}), {second}], -1)",
+            f"x = {second} - {inner}({text})",
+            f"x = {text}",
+        ]
+    )
+
+
+@of_moved(2)
+def shuffled_channels(b):
+    c = b.shape[-1]
+    order = b.rng.permutation(c).tolist()
+    return b.pick(
+        [
+            f"x = x[..., jnp.array({order})]",
+            "x = x[..., ::-1]",
+            f"x = x[..., jnp.array({b.rng.integers(0, c, c + 1).tolist()})]",
+            "x = x.reshape(*x.shape[:-1], 2, -1).swapaxes(-1, -2).reshape(x.shape)",
+        ]
+    )
+
+
+@of_moved(3)
+def factor_of_tokens(b):
+    """A factor for each channel of maps that were laid out anew."""
+    c = b.shape[-1]
+    operation = b.pick(["*", "/"])
+    ones = [1] * (len(b.shape) - 1)
+    return b.pick(
+        [
+            f"x = x.reshape(x.shape[0], -1, {c}) {operation} {uneven(b, c)}",
+            f"x = jnp.moveaxis(x, -1, 1) {operation} {uneven(b, c)}.reshape({[c] + ones[1:]})",
+            f"x = x.reshape(-1, {c}) {operation} {uneven(b, c)}",
+            f"x = x {operation} {uneven(b, c)}",
+            f"x = x {operation} {uneven(b, b.shape[1])}.reshape({[b.shape[1]] + ones[1:]})",
+        ]
+    )
+
+
+@of_moved(2)
+def pooled_head(b):
+    if len(b.shape) not in (3, 4):
+        return None
+    c, axes = b.shape[-1], tuple(range(1, len(b.shape) - 1))
+    return b.pick(
+        [
+            f"x = x.sum({axes}) @ {uneven(b, c, 2)}",
+            f"x = x.mean({axes}) @ {uneven(b, c, 2)}",
+            f"x = x.sum({tuple(range(2, len(b.shape)))}) @ {uneven(b, b.shape[1], 2)}",
+            f"x = x.sum({axes[:1]})",
+            f"x = jnp.moveaxis(x, -1, 0).sum({tuple(range(2, len(b.shape)))}).T @ {uneven(b, c, 2)}",
+        ]
+    )
+
+
+@of_moved(2)
+def softmax_by_hand(b):
+    c = b.shape[-1]
+    shift = b.pick([f"x @ {uneven(b, c, 1)}", "x.max(-1, keepdims=True)", "x[..., :1]", "0 * x[..., :1]"])
+    total = b.pick(
+        ["e.sum(-1, keepdims=True)", "jnp.zeros(x.shape[:-1] + (1,), x.dtype).at[...].add(e.sum(-1, keepdims=True))"]
+    )
+    return f"e = jnp.exp(x - jnp.broadcast_to({shift}, x.shape))\nx = e / {total}"
+
+
+@of_moved(2)
+def selected(b):
+    c = b.shape[-1]
+    mask = (b.rng.random(c) < 0.5).tolist()
+    copies = b.rng.integers(0, c, 3 * c).tolist()
+    few = round(10.0 ** float(b.rng.integers(-3, 1)), 4)
+    return b.pick(
+        [
+            f"x = jnp.where(jnp.array({mask}), x, {few} * jnp.tanh(x))",
+            f"s = x[..., jnp.array({copies})]\nx = jnp.where(jnp.arange({3 * c}) > {c}, s, {few} * jnp.tanh(s))",
+            f"u = jnp.full(x.shape, {b.number()}, x.dtype).at[...].add(x)\nx = jnp.concatenate([jnp.maximum(u, x[..., ::-1]), jnp.minimum(x, x[..., ::-1])], -1)",
+            f"x = jnp.concatenate([x, {few} * x[..., ::-1]], -1)",
+        ]
+    )
+
+
+@of_moved(2)
+def dense_uneven(b):
+    return f"x = {b.pick(['', 'jax.nn.relu'])}(x @ {uneven(b, b.shape[-1], b.pick([1, 2, 3]))})"
+
+
+@of_moved(2)
+def complex_and_back(b):
+    c = b.shape[-1]
+    return b.pick(
+        [
+            f"x = ((x @ {uneven(b, c, c)}) * {b.pick(['1j', '(3 + 4j)', '(1 - 1j)'])}).{b.pick(['imag', 'real'])}",
+            f"x = jnp.abs(jnp.tanh(x @ {uneven(b, c, c)}) * (3 + 4j))",
+            f"x = jnp.abs(lax.complex(x, {b.number()} * x[..., ::-1]))",
+            "x = jnp.fft.ifft(jnp.fft.fft(x, axis=1) * 2j, axis=1).imag",
+        ]
+    )
+
+
+for _function, _weight in ((activation, 3), (save, 1.5), (combine, 2), (sorting, 0.5), (pooling, 0.5)):
+    of_moved(_weight)(_function)
+
+
+def generate_moved(seed):
+    """A program of layers that follow on movement."""
+    return generate(seed, MOVED, 12)
+
+
+def generate(seed, operations=OPERATIONS, stream=11):
     """The program of a seed."""
-    rng = np.random.default_rng([seed, 11])
+    rng = np.random.default_rng([seed, stream])
     b = Builder(rng)
-    names = list(OPERATIONS)
-    weights = np.array([OPERATIONS[name][1] for name in names], float)
+    names = list(operations)
+    weights = np.array([operations[name][1] for name in names], float)
     # Bounds of long programs are loose, and forgive mistakes: every third is short.
     wanted, done = int(2 if rng.random() < 0.35 else rng.integers(2, 9)), 0
     for _ in range(200):
@@ -670,7 +849,7 @@ def generate(seed):
         name = names[rng.choice(len(names), p=weights / weights.sum())]
         before = dict(b.params)
         try:
-            text = OPERATIONS[name][0](b)
+            text = operations[name][0](b)
         except (ValueError, IndexError):  # too few axes for it
             text = None
         if text is None or not b.add(text):

@@ -286,8 +286,8 @@ def test_joint_multipliers_pay_and_never_hurt(sampled, monkeypatch):
 
     found = lambda: float(oj.lipschitz_bound(net, kernels, jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)))
     together = found()
-    wild = lambda leg: 1e3 * np.exp(rng.standard_normal(leg.multipliers.size))
-    proposed = lambda legs: [joint._Found(wild(leg), wild(leg)) for leg in legs]
+    wild = lambda own: 1e3 * np.exp(rng.standard_normal(own.size))
+    proposed = lambda run, multipliers, tries: [joint._Found(wild(own), wild(own)) for own in multipliers]
     monkeypatch.setattr(joint, "_optimised", proposed)
     proposed_bound = found()
     monkeypatch.setattr(stages, "improved", lambda legs, gain: gain)

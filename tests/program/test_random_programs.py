@@ -61,10 +61,23 @@ def test_no_random_program_is_steeper_than_its_bound(start, monkeypatch):
     """In most batches the norms of layers are exact, so that no mistake hides behind the slack of their bounds."""
     if start // BATCH % 5:
         monkeypatch.setattr(signals, "_upper", exact)
+    compare(random_programs.generate, range(start, min(start + BATCH, PROGRAMS)))
+
+
+@pytest.mark.parametrize(
+    "start", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(BATCH, PROGRAMS, BATCH))]
+)
+def test_no_program_of_moved_layers_is_steeper_than_its_bound(start, monkeypatch):
+    """Layers behind flips, rolls, parts of channels, other layouts; entries that differ by powers of ten."""
+    monkeypatch.setattr(signals, "_upper", exact)
+    compare(random_programs.generate_moved, range(start, min(start + BATCH, PROGRAMS)))
+
+
+def compare(generate, seeds):
     found, failures = collections.Counter(), []
-    for seed in range(start, min(start + BATCH, PROGRAMS)):
+    for seed in seeds:
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            case = random_programs.generate(seed)
+            case = generate(seed)
         bound, truth, reason = check(case)
         found[bound is None] += 1
         count_case("random programs", "refused" if bound is None else "bounded")
@@ -186,6 +199,21 @@ REACHED = {
     "a Vandermonde of one's own": ("x = x[:, None] * jnp.arange(5.0)", (3,), 5.47),
     "batch axes of a product": ("x = jnp.einsum('bi,bij->bj', x, jnp.stack([jnp.eye(3), 5 * jnp.eye(3)]))", (2, 3), 5.0),
     "a block of matrices": ("x = jnp.einsum('bi,cij->bcj', x, jnp.stack([3 * jnp.eye(3), 4 * jnp.eye(3)]))", (2, 3), 5.0),
+    "a mirror image less itself": ("x = x - lax.conv_general_dilated(x[:, ::-1], jnp.ones((1, 1, 1), x.dtype), (1,), 'SAME', dimension_numbers=('NHC', 'HIO', 'NHC'))", (1, 4, 1), 1.999),
+    "a neighbour less itself": ("x = x[:, :-1] - lax.conv_general_dilated(x[:, 1:], jnp.ones((1, 1, 1), x.dtype), (1,), 'SAME', dimension_numbers=('NHC', 'HIO', 'NHC'))", (1, 4, 1), 1.9),
+    "colours in the other order": ("x = x @ jnp.diag(jnp.array([1, 0.01], x.dtype))\nx = lax.conv_general_dilated(x[..., ::-1], jnp.diag(jnp.array([0.01, 1], x.dtype))[None], (1,), 'SAME', dimension_numbers=('NHC', 'HIO', 'NHC'))", (1, 4, 2), 0.999),
+    "a part of the channels": ("x = lax.conv_general_dilated(x[..., :1], jnp.ones((1, 1, 1), x.dtype), (1,), 'SAME', dimension_numbers=('NHC', 'HIO', 'NHC'))", (1, 4, 2), 0.999),
+    "a factor of tokens": (f"conv = {CONV}\nx = conv(conv(x, jnp.diag(jnp.array([0.1, 1], x.dtype))[None, None]), jnp.diag(jnp.array([10, 1], x.dtype))[None, None])\nx = x.reshape(1, -1, 2) * jnp.array([0.1, 1], x.dtype)", (1, 3, 3, 2), 0.999),
+    "a softmax less what depends on x": ("e = jnp.exp(x - jnp.broadcast_to(x @ jnp.full((2, 1), 0.5, x.dtype), x.shape))\nx = e / e.sum(-1, keepdims=True)", (1, 2), 0.499),
+    "copies of one element among others": ("x = x @ jnp.diag(jnp.array([0, 1], x.dtype))\ns = x[:, jnp.array([0] * 9 + [1])]\nx = jnp.where(jnp.arange(10) >= 9, s, 1e-3 * jnp.tanh(s))", (1, 2), 0.999),
+    "a batch as long as the channels": ("x = lax.conv_general_dilated(x, jnp.diag(jnp.array([1, 1e-3], x.dtype))[None, None], (1, 1), 'VALID', dimension_numbers=('CNHW', 'HWIO', 'CNHW'))\nx = x.sum((2, 3)) @ jnp.array([[1e-3], [1]], x.dtype)", (2, 2, 1, 1), 0.999),
+    "an imaginary factor of a layer": ("x = ((x @ jnp.eye(2, dtype=x.dtype)) * 1j).imag", (2,), 0.999),
+    "a complex factor behind an activation": ("x = jnp.abs(jnp.tanh(x @ jnp.eye(2, dtype=x.dtype)) * (3 + 4j))", (2,), 4.99),
+    "MaxMin of pairs that constants were added to": ("u = jnp.full((1,), 5, x.dtype).at[jnp.array([0])].add(x[:1])\nx = jnp.concatenate([jnp.maximum(u, x[1:]), jnp.minimum(x[:1], x[1:])])", (2,), 1.414),
+    "factors of channels that underflow": ("x = ((x @ jnp.diag(jnp.array([1, 1e-10], x.dtype))) * jnp.array([1, 1e-30], x.dtype)) * jnp.array([1e-30, 1e30], x.dtype)", (1, 2), 0.999e-10),
+    "the bits of a half": ("x = x * (jnp.array([100, 1], x.dtype) * lax.bitcast_convert_type(p['half'].ravel()[0], jnp.uint16).astype(x.dtype) / 15360)", (2,), 99.9),
+    "products with vectors and with matrices": ("numbers = (((0,), (0,)), ((), ()))\nx = jnp.concatenate([lax.dot_general(x, jnp.full((1,), 2, x.dtype), numbers)[None], lax.dot_general(x, jnp.full((1, 1), 2, x.dtype), numbers)])", (1,), 2.82),
+    "a convolution without pixels": ("x = lax.conv_general_dilated(x, jnp.full((2, 2), 3, x.dtype), (), 'VALID')", (1, 2), 5.99),
     "an outer sum": ("x = x[:, None] + x[None, :]", (4,), 3.99),
     "the difference to all others": ("x = x[:, None] - x[None, :]", (4,), 2.82),
 }  # fmt: skip
@@ -302,6 +330,15 @@ NEVER = {
     "a jitted square called silu": "def silu(x): return x * x\nx = jax.jit(silu)(x)",
     "searched": "x = jnp.searchsorted(jnp.arange(3.0), x).astype(x.dtype)",
     "one over a sum": "x = 1 / (1 + jnp.sum(x))",
+    "a sine off the real axis": "x = jnp.sin(1j * x).imag",
+    "a tanh off the real axis": "x = jnp.tanh(lax.complex(x, x)).real",
+    "a larger complex number": "x = jnp.maximum(lax.complex(x[:2], x[2:]), 0).imag",
+    "complex numbers in order": "x = jnp.sort(lax.complex(x[:2], x[2:])).imag",
+    "the largest complex number": "x = jnp.max(lax.complex(x[:2], x[2:])).imag",
+    "a softmax of complex numbers": "x = jax.nn.softmax(lax.complex(x, x)).imag",
+    "a product in integers": "x = lax.dot_general(x, jnp.eye(4), (((0,), (0,)), ((), ())), preferred_element_type=jnp.int32).astype(x.dtype)",
+    "the bits of what was computed": "x = x * lax.bitcast_convert_type(jnp.full((4,), 1.1, jnp.bfloat16) * jnp.bfloat16(1.1), jnp.uint16).astype(x.dtype)",
+    "complex kernels": "x = lax.conv_general_dilated(x.reshape(1, 4, 1).astype(complex), jnp.ones((1, 1, 1), complex), (1,), 'SAME', dimension_numbers=('NHC', 'HIO', 'NHC')).real",
     "the inverse of erf": "x = lax.erf_inv(jnp.clip(x, -1, 1))",
     "the inverse of sin": "x = jnp.arcsin(jnp.clip(x, -1, 1))",
 }  # fmt: skip

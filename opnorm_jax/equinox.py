@@ -7,7 +7,7 @@ from typing import Any
 import equinox as eqx
 
 from opnorm_jax._execution import Execution
-from opnorm_jax._tree.normalize import normalize
+from opnorm_jax._tree.normalize import normalize_layer
 
 
 class OperatorNorm(eqx.Module):
@@ -25,7 +25,8 @@ class OperatorNorm(eqx.Module):
       execution: how to compute; see :class:`opnorm_jax.Execution`.
 
     Raises:
-      ValueError, TypeError: in a call, as :func:`opnorm_jax.find_convs`: where the layer's kernel cannot be described.
+      ValueError, TypeError: in a call, as :func:`opnorm_jax.find_convs`: where the layer's kernel cannot be described,
+        or the layer does more than apply it once and add a bias.
 
     Cost, derivative: as :func:`opnorm_jax.normalize`.
 
@@ -67,5 +68,5 @@ class OperatorNorm(eqx.Module):
         del key, inference
         params, static = eqx.partition(self.layer, eqx.is_inexact_array)
         forward = lambda params, x: eqx.combine(params, static)(x)
-        out = normalize(forward, self.max_norm, dense=True, execution=self.execution)(params, x)
+        out = normalize_layer(forward, self.max_norm, self.execution)(params, x)
         return out if state is None else (out, state)

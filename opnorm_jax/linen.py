@@ -7,7 +7,7 @@ from typing import Any
 import flax.linen as nn
 
 from opnorm_jax._execution import Execution
-from opnorm_jax._program.find_convs import find_convs
+from opnorm_jax._program.find_convs import find_layer
 from opnorm_jax._tree.normalize import rescaled
 
 
@@ -26,7 +26,8 @@ class OperatorNorm(nn.Module):
       execution: how to compute; see :class:`opnorm_jax.Execution`.
 
     Raises:
-      ValueError, TypeError: in a call, as :func:`opnorm_jax.find_convs`: where the layer's kernel cannot be described.
+      ValueError, TypeError: in a call, as :func:`opnorm_jax.find_convs`: where the layer's kernel cannot be described,
+        or the layer does more than apply it once and add a bias.
 
     Cost, derivative: as :func:`opnorm_jax.normalize`.
 
@@ -58,7 +59,7 @@ class OperatorNorm(nn.Module):
         def rescale(variables: Any) -> Any:
             params = variables["params"]
             forward = lambda params, *args: alone.apply({"params": params}, *args, **kwargs)
-            convs = find_convs(forward, params, *args, dense=True)
+            convs = find_layer(forward, params, *args)
             return {**variables, "params": rescaled(params, self.max_norm, convs, self.execution)}
 
         apply = nn.map_variables(

@@ -7,7 +7,7 @@ from typing import Any
 from flax import nnx
 
 from opnorm_jax._execution import Execution
-from opnorm_jax._tree.normalize import normalize
+from opnorm_jax._tree.normalize import normalize_layer
 
 
 class OperatorNorm(nnx.Module):
@@ -25,7 +25,8 @@ class OperatorNorm(nnx.Module):
       execution: how to compute; see :class:`opnorm_jax.Execution`.
 
     Raises:
-      ValueError, TypeError: in a call, as :func:`opnorm_jax.find_convs`: where the layer's kernel cannot be described.
+      ValueError, TypeError: in a call, as :func:`opnorm_jax.find_convs`: where the layer's kernel cannot be described,
+        or the layer does more than apply it once and add a bias.
 
     Cost, derivative: as :func:`opnorm_jax.normalize`.
 
@@ -63,6 +64,6 @@ class OperatorNorm(nnx.Module):
             layer = nnx.merge(graph, params, rest, copy=True)
             return layer(x), nnx.state(layer, nnx.Not(nnx.Param))
 
-        out, after = normalize(forward, self.max_norm, dense=True, execution=self.execution)(params, x)
+        out, after = normalize_layer(forward, self.max_norm, self.execution)(params, x)
         nnx.update(self.layer_instance, after)
         return out

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
@@ -28,13 +28,14 @@ from opnorm_jax._program.jaxpr import (
     open_jaxpr,
     p,
     programs_inside,
+    quantises,
     scan_split,
     touches_reference,
     trace,
 )
 from opnorm_jax._program.kernels import Axes, Kernel, member, read_matrix
-from opnorm_jax._program.movement import MOVES, NotUnderstood, Source, identity
-from opnorm_jax._program.values import Site, Sites, Value, computed, entering_a_loop, join, unmoved
+from opnorm_jax._program.movement import MOVES, NotUnderstood, Source, cut_out, identity
+from opnorm_jax._program.values import Output, Site, Sites, Value, computed, entering_a_loop, join, unmoved
 
 
 def find_convs(
@@ -44,9 +45,9 @@ def find_convs(
 
     The function traces ``fn(params, *args, **kwargs)``, any JAX function of any framework, and reads off what each
     parameter feeds: input shapes, strides, dilation, groups and layouts. Padding is given as it is for these shapes, in
-    explicit pairs. Zeros padded on beforehand are part of it. Circular padding is recognised however it is written,
-    that of circular transposed convolutions (Flax's and Equinox's) included; so are edge pixels and reflections, along
-    each axis by itself. Nothing is computed.
+    explicit pairs. Zeros padded on beforehand are part of it. Circular padding is recognised however it is written;
+    so are edge pixels and reflections, along each axis by itself, and the outputs of circular transposed convolutions
+    that are wrapped around by sums over an axis (Flax's and Equinox's). Nothing is computed.
 
     It sees through ``jit``, ``checkpoint``, ``scan``, ``cond``, ``while_loop``, custom derivatives, casts, transposed
     and flipped kernels, and reads 1 x 1 convolutions written as matrix products. Stacked kernels (those that ``scan``
@@ -70,7 +71,8 @@ def find_convs(
         kernel used with two geometries, complex or integer kernels. With ``"error"`` a ValueError names each with
         the reason. With ``"skip"`` its place in the result holds an :class:`Unknown` with the reason; every function of
         this library passes over it.
-      dense: also report matrices, as the 0-dimensional convolution ``Conv(())``.
+      dense: also report matrices, as the 0-dimensional convolution ``Conv(())``. Each is a layer by itself, whatever
+        computed its input.
 
     Returns:
       A tree of the structure of ``params``; ``None`` where a parameter feeds no convolution.
@@ -92,6 +94,43 @@ def find_convs(
       (None, (2, 2), ((0, 1), (0, 1)))
     """
     check_search(fn, on_unknown)
+    return _search(fn, params, args, kwargs, on_unknown, dense).convs
+
+
+class _Found(NamedTuple):
+    """What a search found."""
+
+    convs: Any
+    sites: Sites
+    inputs: list[Value]  # of fn, besides its parameters
+    outs: list[Value]
+
+
+def find_layer(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Any:
+    """Does what :func:`find_convs` does, for a function that is a single layer: one kernel, applied once to its input.
+
+    So the norm of the function is that of the ``Conv``. Raises a ValueError if that is not certain.
+    """
+    found = _search(fn, params, args, kwargs, "error", True)
+    sites = [site for several in found.sites.of.values() for site in several]
+    outs = [value for value in found.outs if value.from_input]
+    try:
+        (site,), (out,) = sites, outs
+        assert site.image is not None  # all kernels that can be described have one
+        (source,) = site.image.elements.sources
+        is_input = any(source in value.elements.sources for value in found.inputs)
+        is_output = out.output is not None and out.output.site is site and max(out.elements.copies) <= 1
+    except ValueError:  # NotUnderstood is one
+        is_input = is_output = False
+    if not is_input or not is_output:
+        raise ValueError(
+            "expected a layer that applies one kernel once to its input, and adds a bias at most; this one does more "
+            "(several kernels, a sum of paths, patches, an activation?). For a network use opnorm_jax.normalize."
+        )
+    return found.convs
+
+
+def _search(fn: Callable[..., Any], params: Any, args: Any, kwargs: Any, on_unknown: str, dense: bool) -> _Found:
     traced = trace(fn, params, args, kwargs)
     count = len(traced.leaves)
     sites = Sites(traced.leaves, dense)
@@ -99,7 +138,9 @@ def find_convs(
         _parameter(n, traced.leaves[n]) if n < count else Value(tuple(leaf.shape), from_input=True)
         for n, leaf in zip(traced.positions, traced.values)
     ]
-    _walk(traced.program, values, sites, False, all(n < count for n in traced.positions))
+    outs = _walk(traced.program, values, sites, False, all(n < count for n in traced.positions))
+    for out in outs:
+        _use(out)
     found = {n: sites.decide(n) for n in sorted(sites.of)}
     unknown = [
         f"{traced.names[n]} {tuple(traced.leaves[n].shape)}: {node.reason}"
@@ -119,7 +160,8 @@ def find_convs(
             "Parameters that fn captures by closure cannot be seen: pass them as its first argument. For dense layers "
             "pass dense=True."
         )
-    return jax.tree.unflatten(traced.treedef, [found.get(n) for n in range(count)])
+    convs = jax.tree.unflatten(traced.treedef, [found.get(n) for n in range(count)])
+    return _Found(convs, sites, [value for value in values if value.from_input], outs)
 
 
 def check_search(fn: Any, on_unknown: Any) -> None:
@@ -164,8 +206,19 @@ def _walk(program: Any, values: Sequence[Value], sites: Sites, sharded: bool, ca
             outs = _container(eqn, ins, sites, sharded, captured_is_input)
         else:
             outs = results_of(program, eqn, ins)
+        if not programs_inside(eqn):
+            still = {id(out.output.site) for out in outs if out.output}
+            for value in ins:
+                if value.output and id(value.output.site) not in still:
+                    _use(value)
         known.update(zip(eqn.outvars, outs))
     return [read(v) for v in jaxpr.outvars]
+
+
+def _use(value: Value) -> None:
+    """Notes that something is computed from a layer's output, as far as that is wrapped around by then."""
+    if value.output:
+        value.output.site.uses.append(value.output.periods)
 
 
 def _through_reference(eqn: Any, ins: list[Value], sites: Sites) -> list[Value]:
@@ -190,7 +243,7 @@ def _captured(array: Any, is_input: bool) -> Value:
 def _cast(eqn: Any, value: Value, out: Any) -> Value:
     if value.constant:
         return dataclasses.replace(value, constant=lambda: np.asarray(value.constant()).astype(out.aval.dtype))  # type: ignore[misc]
-    if value.kernel and not jnp.issubdtype(out.aval.dtype, jnp.inexact):
+    if value.kernel and (not jnp.issubdtype(out.aval.dtype, jnp.inexact) or quantises(eqn)):
         return computed(eqn.primitive.name, [value], value.shape)
     return value
 
@@ -206,7 +259,7 @@ def _container(eqn: Any, ins: list[Value], sites: Sites, *settings: bool) -> lis
         consts, carries = scan_split(eqn)
         inside = [_scanned(value, v, i) for value, v, i in zip(ins, eqn.invars, open_jaxpr(body).invars, strict=True)]
         outs = _loop(body, inside, slice(consts, consts + carries), sites, walk)
-        stacked = [computed("scan", [out], v.aval.shape) for out, v in zip(outs[carries:], eqn.outvars[carries:])]
+        stacked = [_gathered_up("scan", out, v) for out, v in zip(outs[carries:], eqn.outvars[carries:])]
         return [*outs[:carries], *stacked]
     if eqn.primitive is p.while_p:
         of_cond, of_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
@@ -227,11 +280,22 @@ def _container(eqn: Any, ins: list[Value], sites: Sites, *settings: bool) -> lis
         shapes = lambda variables: [v.aval.shape for v in variables]
         local = shapes(open_jaxpr(program).invars) != shapes(eqn.invars)  # the shapes inside are one device's
         outs = _walk(program, ins, sites, settings[0] or local, *settings[1:])
-        return outs if not local else [computed(name, ins, v.aval.shape) for v in eqn.outvars]
+        return outs if not local else [_gathered_up(name, out, v) for out, v in zip(outs, eqn.outvars)]
     for value in ins:
         if value.kernel and len(value.shape) > (1 if sites.dense else 2):
             sites.add_reason([value.kernel.leaf], f"it enters {name}, whose inside is not read")
-    return [computed(name, ins, v.aval.shape) for v in eqn.outvars]
+
+    def movement():
+        raise NotUnderstood(f"its input comes out of {name}, whose inside is not read")
+
+    return [dataclasses.replace(computed(name, ins, v.aval.shape), movement=movement) for v in eqn.outvars]
+
+
+def _gathered_up(name: str, out: Value, v: Any) -> Value:
+    """Returns what a container makes of the values of several steps or devices."""
+    shape = v.aval.shape
+    movement = lambda: unmoved([out], f"{name} put it together", shape)
+    return dataclasses.replace(computed(name, [out], shape), movement=movement)
 
 
 def _loop(body: Any, ins: list[Value], carry: slice, sites: Sites, walk: Callable) -> list[Value]:
@@ -277,9 +341,9 @@ def _convolution(eqn: Any, ins: list[Value], sites: Sites, sharded: bool, jaxpr:
         spatial = {n: out.shape[n] for n in eqn.params["dimension_numbers"].out_spec[2:]}
         inside = "its convolution is inside shard_map, whose shapes are one device's: trace the model without it"
         found = inside if sharded else _described(eqn, image, kernel.kernel, sites, jaxpr)
-        site = Site(found, spatial, _covers(eqn))
+        site = Site(found, spatial, _covers(eqn), image)
         sites.add(kernel.kernel.leaf, site)
-        return dataclasses.replace(out, site=site, kernels=frozenset())
+        return dataclasses.replace(out, output=Output(site), kernels=frozenset())
     if kernel.leaves and (kernel.kernels or not kernel.from_input):
         through = "fn's input" if kernel.from_input else _shown(kernel.ops)
         reason = f"reaches the convolution through {through} (masked, modulated, standardised, normalised, sliced?)"
@@ -288,7 +352,10 @@ def _convolution(eqn: Any, ins: list[Value], sites: Sites, sharded: bool, jaxpr:
         sites.add_unowned(f"{shape}, computed from fn's input (or fn contains its own gradient: trace it without)")
     elif kernel.captured:
         sites.add_unowned(f"{shape}, captured by closure: pass it to fn inside params, unless it is a fixed filter")
-    return dataclasses.replace(out, kernels=frozenset())
+    movement = None
+    if image.from_input and kernel.constant:  # it may cut patches out
+        movement = lambda: cut_out(eqn, image.elements, kernel.constant()) or identity(Source(out.shape))  # type: ignore[misc]
+    return dataclasses.replace(out, movement=movement, kernels=frozenset())
 
 
 def _shown(ops: Sequence[str], most: int = 6) -> str:
@@ -327,7 +394,7 @@ def _is_one_image(image: Value, axis: int) -> bool:
         elements = image.elements
     except NotUnderstood:
         return False
-    if image.site or elements.axes is None or len(elements.sources) != 1 or not elements.sources[0].size:
+    if image.output or elements.axes is None or len(elements.sources) != 1 or not elements.sources[0].size:
         return False
     places = np.stack(np.unravel_index(np.maximum(elements.axes[axis], 0), elements.sources[0].shape))
     return bool(np.count_nonzero(np.ptp(places, axis=1)) <= 1)
@@ -348,8 +415,7 @@ def _described(eqn: Any, image: Value, kernel: Kernel, sites: Sites, jaxpr: Any)
         alone = read_convolution(eqn, None, layout, flipped, groups=groups, stacked=stacked)
         sites.check(kernel.leaf, alone)
         try:
-            elements = image.elements if image.from_input else None
-            return read_convolution(eqn, elements, layout, flipped, groups=groups, stacked=stacked)
+            return read_convolution(eqn, image.elements, layout, flipped, groups=groups, stacked=stacked)
         except ValueError as error:
             return f"{error}. To constrain the layer without what was done to its input, write {alone} by hand"
     except (TypeError, ValueError) as error:
@@ -358,9 +424,16 @@ def _described(eqn: Any, image: Value, kernel: Kernel, sites: Sites, jaxpr: Any)
 
 def _product(eqn: Any, ins: list[Value], sites: Sites) -> Value:
     contracted, batched = eqn.params["dimension_numbers"]
+    out, kernels = computed("dot_general", ins, eqn.outvars[0].aval.shape), set()
     for me, (value, other) in enumerate(zip(ins, reversed(ins))):
         if not value.kernel:
+            if value.leaves and not value.from_input and other.from_input:
+                matrices = [n for n in value.leaves if _is_matrix(sites.leaves[n].shape, sites.dense)]
+                sites.add_reason(
+                    matrices, f"reaches the product through {_shown(value.ops)} (masked, scaled, low rank?)"
+                )
             continue
+        kernels.add(value.kernel.leaf)
         shape, beside = tuple(sites.leaves[value.kernel.leaf].shape), eqn.invars[1 - me].aval.shape
         free = [n for d, n in enumerate(beside) if d not in contracted[1 - me] and d not in batched[1 - me]]
         found = read_matrix(value.kernel, contracted[me], batched[me], shape, free)
@@ -368,13 +441,31 @@ def _product(eqn: Any, ins: list[Value], sites: Sites) -> Value:
             continue
         if isinstance(found, str) and not sites.dense:
             continue
-        is_image = other.from_input or other.captured
+        is_image = other.from_input or other.captured or (other.constant is not None and other.shape != ())
         # A product of two parameters is no layer, except that a learned array may be multiplied by a matrix.
-        if is_image or (me == 1 and other.leaves and isinstance(found, Conv) and not found.input_shape):
+        if is_image or (me == 1 and other.leaves and isinstance(found, Conv)):
             try:
                 if isinstance(found, Conv):
                     sites.check(value.kernel.leaf, found)
+                    _check_copies(other, found)
             except (TypeError, ValueError) as error:
                 found = str(error)
-            sites.add(value.kernel.leaf, Site(found))
-    return dataclasses.replace(computed("dot_general", ins, eqn.outvars[0].aval.shape), kernels=frozenset())
+            site = Site(found, image=other)
+            sites.add(value.kernel.leaf, site)
+            out = dataclasses.replace(out, output=Output(site))
+    return dataclasses.replace(out, kernels=frozenset(kernels))
+
+
+def _is_matrix(shape: Sequence[int], dense: bool) -> bool:
+    """Tells whether a parameter may be a matrix, or without dense layers a 1x1 kernel."""
+    return len(shape) >= 2 if dense else len(shape) >= 3 and sum(length != 1 for length in shape) <= 2
+
+
+def _check_copies(image: Value, conv: Conv) -> None:
+    """Raises an error if a product's input is known to hold copies; for a 1x1 convolution also if that is not known."""
+    try:
+        if max(image.elements.copies) > 1:
+            raise ValueError("its input holds copies of the same elements")
+    except NotUnderstood:
+        if conv.input_shape:
+            raise

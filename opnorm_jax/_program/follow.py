@@ -25,34 +25,38 @@ from opnorm_jax._program.movement import (
     moved,
     split_by_axis,
 )
-from opnorm_jax._program.values import Value, computed, unmoved
+from opnorm_jax._program.values import Output, Value, computed, unmoved
 
 
 def results_of(program: Any, eqn: Any, ins: list[Value]) -> list[Value]:
     """Returns the values of an equation's results: constants, or moved parameters or images, or else computed."""
     name, shapes = eqn.primitive.name, [getattr(v.aval, "shape", ()) for v in eqn.outvars]
+    maps = functools.cache(lambda: _moved(eqn, ins))
+    movements = [(lambda n=n: maps()[n]) if name in MOVES else None for n in range(len(shapes))]
     if all(value.constant for value in ins):
         evaluated = functools.cache(lambda: _evaluated(program, eqn, ins))
-        return [Value(shape, constant=lambda n=n: evaluated()[n]) for n, shape in enumerate(shapes)]
+        given = enumerate(zip(shapes, movements, strict=True))
+        return [Value(shape, constant=lambda n=n: evaluated()[n], movement=movement) for n, (shape, movement) in given]
     outs = [computed(name, ins, shape) for shape in shapes]
     followed = [value for value in ins if value.from_input]
+    carrying = followed or [value for value in ins if value.output]  # the image may be none of fn's input
     movable = not followed or (name == "dynamic_slice" and ins[0].kernel)
     if name in MOVES and movable and len({value.kernel for value in ins if value.kernel}) == 1:
-        return _moved_kernels(eqn, ins, outs)
-    if name == "reduce_sum" and len(followed) == 1 and followed[0].site:
-        return [_summed(eqn, followed[0], outs[0])]
-    if name in MOVES and followed:
-        maps = functools.cache(lambda: _moved(eqn, ins))
-        site = followed[0].site if len(followed) == 1 else None
-        return [
-            dataclasses.replace(out, movement=lambda n=n: maps()[n], site=site, kernels=_kept(ins))
-            for n, out in enumerate(outs)
-        ]
-    if name in ("add", "sub", "add_any", "neg") and len(followed) == 1 and followed[0].shape == shapes[0]:
-        # What is added does not depend on the image.
-        return [dataclasses.replace(outs[0], movement=lambda: followed[0].elements, site=followed[0].site)]
+        outs = _moved_kernels(eqn, ins, outs)
+        return outs if followed else [dataclasses.replace(o, movement=m) for o, m in zip(outs, movements)]
+    if name == "scatter-add" and ins[0].output and ins[2].output and ins[0].output.site is ins[2].output.site:
+        ins[0].output.site.found = "parts of its output are added to one another: no Conv says so"
+    if name == "reduce_sum" and len(carrying) == 1 and carrying[0].output:
+        return [_summed(eqn, carrying[0], outs[0])]
     if name in MOVES:
-        return [dataclasses.replace(out, kernels=_kept(ins)) for out in outs]
+        output = carrying[0].output if len(carrying) == 1 else None
+        return [
+            dataclasses.replace(out, movement=movement, output=output, kernels=_kept(ins))
+            for out, movement in zip(outs, movements, strict=True)
+        ]
+    if name in ("add", "sub", "add_any", "neg") and len(carrying) == 1 and carrying[0].shape == shapes[0]:
+        # What is added does not depend on the image.
+        return [dataclasses.replace(outs[0], movement=lambda: carrying[0].elements, output=carrying[0].output)]
     return outs
 
 
@@ -78,17 +82,29 @@ def _known(ins: Sequence[Value]) -> Callable[[int], np.ndarray | None]:
 
 
 def _moved(eqn: Any, ins: Sequence[Value]) -> list[ElementMap]:
-    """Returns the maps of the results of an equation that may be nothing but movement."""
+    """Returns the maps of the results of an equation that may be nothing but movement.
+
+    What is followed is fn's input. If there is none of it, it is whatever has an axis: the image may be a constant, or
+    a parameter.
+    """
     name, outs = eqn.primitive.name, eqn.outvars
     fresh = lambda: [identity(Source(v.aval.shape)) for v in outs]
-    if any(ins[n].from_input for n in control_operands(name, len(ins))):
+    controls = control_operands(name, len(ins))
+    data = [value for n, value in enumerate(ins) if n not in controls]
+    if any(ins[n].from_input for n in controls):
+        if name == "gather" and not any(value.from_input for value in data):
+            return fresh()  # rows of a table, by numbers that fn is given
         if name in ("gather", "scatter", "scatter-add", "dynamic_update_slice"):
             raise NotUnderstood(f"its input was put together by {name} at places not known beforehand")
         if name == "select_n" and ins[0].shape == outs[0].aval.shape and _alike(ins[1:]):
             return fresh()  # computed from each element by itself, as by an activation
         unmoved(ins, f"it was chosen by {name}")
         return fresh()
-    parts = [value.elements if value.from_input and math.prod(value.shape) else None for value in ins]
+    is_followed = lambda value: value.from_input if any(v.from_input for v in data) else value.shape != ()
+    parts = [
+        value.elements if n not in controls and is_followed(value) and math.prod(value.shape) else None
+        for n, value in enumerate(ins)
+    ]
     sources = [source for source in dict.fromkeys(s for part in parts if part for s in part.sources)]
     if len(sources) > 1 and name == "select_n":
         unmoved([value for value in ins if value.from_input], "it was chosen by select_n")
@@ -139,10 +155,10 @@ def _summed(eqn: Any, value: Value, out: Value) -> Value:
     Says so at the convolution's site if the sum adds outputs that lie a period apart, so that the output is wrapped.
     Its result then stands for the outputs of the first period.
     """
-    site, axes = value.site, eqn.params["axes"]
-    assert site is not None
+    assert value.output is not None
+    (site, before), axes = value.output, eqn.params["axes"]
     if all(value.shape[n] == 1 for n in axes):
-        return dataclasses.replace(out, movement=lambda: _moved(eqn, [value])[0], site=site)
+        return dataclasses.replace(out, movement=lambda: _moved(eqn, [value])[0], output=value.output)
     try:
         elements = value.elements
         numbers = elements.numbers()
@@ -158,21 +174,23 @@ def _summed(eqn: Any, value: Value, out: Value) -> Value:
     periods = {axis: period for axis in site.spatial if (period := _distance(np.moveaxis(target, axis, 0)))}
     if not periods or min(periods.values()) == 1:
         return out  # neighbours were summed, as a pool does, or no spatial axis was
-    first = [periods.get(axis, site.periods.get(axis, length)) for axis, length in enumerate(shape)]
-    whole = [site.periods.get(axis, length) for axis, length in enumerate(shape)]
+    first = [periods.get(axis, before.get(axis, length)) for axis, length in enumerate(shape)]
+    whole = [before.get(axis, length) for axis, length in enumerate(shape)]
     corner, rest = target[tuple(map(slice, whole))], np.ones(shape, bool)
     rest[tuple(map(slice, whole))] = False
     again = target[tuple(np.ix_(*(np.arange(length) % period for length, period in zip(whole, first))))]
     distinct = len(np.unique(corner)) == math.prod(first)
     if (corner < 0).any() or (target[rest] >= 0).any() or (again != corner).any() or not distinct:
         site.found = "a part of its output is wrapped around and summed: no Conv says so"
-    site.periods |= periods
+    output = Output(site, before | periods)
     standing = np.full(math.prod(out.shape), HOLE)
     order = np.arange(math.prod(shape)).reshape(shape)[tuple(map(slice, first))]
     standing[np.maximum(target[tuple(map(slice, first))], 0)] = order
     table = standing.reshape(out.shape)
     return dataclasses.replace(
-        out, site=site, movement=lambda: ElementMap(elements.sources, table.shape, split_by_axis(table) or None, table)
+        out,
+        output=output,
+        movement=lambda: ElementMap(elements.sources, table.shape, split_by_axis(table) or None, table),
     )
 
 

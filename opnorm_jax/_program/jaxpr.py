@@ -26,6 +26,7 @@ __all__ = [
     "open_jaxpr",
     "p",
     "programs_inside",
+    "quantises",
     "scan_split",
     "touches_reference",
     "trace",
@@ -107,6 +108,14 @@ def trace(fn: Callable[..., Any], params: Any, args: Sequence[Any], kwargs: dict
 def is_identity(eqn: Any) -> bool:
     """Tells whether each result is the operand in its place, at most cast to another dtype."""
     return eqn.primitive in _IDENTITIES or eqn.primitive.name in _IDENTITY_NAMES
+
+
+def quantises(eqn: Any) -> bool:
+    """Tells whether an identity rounds more coarsely than to bfloat16 or float16: to eight bits or fewer, say."""
+    if eqn.primitive is p.reduce_precision_p:
+        return eqn.params["mantissa_bits"] < 7 or eqn.params["exponent_bits"] < 5
+    dtype = eqn.outvars[0].aval.dtype
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16
 
 
 def open_jaxpr(program: Any) -> Any:

@@ -25,6 +25,7 @@ from opnorm_jax._program.jaxpr import (
     open_jaxpr,
     p,
     programs_inside,
+    quantises,
     scan_split,
     touches_reference,
     trace,
@@ -121,7 +122,7 @@ def lipschitz_bound(fn: Callable[..., Any], params: Any, x: Any, *, method: str 
         outs = [out for out in _Run().run(traced.program, [*map(widest, values), signal]) if is_signal(out)]
         bound = hypot([out.bound for out in outs])
         if method == "sdp" and len(outs) == 1:
-            dtype = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
+            dtype = jax.dtypes.canonicalize_dtype(jnp.float64)
             bound = minimum([bound, semidefinite_bound(signal, outs[0], dtype)])
     except Refused as error:
         raise ValueError(f"expected fn to be made of operations with a known Lipschitz constant; {error}") from None
@@ -152,7 +153,7 @@ class _Run:
         if not any(is_signal(value) for value in ins):
             return self._constants(program, eqn, ins)
         if is_identity(eqn):
-            kept = all(jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in eqn.outvars)
+            kept = all(jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in eqn.outvars) and not quantises(eqn)
             return ins if kept else [self._signal(eqn, ins, n) for n in range(len(eqn.outvars))]
         if inner := called_program(eqn):
             return self.run(inner, ins)
@@ -184,6 +185,8 @@ class _Run:
         """Returns the results of an equation on arrays, in at least single precision where that can be had."""
         if not computes_narrowly(eqn):
             return evaluate(program, eqn, ins)
+        if is_identity(eqn) and quantises(eqn):
+            return [widest(eqn.primitive.bind(*map(jnp.asarray, ins), **eqn.params))]
         if eqn.primitive.name == "bitcast_convert_type":
             return [widest(out) for out in evaluate(program, eqn, [_in_its_dtype(eqn, *ins)])]
         if inner := called_program(eqn):

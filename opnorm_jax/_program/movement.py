@@ -440,6 +440,23 @@ def _by_integers(eqn: Any, parts: Sequence[ElementMap | None], value: Callable[[
     return [ElementMap(given.sources, table.shape, split_by_axis(table) or None, table) for table in tables]
 
 
+def cut_out(eqn: Any, part: ElementMap, kernel: np.ndarray) -> ElementMap | None:
+    """Returns the map of a convolution that copies pixels, as one that cuts out patches does; None of any other."""
+    axis = eqn.params["dimension_numbers"].rhs_spec[0]
+    of_outputs = np.moveaxis(kernel, axis, 0).reshape(kernel.shape[axis], -1)
+    if not np.isin(kernel, (0, 1)).all() or (np.count_nonzero(of_outputs, axis=1) > 1).any():
+        return None
+    if max(math.prod(v.aval.shape) for v in (*eqn.invars, *eqn.outvars)) > _LARGEST_TABLE:
+        return None
+    numbers = (np.maximum(part.numbers(), -1) + 1).astype(np.int32)
+    params = {name: value for name, value in eqn.params.items() if name != "preferred_element_type"}
+    with jax.ensure_compile_time_eval():
+        operands = jnp.asarray(numbers), jnp.asarray(kernel.astype(np.int32))
+        out = np.asarray(eqn.primitive.bind(*operands, **params, preferred_element_type=None), np.int64) - 1
+    table = np.where(out >= 0, out, HOLE)
+    return ElementMap(part.sources, table.shape, split_by_axis(table) or None, table)
+
+
 def run_on(eqn: Any, operands: list[Any]) -> list[Any]:
     """Evaluates an equation that moves numbers on operands of any dtype, whichever it was traced for."""
     name, params = eqn.primitive.name, eqn.params

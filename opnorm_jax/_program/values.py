@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -29,32 +29,44 @@ class Value:
     constant: Callable[[], np.ndarray] | None = None  # gives its value, if nothing traced is in it
     kernel: Kernel | None = None
     movement: Callable[[], ElementMap] | None = None  # gives the map of its elements; None: it is an array of its own
-    site: Site | None = None  # the convolution that it is the output of, at most moved since
+    output: Output | None = None  # the layer that it is the output of, at most moved since
 
     @functools.cached_property
     def elements(self) -> ElementMap:
         """Which element of earlier arrays each element is. Raises ``NotUnderstood``."""
+        if self.kernel is not None:
+            return self.kernel.elements
         return self.movement() if self.movement else identity(Source(self.shape))
 
 
 @dataclasses.dataclass(eq=False)
 class Site:
-    """One application of a convolution to a parameter."""
+    """One application of a layer to a parameter."""
 
     found: Conv | str  # the reason why there is none
     spatial: dict[int, int] = dataclasses.field(default_factory=dict)  # the output's spatial axes and their lengths
     covers: tuple[bool, ...] = ()  # whether the output holds all that the kernel reaches
-    periods: dict[int, int] = dataclasses.field(default_factory=dict)  # of the axes along which the output is wrapped
+    image: Value | None = None  # the layer's input
+    uses: list[dict[int, int]] = dataclasses.field(default_factory=list)  # the periods of each use of its output
 
     def decided(self) -> Conv | str:
-        if not self.periods or isinstance(self.found, str):
+        if not any(self.uses) or isinstance(self.found, str):
             return self.found
-        conv = self.found
+        conv, periods = self.found, self.uses[0]
+        if any(use != periods for use in self.uses):
+            return "its output is used both wrapped around and as it is: no Conv says so"
         circle = tuple(n * e for n, e in zip(conv.input_shape, conv.input_dilation))
-        wrapped = tuple(self.periods.get(axis, length) for axis, length in self.spatial.items())
+        wrapped = tuple(periods.get(axis, length) for axis, length in self.spatial.items())
         if wrapped == circle and set(conv.strides) == {1} and all(self.covers):
             return dataclasses.replace(conv, padding="CIRCULAR")
         return "its output is wrapped around and summed, but not as by a circular convolution: no Conv says so"
+
+
+class Output(NamedTuple):
+    """The output of a layer, perhaps wrapped around since."""
+
+    site: Site
+    periods: dict[int, int] = {}  # of the axes along which it is wrapped
 
 
 class Sites:
@@ -113,15 +125,15 @@ def join(one: Value, other: Value) -> Value:
     return dataclasses.replace(joined, movement=lambda: unmoved([one, other], "one of the branches that join"))
 
 
-def unmoved(values: Sequence[Value], where: str) -> ElementMap:
+def unmoved(values: Sequence[Value], where: str, shape: tuple[int, ...] | None = None) -> ElementMap:
     """Returns the map of an array that counts as one of its own, if none of ``values`` holds copies or constants."""
     for value in values:
         if value.from_input and not value.elements.is_injective:
             raise NotUnderstood(f"its input was padded or copied before {where}")
-    return identity(Source(values[0].shape))
+    return identity(Source(values[0].shape if shape is None else shape))
 
 
 def entering_a_loop(value: Value) -> Value:
     if value.kernel or not value.from_input:
         return value
-    return dataclasses.replace(value, site=None, movement=lambda: unmoved([value], "it entered a loop"))
+    return dataclasses.replace(value, output=None, movement=lambda: unmoved([value], "it entered a loop"))

@@ -13,7 +13,7 @@ from opnorm_jax._conv import Conv, along_outputs, compute_dtype
 from opnorm_jax._execution import Execution, check_execution
 from opnorm_jax._kernel.bounds import operator_norm_bounds
 from opnorm_jax._kernel.constrain import rescale_operator_norm
-from opnorm_jax._program.find_convs import check_search, find_convs
+from opnorm_jax._program.find_convs import check_search, find_convs, find_layer
 from opnorm_jax._tree.alike import map_kernels
 from opnorm_jax._tree.layers import check_convs, check_max_norms
 
@@ -34,7 +34,8 @@ def normalize(
     is at most ``max_norm`` in every call (besides the rounding to a narrow dtype), also in the first; gradients go
     through the norm. Kernels inside the ball are used as they are.
 
-    The convolutions are found by :func:`find_convs`, once for each set of argument shapes. The parameters keep their
+    The convolutions are found by :func:`find_convs`, once for each set of argument shapes: as for ``jit``, ``fn`` must
+    be pure. Each matrix of a dense layer is a layer by itself, whatever computed its input. The parameters keep their
     values and their tree; only ``fn`` sees other kernels. To export a network, call :func:`constrain` on the
     parameters: ``fn`` itself then computes the same.
 
@@ -81,10 +82,20 @@ def normalize(
     if scales is not None and not callable(scales):
         raise TypeError(f"expected scales to be a function of fn's arguments, or None, got {type(scales).__name__}.")
 
+    find = functools.partial(find_convs, fn, dense=dense, on_unknown=on_unknown)
+    return _normalized(fn, max_norm, find, scales, execution)
+
+
+def normalize_layer(fn: Callable[..., Any], max_norm: Any, execution: Execution) -> Callable[..., Any]:
+    """Does what :func:`normalize` does for a function that is a single layer, whose own norm is then the bound."""
+    return _normalized(fn, max_norm, functools.partial(find_layer, fn), None, execution)
+
+
+def _normalized(fn: Callable[..., Any], max_norm: Any, find: Callable[..., Any], scales: Any, execution: Execution):
     @functools.lru_cache(maxsize=64)
     def described(treedef: Any, leaves: tuple[Any, ...]) -> Any:
         params, args, kwargs = jax.tree.unflatten(treedef, leaves)
-        return find_convs(fn, params, *args, dense=dense, on_unknown=on_unknown, **kwargs)
+        return find(params, *args, **kwargs)
 
     def normalized(params: Any, *args: Any, **kwargs: Any) -> Any:
         leaves, treedef = jax.tree.flatten((params, args, kwargs))

@@ -435,7 +435,105 @@ def test_a_fixed_filter_built_inside_is_no_layer():
 def test_patches_are_no_layer():
     patches = lambda p, x: conv(lax.conv_general_dilated_patches(x, (3, 3), (1, 1), "SAME"), p)
     image, kernel = jax.ShapeDtypeStruct((1, 4, 8, 6), jnp.float32), jax.ShapeDtypeStruct((3, 3, 6, 4), jnp.float32)
-    assert oj.find_convs(patches, kernel, image) == oj.Conv((36, 8), padding=ONES)
+    with pytest.raises(
+        ValueError, match=r"rearranged.*write Conv\(\(36, 8\), padding=\(\(1, 1\), \(1, 1\)\)\) by hand"
+    ):
+        oj.find_convs(patches, kernel, image)
+    numbers = ("NHWC", "HWIO", "NHWC")
+    cut = lambda x, size, strides: lax.conv_general_dilated_patches(
+        x, (size, size), (strides, strides), "VALID", dimension_numbers=numbers
+    )
+    overlapping = lambda w, x: cut(x, 3, 1) @ w
+    with pytest.raises(ValueError, match="copies of the same elements"):
+        oj.find_convs(overlapping, jnp.ones((18, 3)), jnp.ones((1, 6, 6, 2)), dense=True)
+    tiled = lambda w, x: cut(x, 2, 2) @ w
+    assert oj.find_convs(tiled, jnp.ones((8, 3)), jnp.ones((1, 6, 6, 2)), dense=True) == oj.Conv(())
+
+
+@pytest.mark.parametrize(
+    "container", [lambda f, x: lax.map(f, x), lambda f, x: lax.scan(lambda c, r: (c, f(r)), 0, x)[1]]
+)
+def test_padding_inside_a_loop_is_no_padding_before_it(container):
+    fn = lambda p, x: conv(
+        container(lambda row: jnp.pad(row, ((1, 1), (1, 1), (0, 0)), mode="wrap"), x), p, padding="VALID"
+    )
+    with pytest.raises(ValueError, match="padded or copied before scan put it together"):
+        oj.find_convs(fn, K, X)
+    fn = lambda p, x: conv(container(jnp.tanh, x), p)
+    assert oj.find_convs(fn, K, X) == SAME
+
+
+def test_an_output_that_is_wrapped_for_one_user_only():
+    def wrapped(y):
+        return jnp.pad(y, ((0, 0), (0, 3), (0, 0))).reshape(1, 2, 5, 1).sum(1)
+
+    layer = lambda p, x: lax.conv_general_dilated(x, p, (1,), ((2, 2),), dimension_numbers=("NWC", "WIO", "NWC"))
+    k, x = jnp.ones((3, 1, 1)), jnp.ones((1, 5, 1))
+    assert oj.find_convs(lambda p, x: wrapped(layer(p, x)), k, x).padding == "CIRCULAR"
+    for both in (
+        lambda y: (wrapped(y), y),
+        lambda y: wrapped(y).sum() + jnp.tanh(y),
+        lambda y: (jnp.tanh(wrapped(y)), y * 2),
+    ):
+        with pytest.raises(ValueError, match="both wrapped around and as it is"):
+            oj.find_convs(lambda p, x, both=both: both(layer(p, x)), k, x)
+    by_scatter = lambda p, x: (y := layer(p, x))[:, :5].at[:, :2].add(y[:, 5:])
+    with pytest.raises(ValueError, match="parts of its output are added to one another"):
+        oj.find_convs(by_scatter, k, x)
+
+
+MODIFIED = {
+    "scaled": (lambda p, x: (x @ (5 * p["w"])) @ p["v"], {"w"}),
+    "masked": (lambda p, x: (x @ (p["w"] * jnp.tril(jnp.ones((4, 4))))) @ p["v"], {"w"}),
+    "of low rank beside it": (lambda p, x: x @ (p["w"] + p["v"] @ p["u"]), {"w", "v", "u"}),
+    "normalised": (lambda p, x: (x @ (p["w"] / jnp.linalg.norm(p["w"]))) @ p["v"], {"w"}),
+    "in eight bits": (lambda p, x: (x @ p["w"].astype(jnp.float8_e4m3fn).astype(x.dtype)) @ p["v"], {"w"}),
+}
+
+
+@pytest.mark.parametrize("name", MODIFIED)
+def test_modified_matrices_are_named(name):
+    fn, modified = MODIFIED[name]
+    params = {key: jnp.eye(4) for key in "uvw"}
+    found = oj.find_convs(fn, params, jnp.ones((1, 4)), dense=True, on_unknown="skip")
+    assert {key for key, node in found.items() if isinstance(node, oj.Unknown)} == modified
+    with pytest.raises(ValueError, match=r"\['w'\] \(4, 4\): reaches the product through .*(masked|low rank)"):
+        oj.find_convs(fn, params, jnp.ones((1, 4)), dense=True)
+
+
+@pytest.mark.parametrize("cast", [jnp.float8_e4m3fn, jnp.float8_e5m2, (8, 0), (4, 10)])
+def test_kernels_of_eight_bits_are_refused(cast):
+    rounded = lambda k: lax.reduce_precision(k, *cast) if isinstance(cast, tuple) else k.astype(cast).astype(k.dtype)
+    with pytest.raises(ValueError, match="reaches the convolution through (convert_element_type|reduce_precision)"):
+        oj.find_convs(lambda p, x: conv(x, rounded(p)), K, X)
+    for fine in (jnp.bfloat16, jnp.float16):
+        assert oj.find_convs(lambda p, x, fine=fine: conv(x, p.astype(fine).astype(p.dtype)), K, X) == SAME
+
+
+def test_products_with_copies_are_refused_as_convolutions_are():
+    product = lambda p, x: jnp.einsum("bhwc,co->bhwo", x, p[0, 0])
+    x, kernel = jnp.ones((1, 3, 3, 2)), jnp.ones((1, 1, 2, 2))
+    assert oj.find_convs(product, kernel, x) == oj.Conv((3, 3), padding=0)
+    for copies in (lambda x: jnp.repeat(x, 2, 1), lambda x: jnp.concatenate([x[..., :1], x[..., :1]], -1)):
+        with pytest.raises(ValueError, match="copies of the same elements"):
+            oj.find_convs(lambda p, x, copies=copies: product(p, copies(x)), kernel, x)
+
+
+def test_rows_of_a_table_are_an_array_of_their_own():
+    fn = lambda p, tokens: lax.conv_general_dilated(
+        p["e"][tokens], p["k"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+    )
+    params, tokens = {"e": jnp.ones((7, 2)), "k": jnp.ones((3, 2, 2))}, jnp.array([[1, 1, 3]])
+    assert oj.find_convs(fn, params, tokens) == {"e": None, "k": oj.Conv((3,), padding=((1, 1),))}
+
+
+def test_kernels_mixed_by_the_input_are_unknown():
+    def fn(p, x):
+        kernel = jnp.einsum("e,ehwio->hwio", jax.nn.softmax(x.mean((1, 2))[0, :2]), p["experts"])
+        return conv(conv(x, kernel), p["plain"])
+
+    found = oj.find_convs(fn, {"experts": jnp.ones((2, *K.shape)), "plain": jnp.ones(K.shape)}, X, on_unknown="skip")
+    assert isinstance(found["experts"], oj.Unknown) and found["plain"] == SAME
 
 
 def test_a_parameter_as_the_image_is_no_kernel():

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import random_padding
@@ -77,3 +78,36 @@ def test_described_convolutions_have_the_right_norm(start):
     forget()
     assert not failures, "\n\n".join(failures)
     assert found[True] > BATCH // 6  # the test would be empty if all were refused
+
+
+IMAGES = ("drawn", "captured", "learned")
+
+
+def described_in(case, name):
+    """The ``Conv`` or ``Unknown`` of a case whose image is an argument, or is made inside; None if there is none."""
+    fn, params, image = case.fn, case.all_params, jnp.ones(case.shape)
+    programs = {
+        "argument": (fn, params, image),
+        "drawn": (lambda p: fn(p, jax.random.normal(jax.random.key(0), case.shape)), params),
+        "captured": (lambda p, key: fn(p, image), params, jax.random.key(0)),
+        "learned": (lambda p: fn(p, p["x"]), {**params, "x": image}),
+    }
+    try:
+        return oj.find_convs(*programs[name], on_unknown="skip")["k"]
+    except ValueError:
+        return None
+
+
+@pytest.mark.parametrize("start", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(BATCH, CASES, BATCH))])
+def test_an_image_that_fn_makes_itself_is_described_alike(start):
+    """As if it were an argument, or not at all: random numbers drawn inside, a captured array, a learned one."""
+    failures, described = [], 0
+    for seed in range(start, min(start + BATCH, CASES)):
+        case = random_padding.generate(seed)
+        expected, *others = (described_in(case, name) for name in ("argument", *IMAGES))
+        for name, found in zip(IMAGES, others, strict=True):
+            described += isinstance(found, oj.Conv)
+            if isinstance(found, oj.Conv) and found != expected:
+                failures.append(f"seed {seed}, {name}:\n{case.before}\n{case.text}\n{found} for {expected}")
+    assert not failures, "\n\n".join(failures)
+    assert described > BATCH // 3

@@ -318,6 +318,45 @@ def test_bounds_may_differ_and_leave_layers_free():
         oj.normalize(fn, {"one": -1.0, "free": None, "stack": None})
 
 
+class Residual(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return x + nn.Conv(2, (3, 3))(x)
+
+
+class Twice(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.Conv(2, (3, 3))
+        return layer(layer(x))
+
+
+class Scaled(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return 2 * nn.Conv(2, (3, 3))(x)
+
+
+class Repeated(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return jnp.repeat(nn.Conv(2, (3, 3))(x), 2, 1)
+
+
+@pytest.mark.parametrize("module", [Residual, Twice, Scaled, Repeated, lambda: nn.ConvLocal(2, (3, 3))])
+def test_wrappers_refuse_what_is_not_one_layer(module):
+    with pytest.raises(ValueError, match="applies one kernel once to its input|copies of the same elements"):
+        oj.linen.OperatorNorm(module()).init(jax.random.key(0), jnp.ones((1, 5, 5, 2)))
+
+
+def test_wrappers_refuse_low_rank_changes():
+    layer = nnx.LoRALinear(4, 4, lora_rank=2, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="applies one kernel once to its input"):
+        oj.nnx.OperatorNorm(layer)(jnp.ones((1, 4)))
+    with pytest.raises(ValueError, match="applies one kernel once to its input"):
+        oj.equinox.OperatorNorm(eqx.nn.MLP(4, 4, 4, 1, key=jax.random.key(0)), "layers")(jnp.ones(4))
+
+
 def test_an_error_of_the_function_is_met_once():
     calls = []
 

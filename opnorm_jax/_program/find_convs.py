@@ -140,7 +140,7 @@ def _search(fn: Callable[..., Any], params: Any, args: Any, kwargs: Any, on_unkn
     ]
     outs = _walk(traced.program, values, sites, False, all(n < count for n in traced.positions))
     for out in outs:
-        _use(out)
+        out.use()
     found = {n: sites.decide(n) for n in sorted(sites.of)}
     unknown = [
         f"{traced.names[n]} {tuple(traced.leaves[n].shape)}: {node.reason}"
@@ -210,15 +210,9 @@ def _walk(program: Any, values: Sequence[Value], sites: Sites, sharded: bool, ca
             still = {id(out.output.site) for out in outs if out.output}
             for value in ins:
                 if value.output and id(value.output.site) not in still:
-                    _use(value)
+                    value.use()
         known.update(zip(eqn.outvars, outs))
     return [read(v) for v in jaxpr.outvars]
-
-
-def _use(value: Value) -> None:
-    """Notes that something is computed from a layer's output, as far as that is wrapped around by then."""
-    if value.output:
-        value.output.site.uses.append(value.output.periods)
 
 
 def _through_reference(eqn: Any, ins: list[Value], sites: Sites) -> list[Value]:
@@ -282,6 +276,7 @@ def _container(eqn: Any, ins: list[Value], sites: Sites, *settings: bool) -> lis
         outs = _walk(program, ins, sites, settings[0] or local, *settings[1:])
         return outs if not local else [_gathered_up(name, out, v) for out, v in zip(outs, eqn.outvars)]
     for value in ins:
+        value.use()
         if value.kernel and len(value.shape) > (1 if sites.dense else 2):
             sites.add_reason([value.kernel.leaf], f"it enters {name}, whose inside is not read")
 
@@ -293,6 +288,7 @@ def _container(eqn: Any, ins: list[Value], sites: Sites, *settings: bool) -> lis
 
 def _gathered_up(name: str, out: Value, v: Any) -> Value:
     """Returns what a container makes of the values of several steps or devices."""
+    out.use()
     shape = v.aval.shape
     movement = lambda: unmoved([out], f"{name} put it together", shape)
     return dataclasses.replace(computed(name, [out], shape), movement=movement)
@@ -318,6 +314,7 @@ def _scanned(value: Value, outside: Any, inside: Any) -> Value:
     """Returns the value inside a scan's body: the same, or a slice along the leading axis."""
     if outside.aval.ndim == inside.aval.ndim:
         return entering_a_loop(value)
+    value.use()
     shape = inside.aval.shape
     if value.kernel and value.kernel.elements.axes:
         return dataclasses.replace(value, shape=shape, kernel=member(value.kernel, 0))

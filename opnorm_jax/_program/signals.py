@@ -349,8 +349,8 @@ def _scaled(layer: Layer, factor: Any, name: str, rank: int) -> Layer | None:
     if name == "div":
         with np.errstate(divide="ignore"):
             factor = 1 / factor
-        factor = xp.where((factor == 0) & traced, tiny, factor)  # an inverse that underflows
-    top = xp.max(xp.abs(factor))
+        factor = jnp.where(factor == 0, tiny, factor) if traced else factor  # an inverse may underflow
+    top = xp.max(xp.abs(factor), initial=0)
     scale = times(layer.scale, top if traced else float(top))
     if factor.size == 1:
         return layer._replace(scale=scale, roundings=layer.roundings + 1)

@@ -38,6 +38,11 @@ class Value:
             return self.kernel.elements
         return self.movement() if self.movement else identity(Source(self.shape))
 
+    def use(self) -> None:
+        """Notes that something is computed from a layer's output, as far as that is wrapped around by now."""
+        if self.output:
+            self.output.site.uses.append(self.output.periods)
+
 
 @dataclasses.dataclass(eq=False)
 class Site:
@@ -121,6 +126,8 @@ def join(one: Value, other: Value) -> Value:
     """Returns what holds of a variable that has either value."""
     if one is other or (one.kernel is not None and same_kernel(one.kernel, other.kernel)):
         return one
+    one.use()
+    other.use()
     joined = computed("a loop or a branch that changes it", [one, other], one.shape)
     return dataclasses.replace(joined, movement=lambda: unmoved([one, other], "one of the branches that join"))
 
@@ -134,6 +141,7 @@ def unmoved(values: Sequence[Value], where: str, shape: tuple[int, ...] | None =
 
 
 def entering_a_loop(value: Value) -> Value:
-    if value.kernel or not value.from_input:
+    if value.kernel or not (value.from_input or value.output):
         return value
+    value.use()
     return dataclasses.replace(value, output=None, movement=lambda: unmoved([value], "it entered a loop"))

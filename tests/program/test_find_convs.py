@@ -470,6 +470,19 @@ def test_an_output_that_is_wrapped_for_one_user_only():
     layer = lambda p, x: lax.conv_general_dilated(x, p, (1,), ((2, 2),), dimension_numbers=("NWC", "WIO", "NWC"))
     k, x = jnp.ones((3, 1, 1)), jnp.ones((1, 5, 1))
     assert oj.find_convs(lambda p, x: wrapped(layer(p, x)), k, x).padding == "CIRCULAR"
+    loops = [
+        lambda y: (wrapped(y), lax.scan(lambda c, _: (2 * c, None), y, None, length=2)[0]),
+        lambda y: (wrapped(y), lax.scan(lambda c, row: (c, row), 0, y)[1]),
+        lambda y: (wrapped(y), lax.fori_loop(0, 2, lambda n, c: c + y, y)),
+        lambda y: (wrapped(y), jax.jit(jnp.tanh)(y)),
+        lambda y: (wrapped(y), lax.cond(True, jnp.tanh, lambda v: v, y)),
+    ]
+    for loop in loops:
+        with pytest.raises(ValueError, match="both wrapped around and as it is"):
+            oj.find_convs(lambda p, x, loop=loop: loop(layer(p, x)), k, x)
+    doubled = lambda y: lax.scan(lambda c, _: (2 * c, None), wrapped(y), None, length=2)[0]
+    for fine in (jax.jit(wrapped), doubled):
+        assert oj.find_convs(lambda p, x, fine=fine: fine(layer(p, x)), k, x).padding == "CIRCULAR"
     for both in (
         lambda y: (wrapped(y), y),
         lambda y: wrapped(y).sum() + jnp.tanh(y),

@@ -20,7 +20,7 @@ import numpy as np
 
 from opnorm_jax._conv import Conv, Unknown
 from opnorm_jax._program.convolution import kernel_letters, read_convolution
-from opnorm_jax._program.follow import results_of
+from opnorm_jax._program.follow import as_array, results_of
 from opnorm_jax._program.jaxpr import (
     Literal,
     called_program,
@@ -34,7 +34,7 @@ from opnorm_jax._program.jaxpr import (
     trace,
 )
 from opnorm_jax._program.kernels import Axes, Kernel, member, read_matrix
-from opnorm_jax._program.movement import MOVES, NotUnderstood, Source, cut_out, identity
+from opnorm_jax._program.movement import MOVES, ElementMap, NotUnderstood, Source, cut_out, identity
 from opnorm_jax._program.values import Output, Site, Sites, Value, computed, entering_a_loop, join, unmoved
 
 
@@ -118,7 +118,8 @@ def find_layer(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -
         (site,), (out,) = sites, outs
         assert site.image is not None  # all kernels that can be described have one
         (source,) = site.image.elements.sources
-        is_input = any(source in value.elements.sources for value in found.inputs)
+        is_alone = isinstance(site.found, Conv) and not site.found.stacked
+        is_input = is_alone and any(source in value.elements.sources for value in found.inputs)
         is_output = out.output is not None and out.output.site is site and max(out.elements.copies) <= 1
     except ValueError:  # NotUnderstood is one
         is_input = is_output = False
@@ -206,7 +207,7 @@ def _walk(program: Any, values: Sequence[Value], sites: Sites, sharded: bool, ca
             outs = _container(eqn, ins, sites, sharded, captured_is_input)
         else:
             outs = results_of(program, eqn, ins)
-        if not programs_inside(eqn):
+        if eqn.primitive.name in MOVES or not programs_inside(eqn):
             still = {id(out.output.site) for out in outs if out.output}
             for value in ins:
                 if value.output and id(value.output.site) not in still:
@@ -229,7 +230,7 @@ def _through_reference(eqn: Any, ins: list[Value], sites: Sites) -> list[Value]:
 
 def _captured(array: Any, is_input: bool) -> Value:
     """Returns the value of an array that fn captured. If fn has no other input, an image among them is the input."""
-    known = None if isinstance(array, jax.core.Tracer) or not hasattr(array, "__array__") else lambda: np.asarray(array)
+    known = None if isinstance(array, jax.core.Tracer) or not hasattr(array, "__array__") else lambda: as_array(array)
     is_input = is_input and jnp.issubdtype(getattr(array, "dtype", np.int32), jnp.inexact)
     return Value(jnp.shape(array), from_input=is_input, captured=True, constant=None if is_input else known)
 
@@ -237,8 +238,11 @@ def _captured(array: Any, is_input: bool) -> Value:
 def _cast(eqn: Any, value: Value, out: Any) -> Value:
     if value.constant:
         return dataclasses.replace(value, constant=lambda: np.asarray(value.constant()).astype(out.aval.dtype))  # type: ignore[misc]
-    if value.kernel and (not jnp.issubdtype(out.aval.dtype, jnp.inexact) or quantises(eqn)):
-        return computed(eqn.primitive.name, [value], value.shape)
+    if not jnp.issubdtype(out.aval.dtype, jnp.inexact) or quantises(eqn):
+        if value.kernel:
+            return computed(eqn.primitive.name, [value], value.shape)
+        value.use()
+        return dataclasses.replace(value, output=None)
     return value
 
 
@@ -318,8 +322,8 @@ def _scanned(value: Value, outside: Any, inside: Any) -> Value:
     shape = inside.aval.shape
     if value.kernel and value.kernel.elements.axes:
         return dataclasses.replace(value, shape=shape, kernel=member(value.kernel, 0))
-    if value.constant or not value.from_input:
-        return dataclasses.replace(computed("scan", [value], shape), movement=None)
+    if not value.from_input and not value.movement:
+        return computed("scan", [value], shape)
 
     def movement():
         unmoved([value], "it entered a loop")
@@ -351,8 +355,16 @@ def _convolution(eqn: Any, ins: list[Value], sites: Sites, sharded: bool, jaxpr:
         sites.add_unowned(f"{shape}, captured by closure: pass it to fn inside params, unless it is a fixed filter")
     movement = None
     if image.from_input and kernel.constant:  # it may cut patches out
-        movement = lambda: cut_out(eqn, image.elements, kernel.constant()) or identity(Source(out.shape))  # type: ignore[misc]
+        movement = lambda: _cut_out(eqn, image, kernel)
     return dataclasses.replace(out, movement=movement, kernels=frozenset())
+
+
+def _cut_out(eqn: Any, image: Value, kernel: Value) -> ElementMap:
+    try:
+        found = cut_out(eqn, image.elements, np.asarray(kernel.constant()))  # type: ignore[misc]
+    except TypeError:  # its value is not to be had
+        found = None
+    return identity(Source(eqn.outvars[0].aval.shape)) if found is None else found
 
 
 def _shown(ops: Sequence[str], most: int = 6) -> str:
@@ -424,27 +436,31 @@ def _product(eqn: Any, ins: list[Value], sites: Sites) -> Value:
     out, kernels = computed("dot_general", ins, eqn.outvars[0].aval.shape), set()
     for me, (value, other) in enumerate(zip(ins, reversed(ins))):
         if not value.kernel:
-            if value.leaves and not value.from_input and other.from_input:
+            if value.kernels and not value.from_input and other.from_input:
                 matrices = [n for n in value.leaves if _is_matrix(sites.leaves[n].shape, sites.dense)]
                 sites.add_reason(
                     matrices, f"reaches the product through {_shown(value.ops)} (masked, scaled, low rank?)"
                 )
             continue
-        kernels.add(value.kernel.leaf)
         shape, beside = tuple(sites.leaves[value.kernel.leaf].shape), eqn.invars[1 - me].aval.shape
         free = [n for d, n in enumerate(beside) if d not in contracted[1 - me] and d not in batched[1 - me]]
         found = read_matrix(value.kernel, contracted[me], batched[me], shape, free)
         if found is None or (isinstance(found, Conv) and not found.input_shape and not sites.dense):
             continue
-        if isinstance(found, str) and not sites.dense:
-            continue
-        is_image = other.from_input or other.captured or (other.constant is not None and other.shape != ())
-        # A product of two parameters is no layer, except that a learned array may be multiplied by a matrix.
-        if is_image or (me == 1 and other.leaves and isinstance(found, Conv)):
+        if isinstance(found, str):
+            kernels.add(value.kernel.leaf)
+            if not sites.dense:
+                continue
+        # A product of two parameters is no layer, except that a learned array may be multiplied by a matrix. What fn
+        # makes itself may be an image, or a basis of a parameter: the latter if there is no more than one pixel axis.
+        is_image = other.from_input or other.captured
+        is_made = not other.leaves and other.shape != () and (sites.dense or len(found.input_shape) > 1)  # type: ignore[union-attr]
+        is_learned = me == 1 and other.leaves and isinstance(found, Conv) and not found.input_shape
+        if is_image or is_made or is_learned or (me == 1 and other.leaves and not other.kernel and sites.dense):
             try:
                 if isinstance(found, Conv):
                     sites.check(value.kernel.leaf, found)
-                    _check_copies(other, found)
+                    _check_copies(other, found, contracted[1 - me])
             except (TypeError, ValueError) as error:
                 found = str(error)
             site = Site(found, image=other)
@@ -455,14 +471,26 @@ def _product(eqn: Any, ins: list[Value], sites: Sites) -> Value:
 
 def _is_matrix(shape: Sequence[int], dense: bool) -> bool:
     """Tells whether a parameter may be a matrix, or without dense layers a 1x1 kernel."""
-    return len(shape) >= 2 if dense else len(shape) >= 3 and sum(length != 1 for length in shape) <= 2
+    return len(shape) >= 2 if dense else len(shape) >= 4 and sum(length != 1 for length in shape) <= 2
 
 
-def _check_copies(image: Value, conv: Conv) -> None:
-    """Raises an error if a product's input is known to hold copies; for a 1x1 convolution also if that is not known."""
+def _check_copies(image: Value, conv: Conv, contracted: Sequence[int]) -> None:
+    """Raises an error if a product's input holds copies: those that a convolution's may not hold, or those of patches.
+
+    A matrix may be applied to several copies of the same rows. In patches the same element stands at several places of
+    a row.
+    """
     try:
-        if max(image.elements.copies) > 1:
-            raise ValueError("its input holds copies of the same elements")
+        if max(image.elements.copies) <= 1:
+            return
+        numbers = np.moveaxis(image.elements.numbers(), contracted, range(len(contracted)))
+        numbers = numbers.reshape(math.prod(numbers.shape[: len(contracted)]), -1)
+        held, places = numbers[numbers >= 0], np.nonzero(numbers >= 0)[0]
+        first = np.full(held.max(initial=0) + 1, -1)
+        first[held] = places
     except NotUnderstood:
         if conv.input_shape:
             raise
+        return
+    if conv.input_shape or (first[held] != places).any():
+        raise ValueError("its input holds copies of the same elements")

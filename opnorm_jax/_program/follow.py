@@ -32,14 +32,19 @@ def results_of(program: Any, eqn: Any, ins: list[Value]) -> list[Value]:
     """Returns the values of an equation's results: constants, or moved parameters or images, or else computed."""
     name, shapes = eqn.primitive.name, [getattr(v.aval, "shape", ()) for v in eqn.outvars]
     maps = functools.cache(lambda: _moved(eqn, ins))
-    movements = [(lambda n=n: maps()[n]) if name in MOVES else None for n in range(len(shapes))]
+    moves = name in MOVES and any(value.shape != () for value in ins)
+    movements = [(lambda n=n: maps()[n]) if moves else None for n in range(len(shapes))]
+    sums = ("add", "sub", "add_any", "neg")
+    moving = [value for value in ins if value.movement and value.shape != ()]
+    if name in sums and len(moving) == 1 and moving[0].shape == shapes[0]:
+        movements = [lambda: moving[0].elements]  # what is added does not depend on the image
     if all(value.constant for value in ins):
         evaluated = functools.cache(lambda: _evaluated(program, eqn, ins))
         given = enumerate(zip(shapes, movements, strict=True))
         return [Value(shape, constant=lambda n=n: evaluated()[n], movement=movement) for n, (shape, movement) in given]
     outs = [computed(name, ins, shape) for shape in shapes]
     followed = [value for value in ins if value.from_input]
-    carrying = followed or [value for value in ins if value.output]  # the image may be none of fn's input
+    carrying = followed or [value for value in ins if value.output] or moving  # the image may be none of fn's input
     movable = not followed or (name == "dynamic_slice" and ins[0].kernel)
     if name in MOVES and movable and len({value.kernel for value in ins if value.kernel}) == 1:
         outs = _moved_kernels(eqn, ins, outs)
@@ -49,13 +54,12 @@ def results_of(program: Any, eqn: Any, ins: list[Value]) -> list[Value]:
     if name == "reduce_sum" and len(carrying) == 1 and carrying[0].output:
         return [_summed(eqn, carrying[0], outs[0])]
     if name in MOVES:
-        output = carrying[0].output if len(carrying) == 1 else None
+        output = carrying[0].output if len(carrying) == 1 and name != "scatter-add" else None
         return [
             dataclasses.replace(out, movement=movement, output=output, kernels=_kept(ins))
             for out, movement in zip(outs, movements, strict=True)
         ]
-    if name in ("add", "sub", "add_any", "neg") and len(carrying) == 1 and carrying[0].shape == shapes[0]:
-        # What is added does not depend on the image.
+    if name in sums and len(carrying) == 1 and carrying[0].shape == shapes[0]:
         return [dataclasses.replace(outs[0], movement=lambda: carrying[0].elements, output=carrying[0].output)]
     return outs
 
@@ -67,7 +71,12 @@ def _kept(ins: Sequence[Value]) -> frozenset[int]:
 def _evaluated(program: Any, eqn: Any, ins: Sequence[Value]) -> list[np.ndarray]:
     with jax.ensure_compile_time_eval():
         outs = evaluate(program, eqn, [jnp.asarray(value.constant()) for value in ins])  # type: ignore[misc]
-    return [None if out is None else np.asarray(out) for out in outs]  # type: ignore[misc]
+    return [None if out is None else as_array(out) for out in outs]  # type: ignore[misc]
+
+
+def as_array(value: Any) -> Any:
+    """Returns an array of NumPy; random keys, which have none, as they are."""
+    return value if jnp.issubdtype(getattr(value, "dtype", np.float32), jax.dtypes.extended) else np.asarray(value)
 
 
 def _known(ins: Sequence[Value]) -> Callable[[int], np.ndarray | None]:
@@ -75,7 +84,7 @@ def _known(ins: Sequence[Value]) -> Callable[[int], np.ndarray | None]:
         constant = ins[n].constant
         try:
             return constant() if constant else None
-        except TypeError:  # a random key, say
+        except (NameError, TypeError):  # the index of a device, say
             return None
 
     return value
@@ -92,7 +101,7 @@ def _moved(eqn: Any, ins: Sequence[Value]) -> list[ElementMap]:
     controls = control_operands(name, len(ins))
     data = [value for n, value in enumerate(ins) if n not in controls]
     if any(ins[n].from_input for n in controls):
-        if name == "gather" and not any(value.from_input for value in data):
+        if name == "gather" and not data[0].from_input:
             return fresh()  # rows of a table, by numbers that fn is given
         if name in ("gather", "scatter", "scatter-add", "dynamic_update_slice"):
             raise NotUnderstood(f"its input was put together by {name} at places not known beforehand")
@@ -100,6 +109,8 @@ def _moved(eqn: Any, ins: Sequence[Value]) -> list[ElementMap]:
             return fresh()  # computed from each element by itself, as by an activation
         unmoved(ins, f"it was chosen by {name}")
         return fresh()
+    if name == "gather" and data[0].kernel and len(outs[0].aval.shape) > len(data[0].shape):
+        return fresh()  # the same, by numbers that are known
     is_followed = lambda value: value.from_input if any(v.from_input for v in data) else value.shape != ()
     parts = [
         value.elements if n not in controls and is_followed(value) and math.prod(value.shape) else None
@@ -107,7 +118,7 @@ def _moved(eqn: Any, ins: Sequence[Value]) -> list[ElementMap]:
     ]
     sources = [source for source in dict.fromkeys(s for part in parts if part for s in part.sources)]
     if len(sources) > 1 and name == "select_n":
-        unmoved([value for value in ins if value.from_input], "it was chosen by select_n")
+        unmoved(ins, "it was chosen by select_n")
         return fresh()
     if len(sources) > 1:
         if name != "concatenate":
@@ -183,6 +194,7 @@ def _summed(eqn: Any, value: Value, out: Value) -> Value:
     if (corner < 0).any() or (target[rest] >= 0).any() or (again != corner).any() or not distinct:
         site.found = "a part of its output is wrapped around and summed: no Conv says so"
     output = Output(site, before | periods)
+    site.wraps.append(output.periods)
     standing = np.full(math.prod(out.shape), HOLE)
     order = np.arange(math.prod(shape)).reshape(shape)[tuple(map(slice, first))]
     standing[np.maximum(target[tuple(map(slice, first))], 0)] = order

@@ -28,6 +28,7 @@ __all__ = [
     "programs_inside",
     "quantises",
     "scan_split",
+    "takes_real_part",
     "touches_reference",
     "trace",
     "widened",
@@ -116,6 +117,12 @@ def quantises(eqn: Any) -> bool:
         return eqn.params["mantissa_bits"] < 7 or eqn.params["exponent_bits"] < 5
     dtype = eqn.outvars[0].aval.dtype
     return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16
+
+
+def takes_real_part(eqn: Any) -> bool:
+    """Tells whether an identity casts complex numbers to real ones."""
+    is_complex = lambda v: jnp.issubdtype(v.aval.dtype, jnp.complexfloating)
+    return any(map(is_complex, eqn.invars)) and not any(map(is_complex, eqn.outvars))
 
 
 def open_jaxpr(program: Any) -> Any:

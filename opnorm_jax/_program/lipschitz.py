@@ -27,6 +27,7 @@ from opnorm_jax._program.jaxpr import (
     programs_inside,
     quantises,
     scan_split,
+    takes_real_part,
     touches_reference,
     trace,
     widened,
@@ -141,7 +142,9 @@ class _Run:
         jaxpr = open_jaxpr(program)
         consts = [widest(value) for value in getattr(program, "consts", ())]
         known = dict(zip(jaxpr.constvars, consts)) | dict(zip(jaxpr.invars, values, strict=True))
-        read = lambda v: widest(v.val) if isinstance(v, Literal) else known[v]
+        read = lambda v: (
+            widest(np.asarray(v.val, getattr(v.aval, "dtype", None))) if isinstance(v, Literal) else known[v]
+        )
         for eqn in jaxpr.eqns:
             ins = [read(v) for v in eqn.invars]
             known.update(zip(eqn.outvars, self._results(program, eqn, ins)))
@@ -153,7 +156,8 @@ class _Run:
         if not any(is_signal(value) for value in ins):
             return self._constants(program, eqn, ins)
         if is_identity(eqn):
-            kept = all(jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in eqn.outvars) and not quantises(eqn)
+            floats = all(jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in eqn.outvars)
+            kept = floats and not quantises(eqn) and not takes_real_part(eqn)
             return ins if kept else [self._signal(eqn, ins, n) for n in range(len(eqn.outvars))]
         if inner := called_program(eqn):
             return self.run(inner, ins)
@@ -168,7 +172,9 @@ class _Run:
         if math.prod(shape) == 0:
             return np.zeros(shape, np.float32)  # holds no number that could change
         # The same operation on the same operands is the same signal: x times sigmoid(x), whoever computed x twice.
-        key = (eqn.primitive, index, repr(eqn.params), *map(_identity, ins)) if not programs_inside(eqn) else object()
+        dtypes = [str(getattr(v.aval, "dtype", "")) for v in (*eqn.invars, *eqn.outvars)]
+        key = (eqn.primitive, index, repr(eqn.params), *dtypes, *map(_identity, ins))
+        key = key if not programs_inside(eqn) else object()
         if key not in self.made:
             self.made[key] = Signal(shape, eqn=eqn, ins=ins, index=index, run=self)
         return self.made[key]

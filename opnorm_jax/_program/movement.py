@@ -99,10 +99,13 @@ class ElementMap:
     @property
     def is_injective(self) -> bool:
         """Whether every element is one of the sources', and none of them twice."""
-        return max(self.copies) <= 1 and bool((self._lines() > HOLE // 2).all())
+        return max(self.copies) <= 1 and not self.has_holes
 
-    def _lines(self) -> np.ndarray:
-        return self.numbers().ravel() if self.axes is None else np.concatenate(self.axes)
+    @property
+    def has_holes(self) -> bool:
+        """Whether an element is a constant."""
+        lines = self.numbers().ravel() if self.axes is None else np.concatenate(self.axes)
+        return bool((lines <= HOLE // 2).any())
 
 
 def _digits(entries: np.ndarray) -> list[tuple[int, int]]:
@@ -169,12 +172,11 @@ def moved(
     controls = [parts[n] for n in control_operands(name, len(parts))]
     if any(part is not None for part in controls) or all(part is None for part in data):
         return None  # where the numbers go depends on the input
-    if (
-        name == "scatter-add"
-        and not shifted
-        and not all(part is not None or _is_zero(value(n)) for n, part in zip((0, 2), data, strict=True))
-    ):
-        return None
+    if name == "scatter-add" and not shifted:
+        is_zero = lambda n: (known := value(n)) is not None and not known.any()
+        adds = [is_zero(n) if part is None else not part.has_holes for n, part in zip((0, 2), data, strict=True)]
+        if not all(adds):
+            return None
     if name == "reduce_sum" and any(eqn.invars[0].aval.shape[n] != 1 for n in eqn.params["axes"]):
         return None
     if name in _BY_AXIS and all(part is None or part.axes is not None for part in parts):
@@ -182,10 +184,6 @@ def moved(
         if found is not None:
             return found
     return _by_integers(eqn, parts, value)
-
-
-def _is_zero(array: np.ndarray | None) -> bool:
-    return array is not None and not array.any()
 
 
 def is_plain(eqn: Any) -> bool:
@@ -223,7 +221,7 @@ def with_common_sources(parts: Sequence[ElementMap | None]) -> list[ElementMap |
             shifts = np.array([starts[s] for s in part.sources]) - np.array([0, *ends[:-1]])
             numbers = part.numbers()
             owner = np.minimum(np.searchsorted(ends, numbers, side="right"), len(ends) - 1)
-            table = np.where(numbers >= 0, numbers + shifts[owner], -1)
+            table = np.where(numbers >= 0, numbers + shifts[owner], HOLE)
             out.append(ElementMap(sources, part.shape, None, table))
     return out
 
@@ -447,7 +445,7 @@ def cut_out(eqn: Any, part: ElementMap, kernel: np.ndarray) -> ElementMap | None
     if not np.isin(kernel, (0, 1)).all() or (np.count_nonzero(of_outputs, axis=1) > 1).any():
         return None
     if max(math.prod(v.aval.shape) for v in (*eqn.invars, *eqn.outvars)) > _LARGEST_TABLE:
-        return None
+        raise NotUnderstood("its input was cut out of an array that is too large to follow")
     numbers = (np.maximum(part.numbers(), -1) + 1).astype(np.int32)
     params = {name: value for name, value in eqn.params.items() if name != "preferred_element_type"}
     with jax.ensure_compile_time_eval():

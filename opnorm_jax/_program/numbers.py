@@ -27,6 +27,8 @@ def widest(value: Any) -> Any:
     dtype = getattr(value, "dtype", None)
     if dtype is None:
         return np.asarray(value) if isinstance(value, (bool, int, float, complex)) else value
+    if isinstance(value, (np.ndarray, np.generic)) and jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        return jnp.asarray(value)  # as jax takes it
     return jnp.asarray(value).astype(jnp.float32) if is_narrow(dtype) else value
 
 
@@ -46,8 +48,8 @@ def times(*factors: Number) -> Number:
         product = max(exact * (1 + 2**-51), _tiny(np.float64)) if product > 0 and factor > 0 else exact
     for factor in factors:
         if isinstance(factor, jax.core.Tracer):
-            dtype = factor.dtype
-            product = jnp.asarray(product, dtype) if not isinstance(product, jax.core.Tracer) else product.astype(dtype)
+            dtype = _dtype([product, factor])
+            product, factor = _upwards(product, dtype), _upwards(factor, dtype)
             positive = (product > 0) & (factor > 0)
             exact = jnp.where(
                 jnp.isfinite(factor) & jnp.isfinite(product), product * factor * (1 + 4 * jnp.finfo(dtype).eps), jnp.inf
@@ -59,7 +61,7 @@ def times(*factors: Number) -> Number:
 def plus(terms: Sequence[Number]) -> Number:
     """Returns the sum of bounds."""
     if any(isinstance(term, jax.core.Tracer) for term in terms):
-        total = jnp.sum(jnp.stack([jnp.asarray(term, _dtype(terms)) for term in terms]))
+        total = jnp.sum(_stacked(terms))
         return total * (1 + len(terms) * float(jnp.finfo(total.dtype).eps))
     return math.fsum(float(term) for term in terms) * (1 + 2**-51)
 
@@ -69,7 +71,7 @@ def hypot(terms: Sequence[Number]) -> Number:
     if len(terms) == 1:
         return terms[0]
     if any(isinstance(term, jax.core.Tracer) for term in terms):
-        array = jnp.stack([jnp.asarray(term, _dtype(terms)) for term in terms])
+        array = _stacked(terms)
         top = jax.lax.stop_gradient(jnp.max(array))
         scale = jnp.where((top > 0) & jnp.isfinite(top), top, 1)
         square = jnp.sum((array / scale) ** 2)
@@ -81,7 +83,7 @@ def hypot(terms: Sequence[Number]) -> Number:
 def maximum(terms: Sequence[Number]) -> Number:
     """Returns the largest of bounds."""
     if any(isinstance(term, jax.core.Tracer) for term in terms):
-        return jnp.max(jnp.stack([jnp.asarray(term, _dtype(terms)) for term in terms]))
+        return jnp.max(_stacked(terms))
     return max(float(term) for term in terms)
 
 
@@ -89,7 +91,7 @@ def minimum(terms: Sequence[Number | None]) -> Number:
     """Returns the smallest of bounds; None is no bound, and neither is NaN."""
     given = [term for term in terms if term is not None]
     if any(isinstance(term, jax.core.Tracer) for term in given):
-        array = jnp.stack([jnp.asarray(term, _dtype(given)) for term in given])
+        array = _stacked(given)
         return jnp.min(jnp.where(jnp.isnan(array), jnp.inf, array))
     return min(float(term) for term in given if not math.isnan(float(term)))
 
@@ -97,14 +99,33 @@ def minimum(terms: Sequence[Number | None]) -> Number:
 def rounded_up(bound: Number, dtype: Any) -> jax.Array:
     """Returns the bound as an array, at least as large."""
     if isinstance(bound, jax.core.Tracer):
-        return bound.astype(dtype) * (1 + jnp.finfo(dtype).eps)
+        return _upwards(bound, dtype) * (1 + jnp.finfo(dtype).eps)
     with np.errstate(over="ignore"):
         found = np.asarray(bound, dtype)
         return jnp.asarray(np.nextafter(found, np.asarray(np.inf, dtype)) if float(found) < bound else found)
 
 
+def _stacked(terms: Sequence[Number]) -> jax.Array:
+    """Returns bounds as one array, none of them smaller."""
+    dtype = _dtype(terms)
+    return jnp.stack([_upwards(term, dtype) for term in terms])
+
+
+def _upwards(term: Number, dtype: Any) -> jax.Array:
+    """Returns a bound as an array of a dtype, at least as large; what is positive stays so."""
+    if not isinstance(term, jax.core.Tracer):
+        found = rounded_up(term, dtype)
+        return jnp.maximum(found, _tiny(dtype)) if float(term) > 0 else found
+    if term.dtype == dtype:
+        return term
+    found = term.astype(dtype) * (1 + float(jnp.finfo(dtype).eps))
+    return jnp.where(term > 0, jnp.maximum(found, _tiny(dtype)), found)
+
+
 def _dtype(terms: Sequence[Number]) -> Any:
-    return next(term.dtype for term in terms if isinstance(term, jax.core.Tracer))
+    """Returns the widest dtype of those that are traced."""
+    dtypes = [term.dtype for term in terms if isinstance(term, jax.core.Tracer)]
+    return max(dtypes, key=lambda dtype: jnp.finfo(dtype).bits)
 
 
 def _tiny(dtype: Any) -> float:

@@ -20,7 +20,7 @@ import numpy as np
 from opnorm_jax._conv import Conv
 from opnorm_jax._kernel.bounds import operator_norm_bounds
 from opnorm_jax._program import ranges
-from opnorm_jax._program.jaxpr import open_jaxpr, programs_inside
+from opnorm_jax._program.jaxpr import open_jaxpr, programs_inside, takes_real_part
 from opnorm_jax._program.movement import is_plain
 from opnorm_jax._program.numbers import Number, hypot, largest, plus, times
 
@@ -34,9 +34,9 @@ class Refused(ValueError):
 RULES: dict[str, Rule] = {}
 
 _ON_COMPLEX_NUMBERS = frozenset(
-    """abs add add_any broadcast_in_dim complex concatenate conj copy cumsum div dynamic_slice dynamic_update_slice fft
-    gather imag mul neg pad real reduce_sum reduce_window_sum reshape rev scatter scatter-add scatter-sub select_n slice
-    split squeeze stack sub tile transpose unstack""".split()
+    """abs add add_any broadcast_in_dim complex concatenate conj convert_element_type copy cumsum div dynamic_slice
+    dynamic_update_slice fft gather imag mul neg pad real reduce_sum reduce_window_sum reshape rev scatter scatter-add
+    scatter-sub select_n slice split squeeze stack sub tile transpose unstack""".split()
 )
 """Operations whose rules hold of complex numbers too, which are pairs of real ones. Others may have no constant."""
 
@@ -121,6 +121,14 @@ _SLOPES = _LINEAR | {name: max(-lowest, highest) for name, (lowest, highest) in 
 def _elementwise(eqn, ins):
     """A function applied to each element changes by at most its largest slope times the change."""
     return times(ins[0].bound, _SLOPES[eqn.primitive.name])
+
+
+@rule("convert_element_type")
+def _real_part(eqn, ins):
+    """A cast of complex numbers to real ones takes the real part. Others that come here are to coarser numbers."""
+    if not takes_real_part(eqn):
+        raise refused(eqn)
+    return ins[0].bound
 
 
 @rule("exp", "exp2", "expm1", "integer_pow", "log", "log1p", "rsqrt", "sqrt", "square")
@@ -304,29 +312,32 @@ def _pool(eqn, ins):
     if any(map(is_signal, ins[1:])):
         raise refused(eqn, "starts from something that depends on the input")
     norm = 1.0
-    for matrix in _windows(eqn):
+    for n, (length, outputs) in enumerate(zip(eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape)):
+        size = eqn.params["window_dimensions"][n]
+        if outputs * size > 2**26:  # a window holds so many elements, and an element is in so many windows, at most
+            norm *= size if operation in ("add", "sum") else math.sqrt(size)
+            continue
+        rows, columns = _windows(eqn, n)
+        most = lambda places: np.bincount(places).max(initial=0)
         if operation in ("max", "min"):
-            norm *= math.sqrt(matrix.sum(0).max(initial=0))
-        elif matrix.size <= 2**20:
-            norm *= float(np.linalg.norm(matrix.astype(np.float64), 2)) * (1 + 1e-12)
+            norm *= math.sqrt(most(columns))
+        elif outputs * length <= 2**20:
+            matrix = np.zeros((outputs, length))
+            np.add.at(matrix, (rows, columns), 1)
+            norm *= float(np.linalg.norm(matrix, 2)) * (1 + 1e-12)
         else:  # the root of the largest row sum times the largest column sum is no smaller
-            norm *= math.sqrt(matrix.sum(1).max(initial=0) * matrix.sum(0).max(initial=0))
+            norm *= math.sqrt(most(rows) * most(columns))
     return times(ins[0].bound, norm)
 
 
-def _windows(eqn: Any) -> list[np.ndarray]:
-    """For each axis, which elements (columns) each window (row) holds."""
-    params, matrices = eqn.params, []
-    for n, (length, outputs) in enumerate(zip(eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape)):
-        size, step = params["window_dimensions"][n], params["window_strides"][n]
-        (low, _), dilation = params["padding"][n], params["window_dilation"][n]
-        spread = params["base_dilation"][n]
-        at = step * np.arange(outputs)[:, None] + dilation * np.arange(size) - low
-        matrix = np.zeros((outputs, length), np.int64)
-        rows, _ = np.nonzero(held := (at % spread == 0) & (at >= 0) & (at < length * spread))
-        np.add.at(matrix, (rows, at[held] // spread), 1)
-        matrices.append(matrix)
-    return matrices
+def _windows(eqn: Any, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lists for an axis which window holds which element: the numbers of windows, and those of elements."""
+    params, length, outputs = eqn.params, eqn.invars[0].aval.shape[n], eqn.outvars[0].aval.shape[n]
+    (low, _), spread = params["padding"][n], params["base_dilation"][n]
+    starts = params["window_strides"][n] * np.arange(outputs)[:, None] - low
+    at = starts + params["window_dilation"][n] * np.arange(params["window_dimensions"][n])
+    rows, _ = np.nonzero(held := (at % spread == 0) & (at >= 0) & (at < length * spread))
+    return rows, at[held] // spread
 
 
 # Linear maps.

@@ -61,7 +61,16 @@ class Layer(NamedTuple):
         # is larger than the whole, and its Frobenius norm is at most the root of its rank times that.
         *taps, i, o = canonical_shape(self.kernel, self.conv)
         slack = 1 + self.roundings * float(jnp.finfo(self.kernel.dtype).eps) * math.prod(taps) * math.sqrt(min(i, o))
-        return times(self.before.bound, plus([times(norm, slack), self.lost]), self.scale)
+        lost = plus([self.lost, _subnormal(self.kernel) * math.prod(taps) * math.sqrt(i * o)])
+        return times(self.before.bound, plus([times(norm, slack), lost]), self.scale)
+
+
+def _subnormal(kernel: jax.Array) -> float:
+    """Returns the smallest normal number if a known array holds smaller ones, which count as zero; else 0."""
+    if isinstance(kernel, jax.core.Tracer):
+        return 0.0
+    array, tiny = np.asarray(kernel), float(jnp.finfo(kernel.dtype).tiny)
+    return tiny if ((array != 0) & (abs(array) < tiny)).any() else 0.0
 
 
 @functools.partial(jax.jit, static_argnums=1)  # which leaves the lower bound uncomputed
@@ -99,8 +108,9 @@ class Signal:
             self.depth = 1
 
     def settle(self) -> None:
-        """Computes the bound now. If there is none, whoever needs it hears of that."""
+        """Computes the bound and the range now. If there is none, whoever needs it hears of that."""
         try:
+            self.range  # noqa: B018
             self.bound  # noqa: B018
         except Refused:
             pass

@@ -36,6 +36,7 @@ class Activation(NamedTuple):
     slope: Callable[..., Any]  # of the parameters: the largest modulus of a slope; infinite where out of its domain
     parameters: int = 0
     lowest: Callable[..., Any] | float = 0.0  # of the parameters: the lowest slope, or that itself
+    rounded: float = 0.0  # by how much both are further out where the function's constants are rounded to 16 bits
 
 
 def _constant(slope: float) -> Callable[..., Any]:
@@ -68,7 +69,9 @@ ACTIVATIONS = [
     Activation(
         "elu by expm1", lambda x, a: jnp.where(x > 0, x, a * jnp.expm1(x)), _at_least_one, 1, lowest=_at_most_zero
     ),
-    Activation("gelu", lambda x: jax.nn.gelu(x, approximate=True), _constant(1.1289931), lowest=-0.1289931),
+    Activation(
+        "gelu", lambda x: jax.nn.gelu(x, approximate=True), _constant(1.1289931), lowest=-0.1289931, rounded=4e-5
+    ),
     Activation("gelu, exact", lambda x: jax.nn.gelu(x, approximate=False), _constant(1.1289042), lowest=-0.1289042),
     Activation(
         "gelu by erf", lambda x: 0.5 * x * (1 + jax.lax.erf(x / math.sqrt(2))), _constant(1.1289042), lowest=-0.1289042
@@ -78,6 +81,7 @@ ACTIVATIONS = [
         lambda x: 0.5 * x * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
         _constant(1.1289931),
         lowest=-0.1289931,
+        rounded=4e-5,
     ),
     Activation("hard_sigmoid", jax.nn.hard_sigmoid, _constant(1 / 6)),
     Activation("hard_swish", jax.nn.hard_swish, _constant(1.5), lowest=-0.5),
@@ -91,7 +95,7 @@ ACTIVATIONS = [
     *_by_sign("relu", lambda x: 0.0, _constant(1.0)),
     *_by_sign("abs", lambda x: -x, _constant(1.0), lowest=-1.0),
     Activation("relu6", jax.nn.relu6, _constant(1.0)),
-    Activation("selu", jax.nn.selu, _constant(1.7580994)),
+    Activation("selu", jax.nn.selu, _constant(1.7580994), rounded=2e-4),
     Activation("sigmoid by exp", lambda x: 1 / (1 + jnp.exp(-x)), _constant(0.25)),
     Activation("silu", jax.nn.silu, _constant(1.0998394), lowest=-0.0998394),
     Activation("silu by exp", lambda x: x / (1 + jnp.exp(-x)), _constant(1.0998394), lowest=-0.0998394),
@@ -134,14 +138,15 @@ def find(signal: Any) -> tuple[str, Any, Any, Any] | None:
     The first is the largest modulus of a slope, which is the highest slope too; the second is the lowest.
     """
     name, dtype = signal.eqn.primitive.name, np.dtype(signal.eqn.outvars[0].aval.dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
+    if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 16:
         return None
     for activation, expression in _expressions(dtype).get(name, ()):
         for bound in _matches(expression, signal, {}):
             parameters = [jnp.asarray(bound[n]) for n in range(activation.parameters)]
             lowest = activation.lowest(*parameters) if callable(activation.lowest) else activation.lowest
-            largest = jnp.max(jnp.asarray(activation.slope(*parameters)))
-            return activation.name, bound["x"], largest, jnp.min(jnp.asarray(lowest))
+            rounded = activation.rounded if jnp.finfo(dtype).bits == 16 else 0.0
+            largest = jnp.max(jnp.asarray(activation.slope(*parameters))) + rounded
+            return activation.name, bound["x"], largest, jnp.min(jnp.asarray(lowest)) - rounded
     return None
 
 

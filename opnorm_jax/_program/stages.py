@@ -30,6 +30,8 @@ _LARGEST_SIDE = 2048
 _LARGEST_BYTES = 2**30
 """The roots that are carried from stage to stage take so many bytes at most."""
 
+_LAYERS = ("conv_general_dilated", "dot_general")
+
 _WORTH_CARRYING = 1.01
 """Roots that show at most so many times the product's gain are kept: later stages may make up for it."""
 
@@ -56,6 +58,7 @@ class _Carrier:
 
     def __init__(self, cuts: list[Signal], parts: dict[int, Part], dtype: Any):
         self.cuts, self.parts, self.dtype = cuts, parts, dtype
+        self.layers = self._next_layers()
         self.scale: Number = 1.0
         # A run of stages through which roots are carried, and what it gains.
         self.legs: list[Leg] = []
@@ -136,24 +139,30 @@ class _Carrier:
 
     def _layout(self, at: int) -> Layout | None:
         """Returns the axes of the first convolution behind a cut; of a dense layer if that comes first."""
-        rank = len(self.cuts[at].shape)
-        for signal in self.cuts[at + 1 :]:
-            for inner in self._between(signal):
-                part = self.parts[id(inner)]
-                if part.kind == "conv_general_dilated":
-                    spec = inner.eqn.params["dimension_numbers"].lhs_spec
-                    return Layout(spec[1], tuple(spec[2:])) if len(spec) == rank else None
-                if part.kind == "dot_general":
-                    return DENSE if rank else None
-        return None
+        rank, layer = len(self.cuts[at].shape), self.layers[at]
+        if layer is None:
+            return None
+        if self.parts[id(layer)].kind == "dot_general":
+            return DENSE if rank else None
+        spec = layer.eqn.params["dimension_numbers"].lhs_spec
+        return Layout(spec[1], tuple(spec[2:])) if len(spec) == rank else None
 
-    def _between(self, signal: Signal) -> list[Signal]:
+    def _next_layers(self) -> list[Signal | None]:
+        """Returns the first convolution or dense layer behind each cut."""
+        stop, following = set(map(id, self.cuts)), None
+        found = []
+        for signal in reversed(self.cuts):
+            found.append(following)
+            own = (one for one in self._between(signal, stop) if self.parts[id(one)].kind in _LAYERS)
+            following = next(own, following)
+        return found[::-1]
+
+    def _between(self, signal: Signal, stop: set[int]) -> list[Signal]:
         """Returns a cut's own operations, back to the cut before: nearest first."""
-        stop = {id(cut) for cut in self.cuts if cut is not signal}
         found, stack, seen = [], [signal], set()
         while stack:
             one = stack.pop()
-            if id(one) in stop or id(one) in seen:
+            if (id(one) in stop and one is not signal) or id(one) in seen:
                 continue
             seen.add(id(one))
             found.append(one)
@@ -265,7 +274,9 @@ def _is_summed(signal: Signal, part: Part, layout: Layout) -> bool:
         params = part.data.params
         whole = tuple(n if axis in layout.spatial else 1 for axis, n in enumerate(shape))
         unpadded = not any(map(any, params["padding"]))
-        return tuple(params["window_dimensions"]) == whole and unpadded and layout.channel == len(shape) - 1
+        spread = {*(params.get("base_dilation") or (1,)), *(params.get("window_dilation") or (1,))} != {1}
+        is_whole = tuple(params["window_dimensions"]) == whole and unpadded and not spread
+        return is_whole and layout.channel == len(shape) - 1
     return False
 
 

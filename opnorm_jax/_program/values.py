@@ -34,9 +34,9 @@ class Value:
     @functools.cached_property
     def elements(self) -> ElementMap:
         """Which element of earlier arrays each element is. Raises ``NotUnderstood``."""
-        if self.kernel is not None:
-            return self.kernel.elements
-        return self.movement() if self.movement else identity(Source(self.shape))
+        if self.movement:
+            return self.movement()
+        return self.kernel.elements if self.kernel else identity(Source(self.shape))
 
     def use(self) -> None:
         """Notes that something is computed from a layer's output, as far as that is wrapped around by now."""
@@ -52,12 +52,14 @@ class Site:
     spatial: dict[int, int] = dataclasses.field(default_factory=dict)  # the output's spatial axes and their lengths
     covers: tuple[bool, ...] = ()  # whether the output holds all that the kernel reaches
     image: Value | None = None  # the layer's input
-    uses: list[dict[int, int]] = dataclasses.field(default_factory=list)  # the periods of each use of its output
+    # The periods of its output where that was wrapped around, and those at each use of it.
+    wraps: list[dict[int, int]] = dataclasses.field(default_factory=list)
+    uses: list[dict[int, int]] = dataclasses.field(default_factory=list)
 
     def decided(self) -> Conv | str:
-        if not any(self.uses) or isinstance(self.found, str):
+        if not self.wraps or isinstance(self.found, str):
             return self.found
-        conv, periods = self.found, self.uses[0]
+        conv, periods = self.found, max(self.wraps, key=len)
         if any(use != periods for use in self.uses):
             return "its output is used both wrapped around and as it is: no Conv says so"
         circle = tuple(n * e for n, e in zip(conv.input_shape, conv.input_dilation))
@@ -133,15 +135,19 @@ def join(one: Value, other: Value) -> Value:
 
 
 def unmoved(values: Sequence[Value], where: str, shape: tuple[int, ...] | None = None) -> ElementMap:
-    """Returns the map of an array that counts as one of its own, if none of ``values`` holds copies or constants."""
-    for value in values:
-        if value.from_input and not value.elements.is_injective:
+    """Returns the map of an array that counts as one of its own, if none of ``values`` holds copies or constants.
+
+    Those of fn's input count; if there are none, those that were moved, because the image may be made inside.
+    """
+    followed = [value for value in values if value.from_input] or [value for value in values if value.movement]
+    for value in followed:
+        if not value.elements.is_injective:
             raise NotUnderstood(f"its input was padded or copied before {where}")
     return identity(Source(values[0].shape if shape is None else shape))
 
 
 def entering_a_loop(value: Value) -> Value:
-    if value.kernel or not (value.from_input or value.output):
+    if value.kernel or not (value.from_input or value.output or value.movement):
         return value
     value.use()
     return dataclasses.replace(value, output=None, movement=lambda: unmoved([value], "it entered a loop"))

@@ -160,7 +160,9 @@ def check_max_norms(max_norm: Any, schedules: bool = False) -> None:
 
 def bounded_layers(params: Any, max_norm: Any, convs: Any) -> list[tuple[int, Layer, Any]]:
     """Lists the layers that have a bound in a prefix tree of bounds: index of the leaf, layer, bound."""
-    bounds = broadcast(max_norm, params, "max_norm", lambda node: node is None or callable(node))
+    bounds = broadcast(
+        max_norm, params, "max_norm", lambda node: node is None or isinstance(node, jax.tree_util.Partial)
+    )
     rows = enumerate(zip(find_layers(params, convs), bounds, strict=True))
     return [(n, layer, bound) for n, (layer, (*_, bound)) in rows if layer is not None and bound is not None]
 

@@ -732,3 +732,90 @@ def test_resnet18_against_flax_itself():
         for path, (shape, strides) in seen.items()
     }
     assert all(conv is None for conv in jax.tree.leaves(found["batch_stats"]))
+
+
+NARROW = functools.partial(lax.conv_general_dilated, window_strides=(1,), dimension_numbers=("NWC", "WIO", "NWC"))
+RING = lambda x: jnp.pad(x, ((0, 0), (1, 1), (0, 0)), mode="wrap")
+DRAWN = lambda *shape: jax.random.normal(jax.random.key(0), shape)
+MATRICES = {"w": jnp.ones((4, 5)), "v": jnp.ones((5, 5))}
+MADE = {  # programs that make their image, and the kernels that they must be found to have
+    "a product of constants": (lambda p: jnp.tanh(jnp.ones((3, 2)) @ DRAWN(2, 4) @ p["w"]) @ p["v"], MATRICES),
+    "behind a fixed filter": (
+        lambda p: NARROW(DRAWN(1, 8, 4), jnp.ones((3, 4, 4)), padding="VALID") @ p["w"] @ p["v"],
+        MATRICES,
+    ),
+    "a scan over noise": (
+        lambda p: lax.scan(lambda c, z: (jnp.tanh(z @ p["w"] + c @ p["v"]), None), jnp.zeros((2, 5)), DRAWN(3, 2, 4))[
+            0
+        ],
+        MATRICES,
+    ),
+    "a loop over noise": (
+        lambda p: lax.fori_loop(0, 3, lambda _, z: jnp.tanh(z), DRAWN(2, 4)) @ p["w"] @ p["v"],
+        MATRICES,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_matrices_behind_images_that_fn_makes(name):
+    fn, params = MADE[name]
+    assert oj.find_convs(fn, params, dense=True) == dict.fromkeys(params, oj.Conv(()))
+
+
+def test_images_that_fn_makes():
+    k, x = {"k": jnp.ones((3, 1, 1)), "x": jnp.ones((1, 5, 1))}, jnp.ones((1, 5, 1))
+    valid = lambda p, image: NARROW(image, p["k"], padding="VALID")
+    shifted = lambda p: valid(p, RING(DRAWN(1, 5, 1)) + jnp.full((1, 7, 1), 2.0))
+    assert oj.find_convs(shifted, k)["k"].padding == "CIRCULAR"
+    edge = lambda x: jnp.pad(x, ((0, 0), (1, 1), (0, 0)), mode="edge")
+    for image in (
+        lambda p: lax.map(lambda row: RING(row[None])[0], p["x"]),
+        lambda p: lax.cond(p["k"].sum() > 0, RING, edge, p["x"]),
+        lambda p: lax.fori_loop(0, 2, lambda _, y: y[:, ::-1], RING(p["x"])),
+    ):
+        with pytest.raises(ValueError, match="padded or copied before"):
+            oj.find_convs(lambda p, image=image: valid(p, image(p)), k)
+    chosen = lambda p: NARROW(jax.nn.leaky_relu(x + p["x"]), p["k"], padding="SAME")
+    assert oj.find_convs(chosen, k) == {"k": oj.Conv((5,), padding=((1, 1),)), "x": None}
+
+
+def test_what_is_no_layer_stays_none():
+    """An embedding of positions, a probe of attention, a fixed random filter, rows of a table."""
+    embedded = lambda p, x: NARROW(x + (jnp.ones((9, 6)) @ p["e"][0])[None], p["k"], padding="SAME")
+    params, same = {"e": jnp.ones((1, 6, 2)), "k": jnp.ones((3, 2, 2))}, oj.Conv((9,), padding=((1, 1),))
+    assert oj.find_convs(embedded, params, jnp.ones((1, 9, 2))) == {"e": None, "k": same}
+
+    def pooled(p, x):
+        features = NARROW(x, p["k"], padding="SAME")
+        return jax.nn.softmax(jnp.tile(p["e"], (2, 1, 1)) / 2 @ features.swapaxes(1, 2)) @ features
+
+    assert oj.find_convs(pooled, params, jnp.ones((2, 9, 2))) == {"e": None, "k": same}
+    fixed = lambda p, x: NARROW(NARROW(x, DRAWN(3, 2, 2), padding="SAME"), p["k"], padding="SAME")
+    assert oj.find_convs(fixed, params, jnp.ones((1, 9, 2))) == {"e": None, "k": same}
+    for tokens in (lambda: jnp.array([[1, 1, 3]]), lambda: jax.random.randint(jax.random.key(0), (1, 3), 0, 6)):
+        rows = lambda p, tokens=tokens: NARROW(p["e"][0][tokens()], p["k"], padding="SAME")
+        assert oj.find_convs(rows, params) == {"e": None, "k": oj.Conv((3,), padding=((1, 1),))}
+
+
+def test_matrices_of_copied_rows():
+    """Copies of whole rows are no business of the matrix; copies within a row are."""
+    w, x = jnp.ones((4, 3)), jnp.ones((2, 4))
+    assert oj.find_convs(lambda w, x: jnp.repeat(x, 3, 0) @ w, w, x, dense=True) == oj.Conv(())
+    with pytest.raises(ValueError, match="copies of the same elements"):
+        oj.find_convs(lambda w, x: jnp.concatenate([x[:, :2], x[:, :2]], -1) @ w, w, x, dense=True)
+    queries = lambda p, x: jax.nn.softmax((p["q"] @ p["w"] + 1.0) @ (x @ p["k"]).T) @ x
+    found = oj.find_convs(queries, {key: jnp.ones((4, 4)) for key in "qwk"}, x, dense=True)
+    assert found == {"q": None, "w": oj.Conv(()), "k": oj.Conv(())}
+
+
+def test_circular_transposed_layers_in_branches_and_loops():
+    layer = nn.ConvTranspose(1, (3,), padding="CIRCULAR", use_bias=False)
+    params, x = {"params": {"kernel": jnp.ones((3, 1, 1))}}, jnp.ones((1, 4, 1))
+    for fn in (
+        lambda p, x: lax.cond(x.sum() > 0, lambda x: layer.apply(p, x), lambda x: x, x),
+        lambda p, x: lax.map(lambda row: layer.apply(p, row[None])[0], x),
+        lambda p, x: lax.reduce(layer.apply(p, x), 0.0, lambda a, b: a + b, (0, 1, 2)),
+        lambda p, x: jnp.zeros((1, 4, 1)).at[jnp.array([0])].add(layer.apply(p, x)),
+    ):
+        assert oj.find_convs(fn, params, x)["params"]["kernel"].padding == "CIRCULAR"

@@ -212,6 +212,13 @@ REACHED = {
     "MaxMin of pairs that constants were added to": ("u = jnp.full((1,), 5, x.dtype).at[jnp.array([0])].add(x[:1])\nx = jnp.concatenate([jnp.maximum(u, x[1:]), jnp.minimum(x[:1], x[1:])])", (2,), 1.414),
     "factors of channels that underflow": ("x = ((x @ jnp.diag(jnp.array([1, 1e-10], x.dtype))) * jnp.array([1, 1e-30], x.dtype)) * jnp.array([1e-30, 1e30], x.dtype)", (1, 2), 0.999e-10),
     "weights of eight bits": ("x = x @ jnp.diag(jnp.array([1.1874, 1], x.dtype)).astype(jnp.float8_e5m2).astype(x.dtype)", (2,), 1.249),
+    "a sum over every other pixel": ("y = lax.conv_general_dilated(jnp.concatenate([x, x[:, :1]], 1), jnp.array([1, -1], x.dtype).reshape(2, 1, 1), (1,), 'VALID', dimension_numbers=('NHC', 'HIO', 'NHC'))\nx = lax.reduce_window(y, jnp.zeros((), x.dtype), lax.add, (1, 8, 1), (1, 8, 1), 'VALID', base_dilation=(1, 2, 1))", (1, 8, 1), 1.414),
+    "MaxMin of pairs that a constant hides in": ("a, b = x[:4], x[4:]\nw = lax.pad(a, jnp.asarray(7, x.dtype), [(0, 4, 0)]).at[np.arange(4, 8)].add(b)\nx = jnp.concatenate([jnp.maximum(a, b), jnp.minimum(w[:4], w[4:])])", (8,), 1.414),
+    "weights smaller than the smallest normal number": ("x = (x @ jnp.asarray(np.eye(2) * 1e-40, x.dtype)) * jnp.asarray(1e38, x.dtype)", (2,), 0.00999),
+    "long pools": ("x = lax.reduce_window(x, -jnp.inf, lax.max, (2,), (1,), 'SAME')", (100000,), 1.414),
+    "long sums": ("x = lax.reduce_window(x, jnp.zeros((), x.dtype), lax.add, (2,), (1,), 'SAME')", (100000,), 1.99),
+    "a long chain": ("x = lax.scan(lambda c, _: (c * 0.999, None), x, None, length=1500)[0]", (3,), 0.222),
+    "gelu in bfloat16": ("x = jax.nn.gelu(x.astype(jnp.bfloat16)).astype(x.dtype)", (3,), 1.1290),
     "the bits of a half": ("x = x * (jnp.array([100, 1], x.dtype) * lax.bitcast_convert_type(p['half'].ravel()[0], jnp.uint16).astype(x.dtype) / 15360)", (2,), 99.9),
     "products with vectors and with matrices": ("numbers = (((0,), (0,)), ((), ()))\nx = jnp.concatenate([lax.dot_general(x, jnp.full((1,), 2, x.dtype), numbers)[None], lax.dot_general(x, jnp.full((1, 1), 2, x.dtype), numbers)])", (1,), 2.82),
     "a convolution without pixels": ("x = lax.conv_general_dilated(x, jnp.full((2, 2), 3, x.dtype), (), 'VALID')", (1, 2), 5.99),
@@ -331,6 +338,8 @@ NEVER = {
     "a jitted square called silu": "def silu(x): return x * x\nx = jax.jit(silu)(x)",
     "searched": "x = jnp.searchsorted(jnp.arange(3.0), x).astype(x.dtype)",
     "one over a sum": "x = 1 / (1 + jnp.sum(x))",
+    "a softmax over another sum": "e = jnp.exp(x.reshape(2, 2))\nt = e.sum(1)\nx = e / lax.pad(t[:1], jnp.asarray(-1.99, x.dtype), [(0, 1, 0)]).at[np.arange(1, 2)].add(t[1:])[:, None]",
+    "the square of a long chain": "for _ in range(200): x = jax.nn.relu(x) + 0.5\nx = x * x",
     "eight bits": "x = x.astype(jnp.float8_e4m3fn).astype(x.dtype)",
     "a mantissa of no bits": "x = lax.reduce_precision(x, 8, 0)",
     "a sine off the real axis": "x = jnp.sin(1j * x).imag",
@@ -511,3 +520,32 @@ def test_windows_that_start_from_the_input_are_refused():
     fn = lambda p, x: jax.lax.reduce_window(x, x[0], jax.lax.add, (3,), (1,), "VALID")
     with pytest.raises(ValueError, match="starts from something that depends on the input|add, max nor min"):
         oj.lipschitz_bound(fn, None, jnp.ones(6))
+
+
+def test_factors_that_underflow_beside_traced_ones():
+    """Known factors whose product no single-precision number can hold, times traced ones."""
+    for fn in (lambda p, x: (x * 1e-25 * 1e-25) @ p @ p, lambda p, x: ((x * 1e-25) @ p * 1e-25) @ p):
+        bound = lambda p, fn=fn: oj.lipschitz_bound(fn, p, jnp.ones(2))
+        kernel = 1e30 * jnp.eye(2)
+        assert bound(kernel) >= 0.9999e10 and jax.jit(bound)(kernel) >= 0.9999e10
+
+
+def test_arrays_are_taken_as_jax_takes_them():
+    """With single precision a NumPy array of doubles is rounded, and so it is 1 here."""
+    factor = np.full(2, 1 - 2.9e-8)
+
+    def fn(p, x):
+        for _ in range(40):
+            x = x * p
+        return x
+
+    assert oj.lipschitz_bound(fn, factor, jnp.ones(2)) >= 1
+
+
+def test_bounds_of_mixed_precision_are_rounded_upwards(x64):
+    rng = np.random.default_rng(0)
+    fn = lambda p, x: (x @ p["a"]).astype(jnp.float32) @ p["b"]
+    for _ in range(12):
+        p = {"a": jnp.asarray(rng.standard_normal((3, 3))), "b": jnp.asarray(rng.standard_normal((3, 3)), jnp.float32)}
+        truth = np.linalg.norm(np.asarray(p["a"]) @ np.asarray(p["b"], np.float64), 2)
+        assert jax.jit(lambda p: oj.lipschitz_bound(fn, p, jnp.ones(3)))(p) >= truth

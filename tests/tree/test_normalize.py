@@ -314,6 +314,10 @@ def test_bounds_may_differ_and_leave_layers_free():
     assert seen["free"]["c"] is params["free"]["c"]
     with pytest.raises(ValueError, match="expected max_norm to have the structure of the parameters"):
         oj.normalize(fn, {"one": 1.0})(params, x)
+    model = eqx.nn.Sequential([eqx.nn.Linear(4, 4, key=jax.random.key(0))])  # a module, which can be called
+    arrays, static = eqx.partition(model, eqx.is_inexact_array)
+    held = oj.normalize(lambda p, x: eqx.combine(p, static)(x), jax.tree.map(lambda _: 0.5, arrays), dense=True)
+    assert norm_of(lambda x: held(arrays, x), (4,)) <= 0.5 + 1e-5
     with pytest.raises(ValueError, match=r"max_norm\['one'\]: expected max_norm to be positive"):
         oj.normalize(fn, {"one": -1.0, "free": None, "stack": None})
 
@@ -343,7 +347,20 @@ class Repeated(nn.Module):
         return jnp.repeat(nn.Conv(2, (3, 3))(x), 2, 1)
 
 
-@pytest.mark.parametrize("module", [Residual, Twice, Scaled, Repeated, lambda: nn.ConvLocal(2, (3, 3))])
+class Gathered(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return jnp.zeros((1, 2)).at[jnp.zeros(25, int)].add(nn.Dense(2)(x).reshape(25, 2))
+
+
+def shared():
+    members = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+    return nn.vmap(nn.Conv, in_axes=None, out_axes=0, axis_size=3, **members)(2, (3, 3))
+
+
+@pytest.mark.parametrize(
+    "module", [Residual, Twice, Scaled, Repeated, Gathered, shared, lambda: nn.ConvLocal(2, (3, 3))]
+)
 def test_wrappers_refuse_what_is_not_one_layer(module):
     with pytest.raises(ValueError, match="applies one kernel once to its input|copies of the same elements"):
         oj.linen.OperatorNorm(module()).init(jax.random.key(0), jnp.ones((1, 5, 5, 2)))

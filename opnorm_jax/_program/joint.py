@@ -26,11 +26,14 @@ from opnorm_jax._blocks.linalg import adjoint
 from opnorm_jax._geometry import half_grid
 from opnorm_jax._program.sdp import Linear, Stage, certify, linear_part, mirrored, summed
 
-_TRIES = 600
-"""The value and its gradient are computed so many times at most."""
+_TRIES = 60
+"""The value and its gradient are computed so many times, where not all frequencies are looked at.
 
-_LARGE_TRIES = 60
-"""So many times where the operations of a value are all those that are allowed."""
+More would fit the multipliers to the frequencies that are.
+"""
+
+_MOST_TRIES = 600
+"""So many times at most where all are looked at."""
 
 _OPERATIONS = 4e8
 """At least so many operations are allowed for one value and its gradient, about 0.3 seconds.
@@ -161,7 +164,8 @@ def _sampled(legs: Sequence[Leg]) -> tuple[list[Leg], int] | None:
         sample = _on_circle(legs, np.minimum(whole, points) * strides)
         if _operations(sample) <= allowed or points <= 4:
             break
-    tries = int(min(_TRIES, _LARGE_TRIES * allowed / _operations(sample)))
+    most = _MOST_TRIES if _operations(sample) == _operations(legs) else _TRIES
+    tries = int(min(most, _TRIES * allowed / _operations(sample)))
     return (sample, tries) if tries >= _LEAST_TRIES else None
 
 

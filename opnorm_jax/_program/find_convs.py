@@ -451,12 +451,12 @@ def _product(eqn: Any, ins: list[Value], sites: Sites) -> Value:
             kernels.add(value.kernel.leaf)
             if not sites.dense:
                 continue
-        # A product of two parameters is no layer, except that a learned array may be multiplied by a matrix. What fn
-        # makes itself may be an image, or a basis of a parameter: the latter if there is no more than one pixel axis.
-        is_image = other.from_input or other.captured
-        is_made = not other.leaves and other.shape != () and (sites.dense or len(found.input_shape) > 1)  # type: ignore[union-attr]
-        is_learned = me == 1 and other.leaves and isinstance(found, Conv) and not found.input_shape
-        if is_image or is_made or is_learned or (me == 1 and other.leaves and not other.kernel and sites.dense):
+        # What fn makes itself may be an image, or the basis of a parameter: it is taken for that if there is one pixel
+        # axis. A product of two parameters is no layer, except that a learned array may be multiplied by a matrix.
+        pixels = len(found.input_shape) if isinstance(found, Conv) else 0
+        is_made = not other.leaves and other.shape != () and (sites.dense or pixels > 1)
+        is_learned = me == 1 and other.leaves and not pixels and (isinstance(found, Conv) or not other.kernel)
+        if other.from_input or other.captured or is_made or is_learned:
             try:
                 if isinstance(found, Conv):
                     sites.check(value.kernel.leaf, found)

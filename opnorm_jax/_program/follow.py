@@ -34,17 +34,18 @@ def results_of(program: Any, eqn: Any, ins: list[Value]) -> list[Value]:
     maps = functools.cache(lambda: _moved(eqn, ins))
     moves = name in MOVES and any(value.shape != () for value in ins)
     movements = [(lambda n=n: maps()[n]) if moves else None for n in range(len(shapes))]
-    sums = ("add", "sub", "add_any", "neg")
-    moving = [value for value in ins if value.movement and value.shape != ()]
-    if name in sums and len(moving) == 1 and moving[0].shape == shapes[0]:
-        movements = [lambda: moving[0].elements]  # what is added does not depend on the image
+    followed = [value for value in ins if value.from_input]
+    # The image may be none of fn's input.
+    carrying = followed or [value for value in ins if value.output]
+    carrying = carrying or [value for value in ins if value.movement and value.shape != ()]
+    is_shifted = name in ("add", "sub", "add_any", "neg") and len(carrying) == 1 and carrying[0].shape == shapes[0]
+    if is_shifted:  # what is added does not depend on the image
+        movements = [lambda: carrying[0].elements]
     if all(value.constant for value in ins):
         evaluated = functools.cache(lambda: _evaluated(program, eqn, ins))
         given = enumerate(zip(shapes, movements, strict=True))
         return [Value(shape, constant=lambda n=n: evaluated()[n], movement=movement) for n, (shape, movement) in given]
     outs = [computed(name, ins, shape) for shape in shapes]
-    followed = [value for value in ins if value.from_input]
-    carrying = followed or [value for value in ins if value.output] or moving  # the image may be none of fn's input
     movable = not followed or (name == "dynamic_slice" and ins[0].kernel)
     if name in MOVES and movable and len({value.kernel for value in ins if value.kernel}) == 1:
         outs = _moved_kernels(eqn, ins, outs)
@@ -59,8 +60,8 @@ def results_of(program: Any, eqn: Any, ins: list[Value]) -> list[Value]:
             dataclasses.replace(out, movement=movement, output=output, kernels=_kept(ins))
             for out, movement in zip(outs, movements, strict=True)
         ]
-    if name in sums and len(carrying) == 1 and carrying[0].shape == shapes[0]:
-        return [dataclasses.replace(outs[0], movement=lambda: carrying[0].elements, output=carrying[0].output)]
+    if is_shifted:
+        return [dataclasses.replace(outs[0], movement=movements[0], output=carrying[0].output)]
     return outs
 
 

@@ -38,7 +38,9 @@ def check(case, lipschitz=True):
     else:
         reason = getattr(conv, "reason", "")
     described = isinstance(conv, oj.Conv)
-    if described:
+    if described and case.stacked == "ensemble" and conv.stacked != 1:
+        wrong += _wrong_together(case, conv, shape)
+    elif described:
         if conv.stacked != bool(case.stacked):
             wrong.append(f"{conv}: a parameter of {int(bool(case.stacked))} leading axes of kernels")
         conv = dataclasses.replace(conv, stacked=0)
@@ -64,6 +66,19 @@ def check(case, lipschitz=True):
             if not bound >= truth * (1 - 1e-6):
                 wrong.append(f"lipschitz_bound {bound} below the truth, {truth}")
     return wrong, described, bounded, reason
+
+
+def _wrong_together(case, conv, shape):
+    """Members of one output each, which share their input, are one layer with as many outputs; an axis of 1 is left."""
+    kernel = case.all_params["k"]
+    (axis,) = conv.stacked
+    if kernel.shape[axis] != 1:
+        return [f"{conv}: its axis {axis} is no stack"]
+    bounds = oj.operator_norm_bounds(np.squeeze(kernel, axis), dataclasses.replace(conv, stacked=0))
+    matrix = Program(dataclasses.replace(case, before="").fn, case.all_params, shape).linear_part()
+    truth = np.linalg.norm(matrix, 2)
+    holds = bounds.lower <= truth * (1 + 1e-9) and truth <= bounds.upper * (1 + 1e-9)
+    return [] if holds else [f"{conv}: {bounds} do not enclose the truth, {truth}"]
 
 
 @pytest.mark.parametrize("start", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(BATCH, CASES, BATCH))])

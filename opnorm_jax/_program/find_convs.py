@@ -321,7 +321,7 @@ def _scanned(value: Value, outside: Any, inside: Any) -> Value:
     value.use()
     shape = inside.aval.shape
     if value.kernel and value.kernel.elements.axes:
-        return dataclasses.replace(value, shape=shape, kernel=member(value.kernel, 0))
+        return dataclasses.replace(value, shape=shape, kernel=member(value.kernel, 0), movement=None)
     if not value.from_input and not value.movement:
         return computed("scan", [value], shape)
 

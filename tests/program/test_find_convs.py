@@ -780,6 +780,14 @@ def test_images_that_fn_makes():
     assert oj.find_convs(chosen, k) == {"k": oj.Conv((5,), padding=((1, 1),)), "x": None}
 
 
+def test_learned_images_that_a_scan_takes_apart():
+    params = {"k": jnp.ones((3, 1, 1)), "x": jnp.ones((1, 3, 5, 1))}
+    for images in (lambda p: jnp.moveaxis(p["x"], 1, 0), lambda p: jnp.moveaxis(p["x"], 1, 0)[:, :, ::-1]):
+        each = lambda p, x: NARROW(x, p["k"], padding="SAME")
+        found = oj.find_convs(lambda p: lax.scan(lambda c, x: (c, each(p, x)), 0, images(p))[1], params)  # noqa: B023
+        assert found == {"k": oj.Conv((5,), padding=((1, 1),)), "x": None}
+
+
 def test_what_is_no_layer_stays_none():
     """An embedding of positions, a probe of attention, a fixed random filter, rows of a table."""
     embedded = lambda p, x: NARROW(x + (jnp.ones((9, 6)) @ p["e"][0])[None], p["k"], padding="SAME")

@@ -14,8 +14,9 @@ import numpy as np
 
 from opnorm_jax._geometry import fills
 from opnorm_jax._program import slopes
+from opnorm_jax._program.jaxpr import is_real
 from opnorm_jax._program.movement import HOLE, MOVES, ElementMap, NotUnderstood, identity
-from opnorm_jax._program.rules import Refused, is_real, is_signal
+from opnorm_jax._program.rules import Refused, is_signal
 from opnorm_jax._program.signals import Layer, Signal, layer_alone
 
 

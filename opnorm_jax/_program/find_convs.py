@@ -220,12 +220,18 @@ def _through_reference(eqn: Any, ins: list[Value], sites: Sites) -> list[Value]:
     """Returns the results of an equation that reads or writes a mutable reference, whose contents are not followed."""
     name = eqn.primitive.name
     sites.add_reason([v.kernel.leaf for v in ins if v.kernel], f"it goes through a mutable reference by {name}")
-
-    def movement():
-        raise NotUnderstood("its input was read from a mutable reference")
-
+    movement = _not_followed("its input was read from a mutable reference")
     outs = [computed(name, ins, getattr(v.aval, "shape", ())) for v in eqn.outvars]
     return [dataclasses.replace(out, from_input=True, movement=movement) for out in outs]
+
+
+def _not_followed(why: str) -> Callable[[], ElementMap]:
+    """Returns a movement of which nothing is known."""
+
+    def movement():
+        raise NotUnderstood(why)
+
+    return movement
 
 
 def _captured(array: Any, is_input: bool) -> Value:
@@ -283,10 +289,7 @@ def _container(eqn: Any, ins: list[Value], sites: Sites, *settings: bool) -> lis
         value.use()
         if value.kernel and len(value.shape) > (1 if sites.dense else 2):
             sites.add_reason([value.kernel.leaf], f"it enters {name}, whose inside is not read")
-
-    def movement():
-        raise NotUnderstood(f"its input comes out of {name}, whose inside is not read")
-
+    movement = _not_followed(f"its input comes out of {name}, whose inside is not read")
     return [dataclasses.replace(computed(name, ins, v.aval.shape), movement=movement) for v in eqn.outvars]
 
 
@@ -324,11 +327,7 @@ def _scanned(value: Value, outside: Any, inside: Any) -> Value:
         return dataclasses.replace(value, shape=shape, kernel=member(value.kernel, 0), movement=None)
     if not value.from_input and not value.movement:
         return computed("scan", [value], shape)
-
-    def movement():
-        unmoved([value], "it entered a loop")
-        return identity(Source(shape))
-
+    movement = lambda: unmoved([value], "it entered a loop", shape)
     return dataclasses.replace(computed("scan", [value], shape), movement=movement)
 
 

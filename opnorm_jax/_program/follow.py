@@ -23,7 +23,7 @@ from opnorm_jax._program.movement import (
     control_operands,
     identity,
     moved,
-    split_by_axis,
+    of_table,
 )
 from opnorm_jax._program.values import Output, Value, computed, unmoved
 
@@ -200,11 +200,7 @@ def _summed(eqn: Any, value: Value, out: Value) -> Value:
     order = np.arange(math.prod(shape)).reshape(shape)[tuple(map(slice, first))]
     standing[np.maximum(target[tuple(map(slice, first))], 0)] = order
     table = standing.reshape(out.shape)
-    return dataclasses.replace(
-        out,
-        output=output,
-        movement=lambda: ElementMap(elements.sources, table.shape, split_by_axis(table) or None, table),
-    )
+    return dataclasses.replace(out, output=output, movement=lambda: of_table(elements.sources, table))
 
 
 def _distance(target: np.ndarray) -> int | None:

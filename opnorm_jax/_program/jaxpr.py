@@ -22,7 +22,9 @@ __all__ = [
     "called_program",
     "computes_narrowly",
     "evaluate",
+    "gives_floats",
     "is_identity",
+    "is_real",
     "open_jaxpr",
     "p",
     "programs_inside",
@@ -121,8 +123,21 @@ def quantises(eqn: Any) -> bool:
 
 def takes_real_part(eqn: Any) -> bool:
     """Tells whether an identity casts complex numbers to real ones."""
-    is_complex = lambda v: jnp.issubdtype(v.aval.dtype, jnp.complexfloating)
-    return any(map(is_complex, eqn.invars)) and not any(map(is_complex, eqn.outvars))
+    return any(map(_is_complex, eqn.invars)) and not any(map(_is_complex, eqn.outvars))
+
+
+def is_real(eqn: Any) -> bool:
+    """Tells whether an operation neither takes nor gives complex numbers."""
+    return not any(map(_is_complex, (*eqn.invars, *eqn.outvars)))
+
+
+def gives_floats(eqn: Any, index: int = 0) -> bool:
+    """Tells whether a result holds real or complex floating numbers. Whole numbers jump."""
+    return jnp.issubdtype(getattr(eqn.outvars[index].aval, "dtype", np.int32), jnp.inexact)
+
+
+def _is_complex(v: Any) -> bool:
+    return jnp.issubdtype(getattr(v.aval, "dtype", np.float32), jnp.complexfloating)
 
 
 def open_jaxpr(program: Any) -> Any:

@@ -88,9 +88,8 @@ def improved(legs: Sequence[Leg], gain: float) -> float:
     sampled = _sampled(legs) if any(leg.multipliers.size for leg in legs) else None
     if sampled is None:
         return gain
-    sample, tries = sampled
-    whole = _operations(sample) == _operations(legs)
-    for margin in [0.0] if whole else _MARGINS:
+    sample, tries, is_whole = sampled
+    for margin in [0.0] if is_whole else _MARGINS:
         found = _optimised(_RunValue(sample, margin), [leg.multipliers for leg in legs], tries)
         if found is not None and (own := _certified(legs, found)) < math.inf:
             return min(gain, own)
@@ -154,8 +153,11 @@ def _optimised(run: _RunValue, multipliers: Sequence[np.ndarray], tries: int) ->
     return [_Found(*each) for each in zip(*parts, peaks, strict=True)]
 
 
-def _sampled(legs: Sequence[Leg]) -> tuple[list[Leg], int] | None:
-    """Returns a run on a circle with few enough points, and how often it may be computed; None if it is too large."""
+def _sampled(legs: Sequence[Leg]) -> tuple[list[Leg], int, bool] | None:
+    """Returns a run on a circle with few enough points, how often it may be computed, and whether no point is left out.
+
+    None if it is too large.
+    """
     stages = [leg.stage for leg in legs if leg.stage is not None and leg.stage.grid]
     strides = np.prod([stage.strides for stage in stages], axis=0) if stages else np.ones(0, int)
     whole = np.asarray(stages[0].grid if stages else (), int) // strides
@@ -164,9 +166,9 @@ def _sampled(legs: Sequence[Leg]) -> tuple[list[Leg], int] | None:
         sample = _on_circle(legs, np.minimum(whole, points) * strides)
         if _operations(sample) <= allowed or points <= 4:
             break
-    most = _MOST_TRIES if _operations(sample) == _operations(legs) else _TRIES
-    tries = int(min(most, _TRIES * allowed / _operations(sample)))
-    return (sample, tries) if tries >= _LEAST_TRIES else None
+    is_whole = _operations(sample) == _operations(legs)
+    tries = int(min(_MOST_TRIES if is_whole else _TRIES, _TRIES * allowed / _operations(sample)))
+    return (sample, tries, is_whole) if tries >= _LEAST_TRIES else None
 
 
 def _on_circle(legs: Sequence[Leg], grid: np.ndarray) -> list[Leg]:

@@ -141,12 +141,17 @@ def row(elements: ElementMap, n: int) -> ElementMap:
     return of_axes(elements, [_added(second, int(first[n])), *rest])
 
 
+def of_table(sources: tuple[Source, ...], table: np.ndarray) -> ElementMap:
+    """Returns the map of an array of elements' numbers, axis by axis if it is a sum of one vector for each."""
+    return ElementMap(sources, table.shape, split_by_axis(table) or None, table)
+
+
 def stack(rows: Sequence[ElementMap | None], shape: tuple[int, ...]) -> ElementMap:
     """Returns the map of rows stacked along a new leading axis; None is a row of constants."""
     parts = with_common_sources(rows)
     table = np.stack([np.full(shape, HOLE) if part is None else part.numbers() for part in parts])
     given = next(part for part in parts if part is not None)
-    return ElementMap(given.sources, table.shape, split_by_axis(table), table)
+    return of_table(given.sources, table)
 
 
 def moved(
@@ -427,15 +432,25 @@ def _by_integers(eqn: Any, parts: Sequence[ElementMap | None], value: Callable[[
         elif part is None:
             operands.append(np.zeros(v.aval.shape, np.int32))
         else:
-            operands.append((np.maximum(part.numbers(), -1) + 1).astype(np.int32))
+            operands.append(_from_one(part))
     with jax.ensure_compile_time_eval():
         if eqn.primitive.name == "scatter-add":
             counts = [np.int32(operand > 0) if n != 1 else operand for n, operand in enumerate(operands)]
             if np.max(run_on(eqn, counts)[0], initial=0) > 1:
                 return None  # it adds numbers
-        outs = [np.asarray(out, np.int64) - 1 for out in run_on(eqn, operands)]
-    tables = [np.where(out >= 0, out, HOLE) for out in outs]
-    return [ElementMap(given.sources, table.shape, split_by_axis(table) or None, table) for table in tables]
+        outs = run_on(eqn, operands)
+    return [_to_map(given.sources, out) for out in outs]
+
+
+def _from_one(part: ElementMap) -> np.ndarray:
+    """Returns the numbers of all elements, counted from one; a constant is zero."""
+    return (np.maximum(part.numbers(), -1) + 1).astype(np.int32)
+
+
+def _to_map(sources: tuple[Source, ...], counted: Any) -> ElementMap:
+    """Returns the map of an array of such numbers."""
+    numbers = np.asarray(counted, np.int64) - 1
+    return of_table(sources, np.where(numbers >= 0, numbers, HOLE))
 
 
 def cut_out(eqn: Any, part: ElementMap, kernel: np.ndarray) -> ElementMap | None:
@@ -446,13 +461,10 @@ def cut_out(eqn: Any, part: ElementMap, kernel: np.ndarray) -> ElementMap | None
         return None
     if max(math.prod(v.aval.shape) for v in (*eqn.invars, *eqn.outvars)) > _LARGEST_TABLE:
         raise NotUnderstood("its input was cut out of an array that is too large to follow")
-    numbers = (np.maximum(part.numbers(), -1) + 1).astype(np.int32)
-    params = {name: value for name, value in eqn.params.items() if name != "preferred_element_type"}
+    params = {**eqn.params, "preferred_element_type": None}
     with jax.ensure_compile_time_eval():
-        operands = jnp.asarray(numbers), jnp.asarray(kernel.astype(np.int32))
-        out = np.asarray(eqn.primitive.bind(*operands, **params, preferred_element_type=None), np.int64) - 1
-    table = np.where(out >= 0, out, HOLE)
-    return ElementMap(part.sources, table.shape, split_by_axis(table) or None, table)
+        out = eqn.primitive.bind(jnp.asarray(_from_one(part)), jnp.asarray(kernel.astype(np.int32)), **params)
+    return _to_map(part.sources, out)
 
 
 def run_on(eqn: Any, operands: list[Any]) -> list[Any]:

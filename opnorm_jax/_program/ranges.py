@@ -17,6 +17,8 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from opnorm_jax._program.jaxpr import is_real
+
 Range = tuple[float, float]
 """The lowest and the highest number."""
 
@@ -45,7 +47,7 @@ def range_of(signal: Any) -> Range:
     if eqn is None:
         return EVERYTHING
     name = eqn.primitive.name
-    if any(jnp.issubdtype(v.aval.dtype, jnp.complexfloating) for v in (*eqn.invars, *eqn.outvars)):
+    if not is_real(eqn):
         return EVERYTHING
     if name == "mul" and ins[0] is ins[1]:
         name, ins = "square", ins[:1]

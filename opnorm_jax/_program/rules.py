@@ -20,7 +20,7 @@ import numpy as np
 from opnorm_jax._conv import Conv
 from opnorm_jax._kernel.bounds import operator_norm_bounds
 from opnorm_jax._program import ranges
-from opnorm_jax._program.jaxpr import open_jaxpr, programs_inside, takes_real_part
+from opnorm_jax._program.jaxpr import gives_floats, is_real, open_jaxpr, programs_inside, takes_real_part
 from opnorm_jax._program.movement import is_plain
 from opnorm_jax._program.numbers import Number, hypot, largest, plus, times
 
@@ -54,17 +54,6 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 def is_signal(value: Any) -> bool:
     """Tells whether a value depends on the input."""
     return getattr(value, "is_signal", False)
-
-
-def is_real(eqn: Any) -> bool:
-    """Tells whether an operation neither takes nor gives complex numbers."""
-    dtypes = (getattr(v.aval, "dtype", np.float32) for v in (*eqn.invars, *eqn.outvars))
-    return not any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes)
-
-
-def gives_floats(eqn: Any, index: int = 0) -> bool:
-    """Tells whether a result holds real or complex floating numbers. Whole numbers jump."""
-    return jnp.issubdtype(getattr(eqn.outvars[index].aval, "dtype", np.int32), jnp.inexact)
 
 
 def rule_of(eqn: Any, index: int) -> Rule:

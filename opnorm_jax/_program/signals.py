@@ -18,7 +18,7 @@ from opnorm_jax._geometry import fills
 from opnorm_jax._kernel.bounds import operator_norm_bounds
 from opnorm_jax._program import slopes
 from opnorm_jax._program.convolution import kernel_letters, read_convolution
-from opnorm_jax._program.jaxpr import p
+from opnorm_jax._program.jaxpr import gives_floats, is_real, p
 from opnorm_jax._program.movement import (
     HOLE,
     MOVES,
@@ -27,12 +27,12 @@ from opnorm_jax._program.movement import (
     Source,
     identity,
     moved,
-    split_by_axis,
+    of_table,
     with_common_sources,
 )
 from opnorm_jax._program.numbers import Number, hypot, largest, plus, times
 from opnorm_jax._program.ranges import ACTIVATION_RANGES, Range, range_of
-from opnorm_jax._program.rules import Refused, gives_floats, is_real, is_signal, refused, rule_of
+from opnorm_jax._program.rules import Refused, is_signal, refused, rule_of
 
 _SETTLE = 40
 """Operations after which a bound is computed at once, so that no chain of them is longer than Python's stack."""
@@ -61,16 +61,22 @@ class Layer(NamedTuple):
         # is larger than the whole, and its Frobenius norm is at most the root of its rank times that.
         *taps, i, o = canonical_shape(self.kernel, self.conv)
         slack = 1 + self.roundings * float(jnp.finfo(self.kernel.dtype).eps) * math.prod(taps) * math.sqrt(min(i, o))
-        lost = plus([self.lost, _subnormal(self.kernel) * math.prod(taps) * math.sqrt(i * o)])
-        return times(self.before.bound, plus([times(norm, slack), lost]), self.scale)
+        subnormal = _largest_lost(self.kernel, self.conv) if _has_subnormal(self.kernel) else 0.0
+        return times(self.before.bound, plus([times(norm, slack), self.lost, subnormal]), self.scale)
 
 
-def _subnormal(kernel: jax.Array) -> float:
-    """Returns the smallest normal number if a known array holds smaller ones, which count as zero; else 0."""
+def _largest_lost(kernel: jax.Array, conv: Conv) -> float:
+    """Bounds the norm of a kernel of this shape whose entries are no larger than the smallest normal number."""
+    *taps, i, o = canonical_shape(kernel, conv)
+    return float(jnp.finfo(kernel.dtype).tiny) * math.prod(taps) * math.sqrt(i * o)
+
+
+def _has_subnormal(kernel: jax.Array) -> bool:
+    """Tells whether a known array holds numbers that count as zero because they are too small."""
     if isinstance(kernel, jax.core.Tracer):
-        return 0.0
-    array, tiny = np.asarray(kernel), float(jnp.finfo(kernel.dtype).tiny)
-    return tiny if ((array != 0) & (abs(array) < tiny)).any() else 0.0
+        return False
+    array = np.asarray(kernel)
+    return bool(((array != 0) & (abs(array) < float(jnp.finfo(kernel.dtype).tiny))).any())
 
 
 @functools.partial(jax.jit, static_argnums=1)  # which leaves the lower bound uncomputed
@@ -274,10 +280,6 @@ def bound_of(elements: ElementMap) -> Number:
 def _convolution(eqn: Any, image: Any, kernel: Any) -> Layer | None:
     if is_signal(kernel):
         return None  # refused by the operation's rule
-    try:
-        kernel_letters(eqn)
-    except ValueError as error:
-        raise Refused(f"conv_general_dilated on {image.shape} has none known here: {error}.") from None
     for elements in (image.elements, _assembled(image)):
         if elements is None:
             continue
@@ -330,7 +332,7 @@ def _over(whole: Signal, image: Signal) -> ElementMap:
     inverse = np.empty(whole.size, np.int64)
     inverse[places.ravel()] = np.arange(whole.size)
     table = np.where(parts < 0, HOLE, inverse[np.maximum(parts, 0)])
-    return ElementMap((Source(whole.shape, owner=whole),), image.shape, split_by_axis(table) or None, table)
+    return of_table((Source(whole.shape, owner=whole),), table)
 
 
 def _dense(eqn: Any, left: Any, right: Any) -> Layer | None:
@@ -349,28 +351,24 @@ def _dense(eqn: Any, left: Any, right: Any) -> Layer | None:
 
 def _scaled(layer: Layer, factor: Any, name: str, rank: int) -> Layer | None:
     """Returns a layer times a constant for each of its channels."""
-    kernel, traced = layer.kernel, isinstance(factor, jax.core.Tracer)
-    dtype = jnp.promote_types(kernel.dtype, jnp.asarray(factor).dtype)
+    traced = isinstance(factor, jax.core.Tracer)
+    dtype = jnp.promote_types(layer.kernel.dtype, jnp.asarray(factor).dtype)
     shape = (1,) * (rank - np.ndim(factor)) + np.shape(factor)
     if any(length > 1 and n != layer.axis for n, length in enumerate(shape)):
         return None
     factor = factor.astype(dtype) if traced else np.asarray(factor, np.float64)
-    tiny, xp = float(jnp.finfo(dtype).tiny), jnp if traced else np
     if name == "div":
         with np.errstate(divide="ignore"):
             factor = 1 / factor
-        factor = jnp.where(factor == 0, tiny, factor) if traced else factor  # an inverse may underflow
-    top = xp.max(xp.abs(factor), initial=0)
-    scale = times(layer.scale, top if traced else float(top))
+        if traced:  # an inverse may underflow
+            factor = jnp.where(factor == 0, float(jnp.finfo(dtype).tiny), factor)
+    top = largest(factor)
+    scale = times(layer.scale, top)
     if factor.size == 1:
         return layer._replace(scale=scale, roundings=layer.roundings + 1)
+    xp, kernel = (jnp if traced else np), layer.kernel.astype(dtype)
     relative = along_outputs(jnp.asarray(factor / xp.where(top > 0, top, 1), dtype).ravel(), layer.conv)
     # Underflow of the quotient, or of the product, changes an entry by the smallest normal number at most.
-    *taps, i, o = canonical_shape(kernel, layer.conv)
-    lost = times(math.prod(taps) * math.sqrt(i * o), tiny, plus([1.0, largest(kernel)]))
-    return layer._replace(
-        kernel=kernel.astype(dtype) * relative,
-        scale=scale,
-        roundings=layer.roundings + 5,
-        lost=plus([layer.lost, lost]),
-    )
+    lost = times(_largest_lost(kernel, layer.conv), plus([1.0, largest(kernel)]))
+    lost = plus([layer.lost, lost])
+    return layer._replace(kernel=kernel * relative, scale=scale, roundings=layer.roundings + 5, lost=lost)

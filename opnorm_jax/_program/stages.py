@@ -95,8 +95,7 @@ class _Carrier:
         signal = self.cuts[at + 1]
         part = self.parts[id(signal)]
         if layout and layout.spatial and self.roots is not None:
-            all_summed = part.sources == [self.cuts[at]] and _is_summed(signal, part, layout)
-            if all_summed:
+            if part.sources == [self.cuts[at]] and _is_summed(signal, part, layout):
                 image = tuple(self.cuts[at].shape[axis] for axis in layout.spatial)
                 root = summed(self.roots, image, self.grid, self.dtype)
                 channels = root.shape[-1]

@@ -74,9 +74,9 @@ class Builder:
 OPERATIONS = {}
 
 
-def operation(weight=1.0):
+def operation(weight=1.0, table=OPERATIONS):
     def add(function):
-        OPERATIONS[function.__name__] = (function, weight)
+        table[function.__name__] = (function, weight)
         return function
 
     return add
@@ -660,14 +660,6 @@ MOVED = {}
 """Operations of programs in which layers follow on movement and on channels that are taken apart."""
 
 
-def of_moved(weight=1.0):
-    def add(function):
-        MOVED[function.__name__] = (function, weight)
-        return function
-
-    return add
-
-
 def uneven(b, *shape):
     """An array whose entries along each axis differ by powers of ten, so that directions matter."""
     array = b.rng.standard_normal(shape)
@@ -699,7 +691,7 @@ MOVES_OF_IMAGES = [
 ]  # fmt: skip
 
 
-@of_moved(4)
+@operation(4, MOVED)
 def convolution_of_what_was_moved(b):
     if len(b.shape) not in (3, 4):
         return None
@@ -707,7 +699,7 @@ def convolution_of_what_was_moved(b):
     return f"x = {layer(b, b.shape[-1]).format(image)}"
 
 
-@of_moved(3)
+@operation(3, MOVED)
 def sum_with_what_was_moved(b):
     if len(b.shape) not in (3, 4):
         return None
@@ -717,7 +709,7 @@ def sum_with_what_was_moved(b):
     return f"x = {before} {b.pick('+-')} {b.pick(['', 'jax.nn.relu'])}({text})"
 
 
-@of_moved(3)
+@operation(3, MOVED)
 def coupling(b):
     if len(b.shape) not in (3, 4) or b.shape[-1] < 2:
         return None
@@ -735,7 +727,7 @@ def coupling(b):
     )
 
 
-@of_moved(2)
+@operation(2, MOVED)
 def shuffled_channels(b):
     c = b.shape[-1]
     order = b.rng.permutation(c).tolist()
@@ -749,7 +741,7 @@ def shuffled_channels(b):
     )
 
 
-@of_moved(3)
+@operation(3, MOVED)
 def factor_of_tokens(b):
     """A factor for each channel of maps that were laid out anew."""
     c = b.shape[-1]
@@ -766,7 +758,7 @@ def factor_of_tokens(b):
     )
 
 
-@of_moved(2)
+@operation(2, MOVED)
 def pooled_head(b):
     if len(b.shape) not in (3, 4):
         return None
@@ -782,7 +774,7 @@ def pooled_head(b):
     )
 
 
-@of_moved(2)
+@operation(2, MOVED)
 def softmax_by_hand(b):
     c = b.shape[-1]
     shift = b.pick([f"x @ {uneven(b, c, 1)}", "x.max(-1, keepdims=True)", "x[..., :1]", "0 * x[..., :1]"])
@@ -792,7 +784,7 @@ def softmax_by_hand(b):
     return f"e = jnp.exp(x - jnp.broadcast_to({shift}, x.shape))\nx = e / {total}"
 
 
-@of_moved(2)
+@operation(2, MOVED)
 def selected(b):
     c = b.shape[-1]
     mask = (b.rng.random(c) < 0.5).tolist()
@@ -808,12 +800,12 @@ def selected(b):
     )
 
 
-@of_moved(2)
+@operation(2, MOVED)
 def dense_uneven(b):
     return f"x = {b.pick(['', 'jax.nn.relu'])}(x @ {uneven(b, b.shape[-1], b.pick([1, 2, 3]))})"
 
 
-@of_moved(2)
+@operation(2, MOVED)
 def complex_and_back(b):
     c = b.shape[-1]
     return b.pick(
@@ -827,7 +819,7 @@ def complex_and_back(b):
 
 
 for _function, _weight in ((activation, 3), (save, 1.5), (combine, 2), (sorting, 0.5), (pooling, 0.5)):
-    of_moved(_weight)(_function)
+    operation(_weight, MOVED)(_function)
 
 
 def generate_moved(seed):
